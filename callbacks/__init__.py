@@ -1,0 +1,5 @@
+"""When forgetting happens inside a Trainer."""
+
+from slug_lightning.callbacks.unlearn import UnlearnCallback
+
+__all__ = ["UnlearnCallback"]

@@ -1,0 +1,349 @@
+"""SLUG inside a Trainer: one gradient to forget, one to keep, a searched step along one layer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any, Literal, Optional, Union
+
+import lightning.pytorch as pl
+import torch
+from slug_lightning.datamodules.base import resolve_loaders
+from torch import Tensor
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.layers import Granularity, Layer, find_layers
+from slug_lightning.loggers import publish
+from slug_lightning.metrics import damage
+from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.objective import Objective, refuse_unusable_steps
+from slug_lightning.output import fresh_folder, save_run
+from slug_lightning.pareto import pareto_front
+from slug_lightning.patch import Edit, UnlearnPatch, edited
+from slug_lightning.progress import Progress
+from slug_lightning.report import UnlearnReport
+from slug_lightning.scores import Score, score_layer
+from slug_lightning.search import Trial, best_trial, search_step
+from slug_lightning.steps import untouched
+from slug_lightning.strategies import Runner, refuse_unsupported
+
+
+class UnlearnCallback(pl.Callback):
+    """Make the model forget when training would start, by one searched step along one layer.
+
+    The method is SLUG (arXiv 2407.11867): the gradient of the forget loss and that of the retain loss, both at the
+    weights as they are, score every layer; those on the Pareto front of importance and alignment are tried; the step
+    that brings `forget_metric` to `forget_target` and costs the retain metrics least, within `retain_tolerance`, is
+    kept. It is chosen on search data and reported on data that the search never saw. If no step meets both bounds the
+    weights stay as they are, bit for bit.
+
+    Args:
+        forget: what to forget: a DataLoader (or any iterable of batches), a list of them, a LightningDataModule, or a
+            dict of one of these under the concept's name. Without it, the trainer's datamodule is asked.
+        retain: what to keep, likewise.
+        layers: shell-style pattern, or list of patterns, of the tensors that may be edited.
+        granularity: what one edit covers: "tensor", "module" (the tensors of one submodule) or "siblings" (those of
+            submodules with the same parent, such as q, k and v).
+        forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
+            Default: the module's own `forget_metric`, else the loss.
+        forget_target: value at which the metric counts as forgotten: an accuracy at or below it, a loss at or above
+            it. Default: chance for an accuracy; for a loss, ten times less likely data (see
+            `slug_lightning.metrics.Metric.default_target`). The report states it.
+        retain_metric: name or names of logged values that must be kept. Default: the module's own, else the loss.
+        retain_tolerance: how much each of them may lose: absolute for an accuracy, relative for a loss.
+        max_evaluations: most evaluations for each layer on the front.
+        then: "stop" ends the fit before the first training batch; "continue" trains on from the edited weights.
+        output_dir: folder for report, patch, checkpoint, weights and figures; if it holds a run already, a numbered
+            one beside it. Default: the logger's folder; without a logger nothing is written.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from slug_lightning.callbacks import UnlearnCallback
+        >>> callback = UnlearnCallback(retain_tolerance=0.02, layers="encoder.*")
+        >>> callback.report is None
+        True
+    """
+
+    report: Optional[UnlearnReport]
+    """What the run found out; None before it."""
+
+    def __init__(
+        self,
+        forget: Any = None,
+        retain: Any = None,
+        *,
+        layers: Union[str, list[str]] = "*",
+        granularity: Granularity = "tensor",
+        forget_metric: Optional[str] = None,
+        forget_target: Optional[float] = None,
+        retain_metric: Union[str, list[str], None] = None,
+        retain_tolerance: float = 0.01,
+        max_evaluations: int = 10,
+        then: Literal["stop", "continue"] = "stop",
+        output_dir: Optional[str] = None,
+    ) -> None:
+        if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
+            raise UnlearnError(f"retain_tolerance: {retain_tolerance} is no tolerance; give a number of at least 0")
+        if max_evaluations < 1:
+            raise UnlearnError(f"max_evaluations: {max_evaluations} leaves nothing to try; give at least 1")
+        if then not in ("stop", "continue"):
+            raise UnlearnError(f"then: {then!r} is not known; give 'stop' or 'continue'")
+        self.concept: Optional[str] = None
+        if isinstance(forget, Mapping):
+            if len(forget) != 1:
+                raise UnlearnError(
+                    f"forget: {len(forget)} concepts were given, one run forgets one; run once for each and join the "
+                    "patches with UnlearnPatch.combine"
+                )
+            ((self.concept, forget),) = forget.items()
+        self.forget = forget
+        self.retain = retain
+        self.layers = layers
+        self.granularity: Granularity = granularity
+        self.forget_metric = forget_metric
+        self.forget_target = forget_target
+        self.retain_metric = retain_metric
+        self.retain_tolerance = retain_tolerance
+        self.max_evaluations = max_evaluations
+        self.then = then
+        self.output_dir = output_dir
+        self.report = None
+        self._resumed = False
+
+    # ---- Lightning's hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is computed."""
+        if stage != "fit":
+            return
+        refuse_unsupported(trainer.strategy)
+        refuse_unusable_steps(pl_module)
+        if self.then == "stop" and (trainer.min_epochs or trainer.min_steps):
+            raise UnlearnError(
+                "Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out, or use then='continue'"
+            )
+        if 0 in (trainer.max_epochs, trainer.max_steps):
+            raise UnlearnError("Trainer(max_epochs=0 or max_steps=0): the fit would end before the edit; give at least 1")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget: here checkpoint weights are restored, and no batch has been trained on."""
+        if not self._resumed:
+            self.report = self._run(trainer, pl_module)
+            self._keep(trainer, pl_module)
+        self._resumed = False
+        assert self.report is not None
+        if self.then == "stop" or self.report.status == "infeasible":
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The report as plain data, so that a checkpoint with an edit says so."""
+        return {} if self.report is None else {"report": self.report.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A checkpoint written after the edit holds edited weights: they are not edited again."""
+        if "report" in state_dict:
+            self.report = UnlearnReport.from_dict(state_dict["report"])
+            self._resumed = True
+
+    # ---- the run, in order
+
+    def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> UnlearnReport:
+        """Validate, measure, choose, search, report; the weights are as they were when this returns or raises."""
+        self.progress = Progress(trainer.progress_bar_callback)
+        self.seconds: dict[str, float] = {}
+        datamodule = getattr(trainer, "datamodule", None)
+        loaders = resolve_loaders(self.forget, self.retain, datamodule)
+        layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
+        with untouched(module):
+            objective = Objective(
+                module,
+                {"forget": loaders.forget, "retain": loaders.retain},
+                Runner(trainer.strategy),
+                self.forget_metric,
+                self.retain_metric,
+                self.progress.track,
+            )
+            report = UnlearnReport("infeasible", self.concept or getattr(datamodule, "concept", None) or "the forget set")
+            report.notes = list(loaders.notes)
+            with self._timed("validate"):
+                self._validate(objective, report)
+            with self._timed("gradients"):
+                scores, gradient = self._measure(objective, layers)
+            report.scores = [asdict(score) for score in scores]
+            front = [score for score in scores if score.on_front]
+            with self._timed("search"):
+                by_name = {layer.name: layer for layer in layers}
+                trials = self._search(objective, report, front, by_name, gradient)
+            report.trace = [asdict(trial) for trial in trials]
+            best = best_trial(trials)
+            with self._timed("report"):
+                self._conclude(objective, report, by_name[best.layer] if best else None, best, gradient)
+            report.cost = {
+                "seconds": self.seconds,
+                "evaluations": len(trials),
+                "forward_samples": objective.forward_samples,
+                "backward_samples": objective.backward_samples,
+            }
+        report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
+        self.progress.say("\n" + report.to_text())
+        return report
+
+    def _validate(self, objective: Objective, report: UnlearnReport) -> None:
+        """Measure before the edit, settle the target, and refuse what is forgotten already or not finite."""
+        report.search_before = {kind: objective.measure(kind, "val") for kind in ("forget", "retain")}
+        report.before = {kind: objective.measure(kind, "test") for kind in ("forget", "retain")}
+        for kind, values in report.search_before.items():
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")
+        ((name, before),) = report.search_before["forget"].items()
+        metric = objective.metrics[name]
+        target, reason = (self.forget_target, "given") if self.forget_target is not None else metric.default_target(before)
+        if metric.reaches(before, target):
+            raise UnlearnError(
+                f"forget_target: nothing to forget, {name} is {before:.4g} on the search data and meets the target of "
+                f"{target:.4g} ({reason}) already; look at the forget data, or give a stricter forget_target"
+            )
+        report.bounds = {
+            "forget_metric": name,
+            "forget_target": target,
+            "forget_target_reason": reason,
+            "retain_metrics": list(report.search_before["retain"]),
+            "retain_tolerance": self.retain_tolerance,
+            "higher_is_better": {m.name: m.higher_is_better for m in objective.metrics.values()},
+        }
+
+    def _measure(self, objective: Objective, layers: list[Layer]) -> tuple[list[Score], dict[str, Tensor]]:
+        """Both gradients, the scores, the fronts; of the gradients only what a front layer needs is kept."""
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        forget = objective.gradient("forget", parameters).tensors
+        retain = objective.gradient("retain", parameters).tensors
+        scores = [score for layer in layers if (score := score_layer(layer, forget, retain)) is not None]
+        if not scores:
+            raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")
+        for tower in {score.tower for score in scores}:
+            places = [i for i, score in enumerate(scores) if score.tower == tower]
+            front = pareto_front([(scores[i].importance, scores[i].alignment) for i in places])
+            for i, on_front in zip(places, front, strict=True):
+                scores[i] = replace(scores[i], on_front=on_front)
+        chosen = {score.layer for score in scores if score.on_front}
+        return scores, {name: forget[name] for layer in layers if layer.name in chosen for name in layer.parameters}
+
+    def _search(
+        self,
+        objective: Objective,
+        report: UnlearnReport,
+        front: list[Score],
+        layers: Mapping[str, Layer],
+        gradient: Mapping[str, Tensor],
+    ) -> list[Trial]:
+        """Try every layer on the front; the retain metrics are measured only where the step forgets."""
+        ((forget_name, _),) = report.search_before["forget"].items()
+        forget_metric, retain_metrics = objective.metrics[forget_name], objective.metrics_of("retain")
+        target = report.bounds["forget_target"]
+        trials: list[Trial] = []
+        with self.progress.bar("search", len(front) * self.max_evaluations) as advance:
+            for score in front:
+                layer = layers[score.layer]
+
+                def evaluate(relative_step: float, score: Score = score, layer: Layer = layer) -> Trial:
+                    step = relative_step * score.weight_norm / score.forget_norm
+                    with stepped(layer, gradient, step):
+                        value = objective.measure("forget", "val")[forget_name]
+                        forgotten = forget_metric.reaches(value, target)
+                        retain = objective.measure("retain", "val") if forgotten else None
+                    lost = (
+                        damage(retain_metrics, report.search_before["retain"], retain, self.retain_tolerance) if retain else None
+                    )
+                    advance()
+                    return Trial(score.layer, step, relative_step, forgotten, lost, value, retain)
+
+                tried = search_step(evaluate, self.max_evaluations)
+                trials += tried
+                best = best_trial(tried)
+                found = f"step {best.relative_step:.4f}, {_values(best.retain)}" if best else "no step meets both bounds"
+                self.progress.say(f"{score.layer}: {len(tried)} evaluations, {found}")
+        return trials
+
+    def _conclude(
+        self, objective: Objective, report: UnlearnReport, layer: Layer | None, best: Trial | None, gradient: Mapping[str, Tensor]
+    ) -> None:
+        """Measure the chosen step on report data and make the patch; without one, say that nothing changed."""
+        if layer is None or best is None:
+            report.after, report.search_after = report.before, report.search_before
+            return
+        with stepped(layer, gradient, best.step):
+            report.after = {kind: objective.measure(kind, "test") for kind in ("forget", "retain")}
+        ((name, after),) = report.after["forget"].items()
+        lost = damage(objective.metrics_of("retain"), report.before["retain"], report.after["retain"], self.retain_tolerance)
+        report.holds = objective.metrics[name].reaches(after, report.bounds["forget_target"]) and lost <= 1
+        report.search_after = {"forget": {name: best.forget}, "retain": best.retain or {}}
+        report.status = "unlearned"
+        report.layer, report.step_size, report.relative_step = layer.name, best.step, best.relative_step
+        prefix = "model." if isinstance(objective.module, UnlearnModule) else ""
+        named = {name.removeprefix(prefix): name for name in layer.parameters}
+        report.tensors = list(named)
+        details = {"layer": layer.name, "relative_step": best.relative_step, "before": report.before, "after": report.after}
+        report.patch = UnlearnPatch(
+            {short: layer.parameters[name].detach().cpu().clone() for short, name in named.items()},
+            [Edit(report.concept, best.step, {short: gradient[name].cpu() for short, name in named.items()}, details)],
+        )
+        report.patch_digest = report.patch.digest
+
+    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
+        report = self.report
+        assert report is not None
+        patch = report.patch
+        if patch is not None:
+            patch.apply(module)
+        try:
+            publish(report, trainer.loggers)
+            if self.output_dir is not None or (trainer.loggers and trainer.log_dir):
+                folder = fresh_folder(self.output_dir or str(trainer.log_dir))
+                save_run(folder, report, trainer, module)
+                self.progress.say(f"Saved in {folder}")
+        except BaseException:
+            if patch is not None:
+                patch.revert(module)
+            self.report = None
+            raise
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+
+@contextmanager
+def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """Inside, the layer's tensors are a step up the forget loss; afterwards the saved copies are put back.
+
+    `θ + λ·g_f`: ascent, though the paper prints a minus (method.md: the released programs disagree with each other).
+
+    Example:
+        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
+        >>> with stepped(layer, {"w": torch.ones(2)}, 0.5):
+        ...     print(layer.parameters["w"].data)
+        tensor([1.5000, 1.5000])
+        >>> layer.parameters["w"].data
+        tensor([1., 1.])
+    """
+    before = {name: p.detach().clone() for name, p in layer.parameters.items()}
+    with torch.no_grad():
+        try:
+            for name, parameter in layer.parameters.items():
+                parameter.copy_(edited(before[name], [(gradient[name], step)]))
+            yield
+        finally:
+            for name, parameter in layer.parameters.items():
+                parameter.copy_(before[name])
+
+
+def _values(values: Mapping[str, float] | None) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in (values or {}).items())

@@ -1,0 +1,206 @@
+"""The embedded pictures: five vendors' drawings of the same things, in renderings made on the fly."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import tarfile
+from typing import NamedTuple, Optional
+
+import torch
+from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+
+from slug_lightning.embedded import CLIP, SHARD
+from slug_lightning.errors import UnlearnError
+
+TEMPLATES = ("{}", "a picture of {}", "an emoji of {}")
+"""Wordings of a caption; `{}` is a thing, or a style as in "noto style", or both."""
+
+
+class Drawings(NamedTuple):
+    """All drawings of the embedded shard.
+
+    Attributes:
+        pictures: RGBA, uint8, `[N, 4, 64, 64]`.
+        things: index into `thing_names` of each drawing, `[N]`.
+        styles: index into `style_names` of each drawing, `[N]`.
+        thing_names: names of the things, sorted.
+        style_names: names of the styles, sorted.
+    """
+
+    pictures: Tensor
+    things: Tensor
+    styles: Tensor
+    thing_names: list[str]
+    style_names: list[str]
+
+
+def load_drawings() -> Drawings:
+    """Read the embedded shard.
+
+    Example:
+        >>> drawings = load_drawings()
+        >>> drawings.style_names
+        ['blob', 'emojione', 'firefox', 'fluent', 'noto']
+        >>> len(drawings.pictures) == len(drawings.thing_names) * 5
+        True
+    """
+    import numpy as np
+    from PIL import Image
+
+    with tarfile.open(SHARD) as shard:
+        files = {entry.name: shard.extractfile(entry).read() for entry in shard if entry.isfile()}  # type: ignore[union-attr]
+    keys = sorted(name.removesuffix(".png") for name in files if name.endswith(".png"))
+    labels = [json.loads(files[f"{key}.json"]) for key in keys]
+    pictures = [np.asarray(Image.open(io.BytesIO(files[f"{key}.png"])).convert("RGBA")) for key in keys]
+    thing_names = sorted({label["thing"] for label in labels})
+    style_names = sorted({label["style"] for label in labels})
+    return Drawings(
+        pictures=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
+        things=torch.tensor([thing_names.index(label["thing"]) for label in labels]),
+        styles=torch.tensor([style_names.index(label["style"]) for label in labels]),
+        thing_names=thing_names,
+        style_names=style_names,
+    )
+
+
+def render(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw each picture once more: turned, scaled and shifted, in other light, on a plain ground of random colour.
+
+    Every call gives a rendering that was never drawn before, which is how training, search and report
+    each see pictures of their own.
+
+    Args:
+        pictures: RGBA drawings, uint8, `[B, 4, H, W]`.
+        generator: where the randomness comes from: turn within ±25°, scale 0.7 to 1.1, shift within ±10 %,
+            contrast 0.8 to 1.2, brightness ±0.1, noise of standard deviation 0.02.
+
+    Returns:
+        RGB renderings, float32, `[B, 3, H, W]`, normalised to mean 0.5 and deviation 0.5, so in about [-1, 1].
+
+    Example:
+        >>> one = torch.zeros(1, 4, 64, 64, dtype=torch.uint8)
+        >>> render(one, torch.Generator().manual_seed(0)).shape
+        torch.Size([1, 3, 64, 64])
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(pictures), *shape, generator=generator) * (high - low) + low
+
+    turn, size = uniform(-0.44, 0.44), uniform(0.7, 1.1)
+    # affine_grid maps output to input coordinates, so the drawing's size is the inverse of the matrix's scale.
+    matrix = torch.zeros(len(pictures), 2, 3)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = turn.cos() / size
+    matrix[:, 0, 1], matrix[:, 1, 0] = -turn.sin() / size, turn.sin() / size
+    matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
+    rgba = pictures.float() / 255
+    alpha = rgba[:, 3:]
+    premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)  # else dark fringes where alpha is 0
+    grid = torch.nn.functional.affine_grid(matrix, list(premultiplied.shape), align_corners=False)
+    warped = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
+    ground = uniform(0.0, 1.0, 3, 1, 1)
+    image = warped[:, :3] + (1 - warped[:, 3:]) * ground
+    image = (image - 0.5) * uniform(0.8, 1.2, 1, 1, 1) + 0.5 + uniform(-0.1, 0.1, 1, 1, 1)
+    image = image + 0.02 * torch.randn(image.shape, generator=generator)
+    return (image - 0.5) / 0.5
+
+
+class EmojiPairs(Dataset):
+    """Renderings with captions and labels, as `ClipModule` wants its batches.
+
+    Args:
+        images: `[N, 3, 64, 64]`.
+        text: tokens, `[N, T]`.
+        things: index of the thing, or -1 where it is not asked, `[N]`.
+        styles: index of the style, likewise.
+    """
+
+    def __init__(self, images: Tensor, text: Tensor, things: Tensor, styles: Tensor) -> None:
+        self.columns = {"image": images, "text": text, "thing": things, "style": styles}
+
+    def __len__(self) -> int:
+        return len(self.columns["image"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class EmojiDataModule(UnlearnDataModule):
+    """Forget an art style, or a thing, of the embedded pictures; keep all the rest.
+
+    Every picture is a fresh rendering (`render`) that the model was not trained on, and no two splits share one. To
+    forget a style, the split also parts the drawings: half of them for the gradient, a quarter for the search, a
+    quarter for the report. A thing has five drawings only, so each split has renderings of all five.
+
+    What is kept: the other styles and all things on other drawings, and of the forgotten drawings what was not asked
+    to go (the things they show, or the style they are in).
+
+    Args:
+        style: the style to forget: blob, emojione, firefox, fluent or noto.
+        thing: or the thing to forget, such as "cat".
+        batch_size: samples in a batch.
+        seed: of splits and renderings.
+
+    Example:
+        >>> data = EmojiDataModule(style="noto")
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.forget_dataloader("val")))
+        >>> batch["image"].shape[1:], batch["style"].unique()
+        (torch.Size([3, 64, 64]), tensor([4]))
+    """
+
+    def __init__(self, style: Optional[str] = None, thing: Optional[str] = None, *, batch_size: int = 128, seed: int = 0) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        if (style is None) == (thing is None):
+            raise UnlearnError("style, thing: name exactly one of them, the style or the thing to forget")
+        self.style = style
+        self.thing = thing
+        self.concept = f"{style} style" if style else str(thing)
+
+    def setup(self, stage: str) -> None:
+        """Render every split, once."""
+        if "forget" in self._parts:
+            return
+        import open_clip
+
+        drawings = load_drawings()
+        asked, names = (drawings.styles, drawings.style_names) if self.style else (drawings.things, drawings.thing_names)
+        wanted = self.style or self.thing
+        if wanted not in names:
+            near = difflib.get_close_matches(str(wanted), names, n=5, cutoff=0.3) or names[:5]
+            raise UnlearnError(f"{'style' if self.style else 'thing'}: {wanted!r} is not known; near misses: {', '.join(near)}")
+        concept = (asked == names.index(str(wanted))).nonzero()[:, 0]
+        others = (asked != names.index(str(wanted))).nonzero()[:, 0]
+        tokenize = open_clip.get_tokenizer(f"local-dir:{CLIP}")
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def pairs(rows: Tensor, thing: bool, style: bool, times: int) -> EmojiPairs:
+            """Renderings of some drawings, captioned by thing, style or both."""
+            rows = rows.repeat(times)
+            captions = [self._caption(drawings, int(row), thing, style) for row in rows]
+            things, styles = drawings.things[rows], drawings.styles[rows]
+            none = torch.full_like(things, -1)
+            images = torch.cat([render(drawings.pictures[part], generator) for part in rows.split(256)])
+            return EmojiPairs(images, tokenize(captions), things if thing else none, styles if style else none)
+
+        forget, retain = {}, {}
+        shares = split_indices(len(concept), self.seed), split_indices(len(others), self.seed)
+        for split, times in (("train", 1), ("val", 2), ("test", 4)):
+            rows = concept[shares[0][split]] if self.style else concept
+            kept = others[shares[1][split]]
+            forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 8)
+            rest = pairs(rows, bool(self.style), not self.style, times)
+            retain[split] = ConcatDataset([pairs(kept, True, True, times), rest])
+        for kind, sets in (("forget", forget), ("retain", retain)):
+            self.set_parts(kind, sets["train"], sets["val"], sets["test"])
+            self.notes[kind] += "; fresh renderings in each" + (
+                ", of drawings of its own" if self.style or kind == "retain" else ""
+            )
+
+    def _caption(self, drawings: Drawings, row: int, thing: bool, style: bool) -> str:
+        what = drawings.thing_names[int(drawings.things[row])]
+        how = f"{drawings.style_names[int(drawings.styles[row])]} style"
+        return f"{what} in {how}" if thing and style else what if thing else how

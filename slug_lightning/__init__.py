@@ -1,0 +1,29 @@
+"""A trained model forgets in about the time of one backward pass, inside its owner's own Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slug_lightning.errors import UnlearnError
+    from slug_lightning.modules.base import UnlearnModule
+    from slug_lightning.patch import PatchError, UnlearnPatch
+    from slug_lightning.report import UnlearnReport
+
+__all__ = ["PatchError", "UnlearnError", "UnlearnModule", "UnlearnPatch", "UnlearnReport"]
+
+HOMES = {
+    "PatchError": "patch",
+    "UnlearnError": "errors",
+    "UnlearnModule": "modules.base",
+    "UnlearnPatch": "patch",
+    "UnlearnReport": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers `--help` without waiting for torch."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,0 +1,155 @@
+"""The command `slug-lightning`: forget from a YAML file, and handle patch files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNLEARNED, FAILURE, USAGE, INFEASIBLE = 0, 1, 2, 3
+
+EPILOG = """exit codes:
+  0  unlearned (fit), done (patch)
+  1  failure
+  2  usage: an argument, a config or a file is not what it should be
+  3  infeasible: no step meets both bounds, the weights are untouched
+"""
+
+
+def main(args: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; torch and Lightning are imported only by what needs them.
+
+    Args:
+        args: without the program's name; default: those of the process.
+
+    Returns:
+        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["fit"]:
+        return fit(args[1:])
+    options = _parser().parse_args(args)
+    from slug_lightning.errors import UnlearnError
+
+    try:
+        options.run(options)
+    except (UnlearnError, FileNotFoundError, FileExistsError) as error:
+        print(f"slug-lightning: {error}", file=sys.stderr)
+        return USAGE
+    return UNLEARNED
+
+
+def fit(args: Sequence[str]) -> int:
+    """Run one config with LightningCLI and say by the exit code how it ended."""
+    from slug_lightning.errors import UnlearnError
+    from slug_lightning.lightning_cli import UnlearnCLI
+
+    try:
+        report = UnlearnCLI.run(args)
+    except UnlearnError as error:
+        print(f"slug-lightning: {error}", file=sys.stderr)
+        return USAGE
+    return UNLEARNED if report.status == "unlearned" else INFEASIBLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="slug-lightning",
+        description="Make a trained model forget a person, a style, a thing or a text, and carry the edit as a patch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(required=True, metavar="{fit,patch}")
+    verbs.add_parser("fit", help="forget as a config says: slug-lightning fit --config FILE; fit --help lists all options")
+    patch = verbs.add_parser("patch", help="show, apply, revert or combine patch files")
+    patch_verbs = patch.add_subparsers(required=True, metavar="{show,apply,revert,combine}")
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = patch_verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    show = verb("show", _show, "print what a patch does, as JSON, after checking that it is whole")
+    show.add_argument("patch", type=Path, help="patch file")
+    for name, run, text in (
+        ("apply", _apply, "edit weights by a patch, into a new file"),
+        ("revert", _revert, "take a patch back, bit for bit, into a new file"),
+    ):
+        added = verb(name, run, text)
+        added.add_argument("patch", type=Path, help="patch file")
+        added.add_argument("weights", type=Path, help="safetensors weights, or a Lightning checkpoint (.ckpt)")
+        added.add_argument("output", type=Path, help="where the new weights go, in the format of WEIGHTS; must not exist")
+        added.add_argument(
+            "--strength", type=float, default=1.0, help="factor of the step: 1 is what was measured (default: %(default)s)"
+        )
+    combine = verb("combine", _combine, "make one patch of several that were made on the same base")
+    combine.add_argument("patches", type=Path, nargs="+", help="patch files")
+    combine.add_argument("-o", "--output", type=Path, required=True, help="where the combined patch goes; must not exist")
+    return parser
+
+
+def _show(options: argparse.Namespace) -> None:
+    from slug_lightning.patch import UnlearnPatch
+
+    print(json.dumps(UnlearnPatch.load(options.patch).describe(), indent=2))
+
+
+def _apply(options: argparse.Namespace) -> None:
+    _rewrite(options, "apply")
+
+
+def _revert(options: argparse.Namespace) -> None:
+    _rewrite(options, "revert")
+
+
+def _rewrite(options: argparse.Namespace, what: str) -> None:
+    """Read weights, let the patch act on them, write them in the same format."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from slug_lightning.errors import UnlearnError
+    from slug_lightning.patch import UnlearnPatch
+
+    _refuse_existing(options.output)
+    patch = UnlearnPatch.load(options.patch)
+    act = getattr(patch, what)
+    if not options.weights.is_file():
+        raise FileNotFoundError(f"no weights at {options.weights}")
+    if options.weights.suffix == ".safetensors":
+        with safe_open(options.weights, framework="pt") as file:
+            metadata = file.metadata()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        act(tensors, strength=options.strength)
+        save_file(tensors, options.output, metadata=metadata)
+    elif options.weights.suffix == ".ckpt":
+        checkpoint = torch.load(options.weights, map_location="cpu", weights_only=True)
+        act(checkpoint["state_dict"], strength=options.strength)
+        torch.save(checkpoint, options.output)
+    else:
+        raise UnlearnError(f"weights: {options.weights.name} is neither .safetensors nor .ckpt; convert it first")
+    print(f"{options.output}: {options.weights.name} with {what} of {', '.join(e.concept for e in patch.edits)}")
+
+
+def _combine(options: argparse.Namespace) -> None:
+    from slug_lightning.patch import UnlearnPatch
+
+    _refuse_existing(options.output)
+    combined = UnlearnPatch.combine([UnlearnPatch.load(path) for path in options.patches])
+    combined.save(options.output)
+    print(f"{options.output}: {len(combined.edits)} edits of {len(combined.base)} tensors")
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"output: {path} exists; name another file or remove it")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""Which tensors may be edited, and which of them are edited together."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from slug_lightning.errors import UnlearnError
+
+Granularity = Literal["tensor", "module", "siblings"]
+
+NOT_A_LAYER = re.compile(r"(^|[._])(logit_scale|logit_bias|class_emb|cls_token|pos_emb|position|token_emb|relative_pos)")
+"""Names of tensors that place or scale things and know nothing about a concept (SLUG, arXiv 2407.11867)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters that are scored and edited together.
+
+    Attributes:
+        name: the tensor's name, or for a group what its tensors' names have in common.
+        parameters: the tensors, by name.
+        tower: which front the layer competes on; models with one tower have "model".
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    tower: str = "model"
+
+
+def find_layers(
+    module: nn.Module,
+    layers: str | Sequence[str] = "*",
+    granularity: Granularity = "tensor",
+    towers: Mapping[str, str] | None = None,
+) -> list[Layer]:
+    """List the layers of `module` that may be edited.
+
+    Left out are frozen tensors, vectors (biases, norms), embeddings and logit scales, unless `layers` names one
+    exactly, without a wildcard. A tensor that stands under several names (tied weights) counts once, under the first.
+
+    Args:
+        module: any model.
+        layers: shell-style patterns of tensor names; a tensor counts if any of them matches.
+        granularity: "tensor", each by itself; "module", the tensors of one submodule together; "siblings", the
+            tensors of the submodules that share a parent (q, k and v; fc1 and fc2).
+        towers: name of a tower -> pattern of its tensors; the rest is a tower of its own, called "model".
+
+    Raises:
+        UnlearnError: if a pattern matches nothing (the message shows near misses), or if nothing is left.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [layer.name for layer in find_layers(net)]
+        ['0.weight', '2.weight']
+        >>> [layer.name for layer in find_layers(net, "2.*")]
+        ['2.weight']
+    """
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    named = dict(module.named_parameters())
+    for pattern in patterns:
+        _refuse_unmatched(pattern, named)
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters(recurse=False)
+    }
+    chosen = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    editable = {
+        name: p
+        for name, p in chosen.items()
+        if name in patterns or (p.ndim >= 2 and id(p) not in embeddings and not NOT_A_LAYER.search(name))
+    }
+    if not editable:
+        raise UnlearnError(
+            f"layers: {patterns} matches only vectors, embeddings or scales, which are left out; "
+            f"name one exactly to edit it all the same: {_some(chosen)}"
+        )
+    trainable = {name: p for name, p in editable.items() if p.requires_grad}
+    if not trainable:
+        raise UnlearnError(
+            f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited: {_some(editable)}"
+        )
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault(_group(name, granularity), {})[name] = parameter
+    return [Layer(group, members, _tower(next(iter(members)), towers or {})) for group, members in groups.items()]
+
+
+def _group(name: str, granularity: Granularity) -> str:
+    if granularity == "tensor":
+        return name
+    return ".".join(name.split(".")[: -1 if granularity == "module" else -2]) or "model"
+
+
+def _tower(name: str, towers: Mapping[str, str]) -> str:
+    return next((tower for tower, pattern in towers.items() if fnmatchcase(name, pattern)), "model")
+
+
+def _refuse_unmatched(pattern: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if not any(fnmatchcase(name, pattern) for name in names):
+        near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
+        raise UnlearnError(f"layers: {pattern!r} matches no parameter; near misses: {_some(near)}")
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,73 @@
+"""`slug-lightning fit`: LightningCLI, with everything of a run in one folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import slug_lightning.callbacks
+import slug_lightning.datamodules
+import slug_lightning.modules  # noqa: F401  (imported, so that a config may name classes by their short names)
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.errors import UnlearnError
+from slug_lightning.output import fresh_folder
+from slug_lightning.report import UnlearnReport
+
+CALLBACK = "slug_lightning.callbacks.UnlearnCallback"
+# Lightning reads a torch class that torch has renamed; nobody who runs this command can mend that.
+TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+
+
+class UnlearnCLI(LightningCLI):
+    """LightningCLI for one run: `output_dir` is where report, patch, weights, events and config go."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the folder of the run."""
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default="runs/unlearn",
+            help="Folder for report, patch, checkpoint, weights, figures, TensorBoard events and the resolved config. "
+            "If it holds a run already, a numbered folder beside it.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the folder, and let the logger and the callback write there."""
+        config = self.config.fit
+        folder = fresh_folder(config.output_dir)
+        config.output_dir = str(folder)
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(folder.parent), "name": "", "version": folder.name},
+            }
+        callbacks = config.trainer.callbacks or []
+        ours = [c for c in callbacks if str(c.class_path).rpartition(".")[2] == UnlearnCallback.__name__]
+        if not ours:
+            raise UnlearnError(f"trainer.callbacks: there is no UnlearnCallback; add one with class_path: {CALLBACK}")
+        for callback in ours:
+            callback.init_args.output_dir = str(folder)
+
+    @classmethod
+    def run(cls, args: Sequence[str]) -> UnlearnReport:
+        """Parse, forget, and give the report."""
+        warnings.filterwarnings("ignore", TORCH_NOISE)
+        settings: dict[str, Any] = {"overwrite": True}  # the folder is fresh, but Lightning may have made it
+        cli = cls(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs=settings,
+            args=["fit", *args],
+        )
+        report = next(c.report for c in cli.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
+        assert report is not None
+        print(f"{report.status}: {Path(cli.config.fit.output_dir).resolve()}")
+        return report

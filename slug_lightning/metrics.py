@@ -1,0 +1,124 @@
+"""When is something forgotten, and how much of the rest is lost: the two bounds, for any metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slug_lightning.errors import UnlearnError
+
+LOSS_WORDS = ("loss", "nll", "perplexity", "error", "mse", "mae")
+LIKELIHOOD_DROP = 10.0
+"""A loss counts as forgotten once the data are this many times less likely than before."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and which way is better.
+
+    Attributes:
+        name: as logged.
+        higher_is_better: True for an accuracy, False for a loss.
+        chance: what a model scores that knows nothing, or None where that cannot be told.
+    """
+
+    name: str
+    higher_is_better: bool
+    chance: float | None = None
+
+    def default_target(self, before: float) -> tuple[float, str]:
+        """Choose when the metric counts as forgotten, if the user did not.
+
+        An accuracy: chance. A loss: read as a negative log-likelihood in nats, `before + ln 10`, so that the data
+        are ten times less likely than before (per sample or token; a perplexity grows tenfold), but at least
+        `log(number of classes)` where that is known, and at least twice `before`. Why ten: from a trained model's
+        certainty it takes the truth below one in ten, so another answer wins; a fixed value or a mere doubling
+        would call 0.01 -> 0.02 forgotten. A loss with an upper bound, such as a cosine, may never get there: give
+        `forget_target` for it.
+
+        Returns:
+            The target and how it came about.
+
+        Raises:
+            UnlearnError: if the chance level of an accuracy is not known.
+
+        Example:
+            >>> Metric("accuracy", True, chance=0.1).default_target(0.95)
+            (0.1, 'chance level of accuracy')
+            >>> round(Metric("loss", False).default_target(0.2)[0], 3)
+            2.503
+        """
+        if self.higher_is_better:
+            if self.chance is None:
+                raise UnlearnError(
+                    f"forget_target: the chance level of {self.name!r} is not known; give forget_target=…, or set "
+                    "num_classes on the module"
+                )
+            return self.chance, f"chance level of {self.name}"
+        target = max(before + math.log(LIKELIHOOD_DROP), 2 * before)
+        how = f"{self.name} before + ln {LIKELIHOOD_DROP:g}: ten times less likely"
+        if self.chance is not None and self.chance > target:
+            return self.chance, f"{self.name} of a model that knows nothing"
+        return target, how
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it."""
+        return value <= target if self.higher_is_better else value >= target
+
+    def loss_of_retain(self, before: float, after: float) -> float:
+        """How much of what is kept was lost: absolute for an accuracy, relative for a loss; below 0 is a gain.
+
+        Example:
+            >>> round(Metric("accuracy", True).loss_of_retain(0.9, 0.88), 3)
+            0.02
+            >>> round(Metric("loss", False).loss_of_retain(2.0, 2.1), 3)
+            0.05
+        """
+        if self.higher_is_better:
+            return before - after
+        return (after - before) / abs(before) if before else after - before
+
+
+def damage(metrics: Mapping[str, Metric], before: Mapping[str, float], after: Mapping[str, float], tolerance: float) -> float:
+    """The worst retain metric's loss as a share of the tolerance: at most 1 where every bound holds.
+
+    Example:
+        >>> round(damage({"acc": Metric("acc", True)}, {"acc": 0.9}, {"acc": 0.89}, tolerance=0.02), 3)
+        0.5
+    """
+    # Equal counts divide to slightly different floats; the slack is far below one sample of any real set.
+    slack = 1e-9
+    lost = max(metric.loss_of_retain(before[name], after[name]) for name, metric in metrics.items())
+    if math.isnan(lost):
+        return math.inf
+    return (lost - slack) / (tolerance + slack) if lost > 0 else lost / (tolerance or 1.0)
+
+
+def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
+    """Find out which way a metric is better and where chance lies.
+
+    A logged torchmetrics object says so itself; else the name decides: one that contains "loss", "nll",
+    "perplexity", "error", "mse" or "mae" is a loss, any other an accuracy. Chance is what the module's `chance`
+    says (a number, or a dict by metric), else 1 / `num_classes` (for a loss its logarithm), read from the metric
+    object, the module or the module's `hparams`.
+
+    Example:
+        >>> class Net:
+        ...     num_classes = 4
+        >>> describe_metric("val_acc", Net())
+        Metric(name='val_acc', higher_is_better=True, chance=0.25)
+        >>> describe_metric("val_loss", Net()).chance == math.log(4)
+        True
+    """
+    higher = getattr(logged, "higher_is_better", None)
+    if higher is None:
+        higher = not any(word in name.lower() for word in LOSS_WORDS)
+    declared = getattr(module, "chance", None)
+    chance = declared.get(name) if isinstance(declared, Mapping) else declared
+    hparams = getattr(module, "hparams", None) or {}
+    classes = getattr(logged, "num_classes", None) or getattr(module, "num_classes", None) or hparams.get("num_classes")
+    if chance is None and isinstance(classes, int):
+        chance = 1 / classes if higher else math.log(classes)
+    return Metric(name, bool(higher), chance)

@@ -1,0 +1,88 @@
+"""Make any `nn.Module` a LightningModule that can forget: give it a loss and a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+
+class UnlearnModule(pl.LightningModule):
+    """Wraps a model with what forgetting needs: a loss to raise, a loss to keep low, a score to watch.
+
+    Args:
+        model: any module. Patches and plain weights carry its own tensor names.
+        loss: takes the model and a batch, gives the mean loss, a scalar. Serves forget and retain alike.
+        score: takes the model and a batch, gives a number a sample, `[B]`, such as 1 where the answer is right; its
+            mean over a set is the metric "score". Without it, the loss is the metric.
+        forget_loss: the loss of forget data, if it is another one.
+        chance: what a model scores that knows nothing; the default target of forgetting.
+        learning_rate: of AdamW, used only by a callback with `then="continue"`.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> def loss(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> def right(model, batch):
+        ...     return (model(batch[0]).argmax(1) == batch[1]).float()
+        >>> module = UnlearnModule(net, loss, right, chance=1 / 3)
+        >>> module.forget_metric, module.chance
+        ('score', 0.3333333333333333)
+    """
+
+    forget_metric: Optional[str] = None
+    retain_metric: Optional[str] = None
+    chance: Any = None
+    towers: Optional[dict[str, str]] = None
+    """Name of a tower -> pattern of its parameters, for a model whose towers are ranked apart."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        score: Optional[Callable[[nn.Module, Any], Tensor]] = None,
+        *,
+        forget_loss: Optional[Callable[[nn.Module, Any], Tensor]] = None,
+        chance: Optional[float] = None,
+        learning_rate: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.score = score
+        self.forget_loss = forget_loss or loss
+        self.learning_rate = learning_rate
+        if score is not None:
+            self.forget_metric = self.retain_metric = "score"
+            self.chance = chance
+
+    def forget_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean loss of a forget batch, which the edit raises."""
+        return self.forget_loss(self.model, batch)
+
+    def retain_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean loss of a retain batch, which the edit keeps low."""
+        return self.loss(self.model, batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Training goes on with the retain loss."""
+        loss = self.retain_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+    def scores(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
+        """Scores by metric name, one number a sample, `[B]`; NaN where a sample has none."""
+        return {} if self.score is None else {"score": self.score(self.model, batch)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the mean of every score over the samples that have one."""
+        for name, values in self.scores(batch, batch_idx).items():
+            valid = values[~values.isnan()]
+            if len(valid):
+                self.log(name, valid.float().mean(), batch_size=len(valid), on_epoch=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)

@@ -1,0 +1,39 @@
+"""Image (or any other) classifiers: a module that gives logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from slug_lightning.modules.base import UnlearnModule
+
+
+class ClassifierModule(UnlearnModule):
+    """Forgets classes: cross-entropy as both losses, accuracy as the metric, chance as the target.
+
+    Args:
+        model: gives logits, `[B, num_classes]`, for the first element of a batch; the second holds the labels, `[B]`.
+        num_classes: number of classes.
+        learning_rate: of AdamW, used only by a callback with `then="continue"`.
+
+    Example:
+        >>> module = ClassifierModule(nn.Linear(4, 10), num_classes=10)
+        >>> module.forget_metric, module.chance
+        ('accuracy', 0.1)
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int, *, learning_rate: float = 1e-5) -> None:
+        super().__init__(model, _loss, learning_rate=learning_rate)
+        self.num_classes = num_classes
+        self.chance = 1 / num_classes
+        self.forget_metric = self.retain_metric = "accuracy"
+
+    def scores(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Whether the highest logit is that of the label, `[B]`."""
+        return {"accuracy": (self.model(batch[0]).argmax(1) == batch[1]).float()}
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model(batch[0]), batch[1])

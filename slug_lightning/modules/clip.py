@@ -1,0 +1,241 @@
+"""CLIP: open_clip models by name, Hugging Face `CLIPModel`, and the small one that ships with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from slug_lightning.embedded import CLIP
+from slug_lightning.errors import UnlearnError
+from slug_lightning.modules.base import UnlearnModule
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class ClipModule(UnlearnModule):
+    """Forgets by the cosine of matching pairs, keeps by the contrastive loss, watches zero-shot accuracy.
+
+    A batch is a dict: `image`, `[B, 3, H, W]`, `text`, tokens `[B, T]`, and for each set of prompts the index of the
+    right one under the set's name, `[B]`, or -1 for a sample that has none.
+
+    `L_forget = mean(1 - cos(v_i, t_i))` over the pairs; `L_retain` is the symmetric contrastive loss of the batch
+    (SLUG, arXiv 2407.11867; contrastive loss: CLIP, arXiv 2103.00020, figure 3). The two towers compete on fronts of
+    their own.
+
+    Args:
+        model: name of an open_clip model ("ViT-B-32", "local-dir:…"), "hf:" and the name or folder of a transformers
+            `CLIPModel`, or a model of either library.
+        pretrained: open_clip tag or checkpoint file; None for random weights.
+        prompts: classes by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
+            `identity_accuracy`. Without prompts the losses are the metrics, and `forget_target` must be given: the
+            forget loss is at most 2.
+        tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is given as an object and there are prompts.
+        learning_rate: of AdamW, used only by a callback with `then="continue"`.
+
+    Example:
+        >>> module = ClipModule(f"local-dir:{CLIP}", prompts={"animal": ["cat", "dog"]})
+        >>> module.chance
+        {'animal_accuracy': 0.5}
+    """
+
+    towers = {"vision": "model.vis*", "text": "*"}
+
+    def __init__(
+        self,
+        model: Union[str, nn.Module],
+        pretrained: Optional[str] = None,
+        prompts: Optional[dict[str, list[str]]] = None,
+        *,
+        tokenizer: Optional[Tokenizer] = None,
+        learning_rate: float = 1e-5,
+    ) -> None:
+        if isinstance(model, str):
+            model, tokenizer = load_clip(model, pretrained)
+        super().__init__(model, contrastive_loss, forget_loss=matching_loss, learning_rate=learning_rate)
+        self.prompts = {name: list(classes) for name, classes in (prompts or {}).items()}
+        self.chance = {f"{name}_accuracy": 1 / len(classes) for name, classes in self.prompts.items()}
+        if self.prompts:
+            if tokenizer is None:
+                raise UnlearnError("tokenizer: prompts are given, and a model object brings no tokenizer; pass tokenizer=…")
+            names = list(self.chance)
+            self.forget_metric, self.retain_metric = names[0], names if len(names) > 1 else names[0]  # type: ignore[assignment]
+        for name, classes in self.prompts.items():
+            assert tokenizer is not None
+            self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
+        self._classes: dict[str, Tensor] = {}
+
+    def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Zero-shot: whether the nearest prompt of a set is the right one, `[B]`; NaN for a label of -1."""
+        names = [name for name in self.prompts if name in batch and (batch[name] >= 0).any()]
+        if batch_idx == 0:  # the prompts don't change within a pass, and there may be thousands
+            self._classes.clear()
+        image = encode_image(self.model, batch["image"])
+        found = {}
+        for name in names:
+            if name not in self._classes:
+                self._classes[name] = encode_text(self.model, self.get_buffer(f"{name}_tokens"))
+            right = (image @ self._classes[name].T).argmax(1) == batch[name]
+            found[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
+        return found
+
+
+class EmbeddedClip(ClipModule):
+    """The CLIP that ships with the package: small, ours, trained on emoji only. It knows 234 things and 5 styles.
+
+    Example:
+        >>> module = EmbeddedClip()
+        >>> sorted(module.chance)
+        ['style_accuracy', 'thing_accuracy']
+    """
+
+    def __init__(self, *, learning_rate: float = 1e-5) -> None:
+        from slug_lightning.datamodules.emoji import load_drawings
+
+        drawings = load_drawings()
+        prompts = {"style": [f"{style} style" for style in drawings.style_names], "thing": drawings.thing_names}
+        super().__init__(f"local-dir:{CLIP}", prompts=prompts, learning_rate=learning_rate)
+
+
+def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, Tokenizer]:
+    """Load a CLIP and its tokenizer by name.
+
+    Args:
+        name: as in `ClipModule`.
+        pretrained: likewise.
+
+    Raises:
+        UnlearnError: if the library is missing.
+    """
+    if name.startswith("hf:"):
+        try:
+            from transformers import AutoTokenizer, CLIPModel
+        except ImportError as error:
+            raise UnlearnError('model: transformers is missing; pip install "slug-lightning[hf]"') from error
+        tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
+        model = CLIPModel.from_pretrained(name.removeprefix("hf:"))
+        length = model.config.text_config.max_position_embeddings
+
+        def tokenize(texts: list[str]) -> Tensor:
+            return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+        return model, tokenize
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UnlearnError('model: open_clip is missing; pip install "slug-lightning[clip]"') from error
+    return open_clip.create_model(name, pretrained=pretrained), open_clip.get_tokenizer(name)
+
+
+def encode_image(model: nn.Module, images: Tensor) -> Tensor:
+    """Unit image features, `[B, D]`, of an open_clip or transformers model."""
+    encode: Any = getattr(model, "get_image_features", None) or model.encode_image
+    return normalize(_features(encode(images)).float(), dim=-1)
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Unit text features, `[B, D]`, of an open_clip or transformers model."""
+    encode: Any = getattr(model, "get_text_features", None) or model.encode_text
+    return normalize(_features(encode(tokens)).float(), dim=-1)
+
+
+def _features(output: Any) -> Tensor:
+    # transformers 5 gives the tower's output object, whose pooled part holds the projected features.
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def matching_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """`mean(1 - cos(v_i, t_i))` over the matching pairs, in [0, 2]."""
+    return (1 - (encode_image(model, batch["image"]) * encode_text(model, batch["text"])).sum(-1)).mean()
+
+
+def contrastive_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Symmetric cross-entropy of the batch's image-text similarities, at least 0."""
+    logits = encode_image(model, batch["image"]) @ encode_text(model, batch["text"]).T * model.logit_scale.exp()  # type: ignore[operator]
+    truth = torch.arange(len(logits), device=logits.device)
+    return (cross_entropy(logits, truth) + cross_entropy(logits.T, truth)) / 2
+
+
+def to_hugging_face(model: nn.Module) -> nn.Module:
+    """Make a transformers `CLIPModel` with the weights of an open_clip ViT model: same features, other names.
+
+    Args:
+        model: open_clip model with a vision transformer, a text tower that pools at the end token (the highest id) and
+            exact GELU.
+
+    Returns:
+        The `CLIPModel`, in evaluation mode.
+
+    Raises:
+        UnlearnError: if the model is no such CLIP.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    source = model.state_dict()
+    if "visual.conv1.weight" not in source or "positional_embedding" not in source:
+        raise UnlearnError("model: not an open_clip CLIP with a vision transformer; only such have a transformers twin")
+    patch, image = source["visual.conv1.weight"].shape[-1], model.visual.image_size  # type: ignore[union-attr]
+    end = source["token_embedding.weight"].shape[0] - 1
+    text = _tower_config(source, "transformer", model.transformer) | {  # type: ignore[arg-type]
+        "vocab_size": end + 1,
+        "max_position_embeddings": source["positional_embedding"].shape[0],
+        "eos_token_id": end,
+        "bos_token_id": end - 1,
+        "pad_token_id": 0,
+    }
+    vision = _tower_config(source, "visual.transformer", model.visual.transformer) | {  # type: ignore[union-attr,arg-type]
+        "patch_size": patch,
+        "image_size": image[0] if isinstance(image, Sequence) else image,
+    }
+    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=source["text_projection"].shape[1]))
+    twin.load_state_dict(_hugging_face_tensors(source), strict=True)
+    return twin.eval()
+
+
+def _tower_config(source: dict[str, Tensor], prefix: str, transformer: nn.Module) -> dict[str, Any]:
+    hidden = source[f"{prefix}.resblocks.0.mlp.c_fc.weight"]
+    return {
+        "hidden_size": hidden.shape[1],
+        "intermediate_size": hidden.shape[0],
+        "num_hidden_layers": len(transformer.resblocks),  # type: ignore[arg-type]
+        "num_attention_heads": transformer.resblocks[0].attn.num_heads,  # type: ignore[index]
+        "hidden_act": "gelu",
+    }
+
+
+def _hugging_face_tensors(source: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, split the fused q/k/v, and transpose the projections, which transformers keeps as linear layers."""
+    outer = {
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "logit_scale": "logit_scale",
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    inner["attn.out_proj"] = "self_attn.out_proj"
+    made = {"visual_projection.weight": source["visual.proj"].T, "text_projection.weight": source["text_projection"].T}
+    for name, tensor in source.items():
+        if name in ("visual.proj", "text_projection", "attn_mask"):
+            continue
+        stem, _, kind = name.rpartition(".")
+        if name in outer or stem in outer:
+            made[outer[name] if name in outer else f"{outer[stem]}.{kind}"] = tensor
+            continue
+        tower, _, rest = name.partition("transformer.resblocks.")
+        number, _, part = rest.partition(".")
+        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
+        if part.startswith("attn.in_proj"):
+            for letter, share in zip("qkv", tensor.chunk(3), strict=True):
+                made[f"{layer}.self_attn.{letter}_proj.{part.rpartition('_')[2]}"] = share
+        else:
+            short, _, kind = part.rpartition(".")
+            made[f"{layer}.{inner[short]}.{kind}"] = tensor
+    return made

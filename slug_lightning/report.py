@@ -1,0 +1,197 @@
+"""The evidence: what was edited, why, what it cost and how well it held; plain data -> JSON, table, figures."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slug_lightning.patch import UnlearnPatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Values = dict[str, float]
+
+
+@dataclass
+class UnlearnReport:
+    """Everything a run found out.
+
+    Attributes:
+        status: "unlearned", or "infeasible" where no step met both bounds and the weights are as they were.
+        concept: what was to be forgotten, in words.
+        layer: the edited layer, or None.
+        tensors: names of the edited tensors.
+        step_size: λ, or None.
+        relative_step: λ‖g_f‖/‖θ‖, or None.
+        bounds: metrics, directions, target and tolerance, and where the target came from.
+        scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
+        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, damage.
+        before: metrics on report data, which the search never saw: `{"forget": {...}, "retain": {...}}`.
+        after: the same after the edit.
+        search_before: the same on search data.
+        search_after: the same on search data.
+        holds: whether both bounds hold on report data as well; None if infeasible.
+        cost: seconds by phase, evaluations, samples forward and backward.
+        notes: what was decided on the way, such as how a single set was split.
+        versions: of the libraries.
+        patch_digest: of the patch.
+        patch: the edit itself; saved beside the report, not in it.
+
+    Example:
+        >>> report = UnlearnReport(status="infeasible", concept="cats")
+        >>> UnlearnReport.from_dict(report.to_dict()) == report
+        True
+    """
+
+    status: Literal["unlearned", "infeasible"]
+    concept: str
+    layer: str | None = None
+    tensors: list[str] = field(default_factory=list)
+    step_size: float | None = None
+    relative_step: float | None = None
+    bounds: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Values] = field(default_factory=dict)
+    after: dict[str, Values] = field(default_factory=dict)
+    search_before: dict[str, Values] = field(default_factory=dict)
+    search_after: dict[str, Values] = field(default_factory=dict)
+    holds: bool | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    patch_digest: str | None = None
+    patch: UnlearnPatch | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the patch."""
+        return asdict(replace(self, patch=None), dict_factory=lambda items: {k: v for k, v in items if k != "patch"})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> UnlearnReport:
+        """The inverse of `to_dict`; what a newer version added is left out."""
+        known = {f.name for f in fields(cls)} - {"patch"}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report, without the patch, as JSON; a metric that isn't finite is written as null."""
+        Path(path).write_text(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> UnlearnReport:
+        """Read what `to_json` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def to_text(self, width: int = 100) -> str:
+        """The closing table, as text of at most `width` columns."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.concept}: {self.status}", title_justify="left", title_style="bold")
+        for column in ("report data", "before", "after", "bound"):
+            table.add_column(column, justify="left" if column == "report data" else "right")
+        for kind in ("forget", "retain"):
+            for name, value in self.before.get(kind, {}).items():
+                table.add_row(f"{kind}: {name}", f"{value:.4f}", f"{self.after[kind][name]:.4f}", self._bound(kind, name, value))
+        table.add_section()
+        if self.layer is not None:
+            table.add_row("layer", "", "", self.layer)
+            table.add_row("relative step", "", "", f"{self.relative_step:.4f}")
+        seconds = self.cost.get("seconds", {})
+        for phase, spent in seconds.items():
+            table.add_row(f"{phase}", "", f"{spent:.1f} s", f"{100 * spent / (sum(seconds.values()) or 1):.0f} %")
+        table.add_row("evaluations", "", "", str(len(self.trace)))
+        stream = io.StringIO()
+        Console(file=stream, width=width, no_color=True).print(table)
+        verdict = {True: "Both bounds hold on report data as well.", False: "On report data a bound does not hold.", None: ""}
+        if self.status == "infeasible":
+            verdict[None] = "No step along a front layer meets both bounds; the weights are as they were."
+        return stream.getvalue() + verdict[self.holds]
+
+    def _bound(self, kind: str, name: str, before: float) -> str:
+        higher = self.bounds["higher_is_better"][name]
+        if kind == "forget":
+            return f"{'≤' if higher else '≥'} {self.bounds['forget_target']:.4f}"
+        tolerance = self.bounds["retain_tolerance"]
+        return f"≥ {before - tolerance:.4f}" if higher else f"≤ {before + tolerance * abs(before):.4f}"
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point."""
+        return {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
+
+    def _pareto_figure(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for number, tower in enumerate(sorted({s["tower"] for s in self.scores})):
+            scores = [s for s in self.scores if s["tower"] == tower]
+            front = sorted((s for s in scores if s["on_front"]), key=lambda s: s["importance"])
+            color = f"C{number}"
+            axes.scatter([s["importance"] for s in scores], [s["alignment"] for s in scores], s=14, alpha=0.4, color=color)
+            axes.plot(
+                [s["importance"] for s in front], [s["alignment"] for s in front], "o-", color=color, label=f"{tower}: front"
+            )
+            for place, s in enumerate(front):
+                shift = (5, 5 if place % 2 else -11)
+                axes.annotate(s["layer"], (s["importance"], s["alignment"]), shift, textcoords="offset points", fontsize=7)
+        for s in self.scores:
+            if s["layer"] == self.layer:
+                axes.plot(s["importance"], s["alignment"], "*", color="black", markersize=15, label=f"edited: {self.layer}")
+        axes.set(xscale="log", xlabel="importance ‖g_f‖ / ‖θ‖  (right is better)", ylabel="|cos(g_f, g_r)|  (low is better)")
+        axes.set_title(f"Layers for forgetting {self.concept}")
+        axes.margins(x=0.15, y=0.1)
+        axes.legend(fontsize=8)
+        return figure
+
+    def _trade_off_figure(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        (forget_name, forget_before), *_ = self.search_before["forget"].items()
+        retain_name = next(iter(self.search_before["retain"]))
+        for layer in dict.fromkeys(t["layer"] for t in self.trace):
+            chosen = layer == self.layer
+            style: dict[str, Any] = {
+                "color": "black" if chosen else None,
+                "zorder": 3 if chosen else 2,
+                "linewidth": 2 if chosen else 1,
+            }
+            trials = sorted((t for t in self.trace if t["layer"] == layer), key=lambda t: t["relative_step"])
+            steps = [0.0, *(t["relative_step"] for t in trials)]
+            left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
+            held = [t for t in trials if t["retain"]]
+            right.plot([t["retain"][retain_name] for t in held], [t["forget"] for t in held], ".", markersize=9, **style)
+        if self.search_after and self.layer is not None:
+            star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
+            after = self.search_after["forget"][forget_name]
+            left.plot(self.relative_step, after, **star)
+            right.plot(self.search_after["retain"][retain_name], after, label="chosen", **star)
+        before = self.search_before["retain"][retain_name]
+        right.plot(before, forget_before, "s", color="grey", label="before")
+        tolerance = self.bounds["retain_tolerance"]
+        bound = before - tolerance if self.bounds["higher_is_better"][retain_name] else before + tolerance * abs(before)
+        right.axvline(bound, color="grey", linestyle=":", label="retain bound")
+        for axes in (left, right):
+            axes.axhline(self.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
+            axes.set_ylabel(f"forget: {forget_name}")
+        left.set_xscale("symlog", linthresh=0.01)
+        left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Search data: forgetting over the step")
+        right.set(xlabel=f"retain: {retain_name}", title="Search data: what it costs")
+        left.legend(fontsize=6)
+        right.legend(fontsize=8)
+        return figure
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value

@@ -1,0 +1,149 @@
+"""Call a LightningModule's own steps outside the training loop, leave no trace, and read what they log."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torchmetrics
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+
+from slug_lightning.errors import UnlearnError
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards modes, buffers, metric states and random numbers are as before.
+
+    Example:
+        >>> net = nn.BatchNorm1d(2)
+        >>> with untouched(net):
+        ...     net.running_mean.add_(1), net.training
+        (tensor([1., 1.]), False)
+        >>> net.running_mean, net.training
+        (tensor([0., 0.]), True)
+    """
+    modes = {m: m.training for m in module.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
+    states = {m: {key: _copied(value) for key, value in m.metric_state.items()} for m in metrics}
+    counts = {m: (m._update_count, m._computed) for m in metrics}
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            module.eval()
+            yield
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+            for m, state in states.items():
+                for key, value in state.items():
+                    setattr(m, key, value)
+                m._update_count, m._computed = counts[m]
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _copied(state: Any) -> Any:
+    return [t.detach().clone() for t in state] if isinstance(state, list) else state.detach().clone()
+
+
+class LogReader:
+    """Stands in for a module's `log` and `log_dict`: keeps what is logged as means weighted by samples.
+
+    Example:
+        >>> reader = LogReader()
+        >>> for value, count in ((1.0, 1), (0.0, 3)):
+        ...     reader.samples = count
+        ...     reader.log("accuracy", value)
+        >>> reader.values()
+        {'accuracy': 0.25}
+    """
+
+    def __init__(self) -> None:
+        self.samples = 1
+        """Samples of the batch at hand: the weight of what is logged without `batch_size`."""
+        self.sums: dict[str, Tensor | float] = {}
+        self.weights: dict[str, int] = {}
+        self.objects: dict[str, torchmetrics.Metric] = {}
+
+    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
+        """Take one value as `LightningModule.log` would: a number, a one-element tensor or a torchmetrics object."""
+        if isinstance(value, torchmetrics.Metric):
+            self.objects[name] = value
+            return
+        weight = self.samples if batch_size is None else batch_size
+        if isinstance(value, Tensor):
+            value = value.detach().double().squeeze() if value.device.type != "mps" else value.detach().float().squeeze()
+        # A batch without a single sample of this kind logs a mean over nothing, which is NaN.
+        if weight:
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+            self.weights[name] = self.weights.get(name, 0) + weight
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Take several values at once, also a torchmetrics `MetricCollection`."""
+        for name, value in dictionary.items():
+            self.log(name, value, *args, batch_size=batch_size, **kwargs)
+
+    def values(self) -> dict[str, float]:
+        """What was logged so far, by name."""
+        found = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
+        return found | {name: float(metric.compute()) for name, metric in self.objects.items()}
+
+
+@contextmanager
+def read_logs(module: nn.Module) -> Iterator[LogReader]:
+    """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops.
+
+    Metric objects of the module start empty.
+    """
+    for metric in module.modules():
+        if isinstance(metric, torchmetrics.Metric):
+            metric.reset()
+    reader = LogReader()
+    # On the instance, so that the class and every other instance stay as they are.
+    vars(module).update(log=reader.log, log_dict=reader.log_dict)
+    try:
+        yield reader
+    finally:
+        del vars(module)["log"], vars(module)["log_dict"]
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """Find the loss in what a step returns: a tensor, a dict with "loss", or None to leave the batch out.
+
+    Raises:
+        UnlearnError: if it is something else, or not a scalar.
+
+    Example:
+        >>> loss_in({"loss": torch.tensor(2.0), "predictions": torch.zeros(3)})
+        tensor(2.)
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UnlearnError(
+            "training_step: it must return a scalar loss, a dict with 'loss' or None, not "
+            f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}; or define forget_step and retain_step"
+        )
+    return loss.squeeze()
+
+
+def batch_samples(batch: Any) -> int:
+    """Count the samples of a batch: the first dimension of the first tensor in it.
+
+    Example:
+        >>> batch_samples({"image": torch.zeros(5, 3, 8, 8), "label": torch.zeros(5)})
+        5
+    """
+    return extract_batch_size(batch)
