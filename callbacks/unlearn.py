@@ -12,9 +12,9 @@ from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
 import torch
-from slug_lightning.datamodules.base import resolve_loaders
 from torch import Tensor
 
+from slug_lightning.datamodules.base import resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
 from slug_lightning.loggers import publish

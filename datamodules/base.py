@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
 
 from slug_lightning.errors import UnlearnError
 
@@ -51,7 +51,12 @@ class EveryFourth:
         self.turns = turns
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for number, batch in enumerate(self.loader) if number % 4 in self.turns)
+        number = -1
+        for number, batch in enumerate(self.loader):
+            if number % 4 in self.turns:
+                yield batch
+        if number < min(self.turns):
+            raise UnlearnError(f"a stream has only {number + 1} batches; give at least 4, or a loader for each split")
 
 
 def split_indices(count: int, seed: int = 0) -> dict[Split, list[int]]:
@@ -204,7 +209,7 @@ class UnlearnDataModule(pl.LightningDataModule):
 
     def _loader(self, kind: str, split: Split) -> DataLoader:
         if kind not in self._parts:
-            raise UnlearnError(f"{kind}: no dataset was given; pass {kind}=… to {type(self).__name__}")
+            raise UnlearnError(f"{kind}: no dataset was given; pass {kind}=… to {type(self).__name__}, or call its setup()")
         return DataLoader(
             self._parts[kind][split],
             batch_size=self.batch_size,
@@ -218,8 +223,8 @@ def resolve_loaders(forget: Any, retain: Any, datamodule: pl.LightningDataModule
 
     Args:
         forget: a DataLoader or any iterable of batches, a list of them (read one after the other), a
-            LightningDataModule (its train, val and test loaders serve gradient, search and report), a dict with one
-            of these under the concept's name, or None to take it from `datamodule`.
+            LightningDataModule (its train, val and test loaders serve gradient, search and report), a dict of loaders
+            by split ("train", "val", "test"), or None to take it from `datamodule`.
         retain: likewise.
         datamodule: the trainer's own, asked for what is None: an `UnlearnDataModule`, or any datamodule whose
             loaders are dicts with the keys "forget" and "retain".
@@ -254,8 +259,9 @@ def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
 def _loader_of(datamodule: pl.LightningDataModule, split: Split) -> Any:
     """A datamodule's loader of one split, or None where it defines none."""
     name = f"{split}_dataloader"
-    defined = getattr(type(datamodule), name) is not getattr(pl.LightningDataModule, name)
-    return getattr(datamodule, name)() if defined else None
+    loader = getattr(datamodule, name)  # `from_datasets` sets it on the instance
+    inherited = getattr(loader, "__func__", None) is getattr(pl.LightningDataModule, name)
+    return None if inherited else loader()
 
 
 def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
@@ -276,7 +282,11 @@ def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
         if len(given) == len(SPLITS):
             return given, f"{kind}: three loaders were given"
         parts, note = _three_loaders(kind, source["train"])
-        return parts | {split: given[split] for split in ("val", "test") if split in given}, note
+        for split in set(given) - {"train"}:  # what was split off for it serves the gradient after all
+            parts["train"] = Chained([parts["train"], parts[split]])
+            parts[split] = given[split]
+            note += f"; instead of the {split} part, a loader that was given"
+        return parts, note
     if isinstance(source, (list, tuple)):
         if not source:
             raise UnlearnError(f"{kind}: the list of loaders is empty")
@@ -284,7 +294,7 @@ def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
         return {split: Chained(parts[split] for parts, _ in each) for split in SPLITS}, "; ".join(n for _, n in each)
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
         return _split_loader(kind, source)
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, (torch.Tensor, str)):
         raise UnlearnError(f"{kind}: a {type(source).__name__} is no DataLoader, LightningDataModule or list of loaders")
     if iter(source) is source:
         raise UnlearnError(f"{kind}: an iterator can be read only once; give something that starts anew, like a DataLoader")
@@ -302,14 +312,29 @@ def _chained(loader: Any) -> Batches:
 
 def _split_loader(kind: str, loader: DataLoader) -> tuple[dict[Split, Batches], str]:
     """Split a DataLoader's dataset, and read the parts with the loader's own settings."""
-    # The sampler says which samples are meant (SubsetRandomSampler), but may repeat some (weighted, padded).
-    plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
-    drawn = loader.sampler if plain else (i for batch in cast(Iterable[list[int]], loader.batch_sampler) for i in batch)
-    meant = Subset(loader.dataset, sorted(set(drawn)))
+    sampler, batch_size = loader.sampler, loader.batch_size
+    if type(loader.batch_sampler) is BatchSampler:
+        sampler, batch_size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
+    elif loader.batch_sampler is not None:
+        batches = list(cast(Iterable[list[int]], loader.batch_sampler))
+        sampler, batch_size = [i for batch in batches for i in batch], max(map(len, batches), default=1)
+    meant = Subset(loader.dataset, _meant(sampler, len(cast(Sized, loader.dataset))))
     parts, note = three_parts(kind, meant, None, None)
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    options = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn, "pin_memory": loader.pin_memory}
+    options: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+    }
     return {split: DataLoader(part, batch_size=batch_size, **options) for split, part in parts.items()}, note
+
+
+def _meant(sampler: Iterable[int], count: int) -> list[int]:
+    """Which of `count` samples a sampler means, each once: it may repeat some, and draw them at random."""
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero()[:, 0].tolist()
+    if isinstance(sampler, RandomSampler):
+        return list(range(count))
+    return sorted({int(i) for i in sampler})
 
 
 def _refuse_same_data(forget: dict[Split, Batches], retain: dict[Split, Batches]) -> None:
@@ -335,9 +360,10 @@ def _samples(loaders: dict[Split, Batches]) -> set[tuple[int, int]]:
             if dataset is None or isinstance(dataset, IterableDataset):
                 found.add((id(dataset if dataset is not None else loader), -1))
                 continue
-            indices = list(range(len(dataset)))
+            sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+            indices = _meant(sampler, len(dataset))
             while isinstance(dataset, Subset):
-                indices = [dataset.indices[i] for i in indices]
+                indices = [int(dataset.indices[i]) for i in indices]
                 dataset = dataset.dataset
             found.update((id(dataset), i) for i in indices)
     return found

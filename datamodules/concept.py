@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from slug_lightning.datamodules.base import UnlearnDataModule
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.errors import UnlearnError
 
 

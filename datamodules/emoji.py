@@ -9,10 +9,10 @@ import tarfile
 from typing import NamedTuple, Optional
 
 import torch
-from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.embedded import CLIP, SHARD
 from slug_lightning.errors import UnlearnError
 

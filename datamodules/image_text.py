@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slug_lightning.datamodules.base import UnlearnDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.errors import UnlearnError
 
 Transform = Callable[[Any], Tensor]
@@ -107,7 +107,7 @@ class ImageTextPairs(Dataset):
 
 
 class ImageTextFolder(ImageTextPairs):
-    """The images that a CSV names, with the captions beside them.
+    r"""The images that a CSV names, with the captions beside them.
 
     Args:
         folder: where relative image paths start.
@@ -128,7 +128,7 @@ class ImageTextFolder(ImageTextPairs):
         >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (4, 4)).save(folder / "cat.png")
-        >>> _ = (folder / "pairs.csv").write_text("filepath,title,style\\ncat.png,a small cat,2\\n")
+        >>> _ = (folder / "pairs.csv").write_text("filepath,title,style\ncat.png,a small cat,2\n")
         >>> data = ImageTextFolder(
         ...     folder, folder / "pairs.csv", lambda image: torch.zeros(3, *image.size),
         ...     lambda texts: torch.ones(len(texts), 5).long(), label_columns=["style"],

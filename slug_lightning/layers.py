@@ -83,7 +83,8 @@ def find_layers(
     trainable = {name: p for name, p in editable.items() if p.requires_grad}
     if not trainable:
         raise UnlearnError(
-            f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited: {_some(editable)}"
+            f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited: "
+            f"{_some(editable)}"
         )
     groups: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in trainable.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ class UnlearnPatch:
                     raise PatchError(f"{name}: the patches were made on different bases; make them anew on one model")
                 base[name] = tensor
         edits = sorted((edit for patch in patches for edit in patch.edits), key=lambda edit: edit.digest)
-        for one, next_one in zip(edits, edits[1:], strict=False):
+        for one, next_one in itertools.pairwise(edits):
             if one.digest == next_one.digest:
                 raise PatchError(f"combine: the edit for {one.concept!r} occurs twice")
         return UnlearnPatch(dict(sorted(base.items())), edits)

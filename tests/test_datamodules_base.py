@@ -7,15 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slug_lightning.datamodules.base import (
-    SPLITS,
-    Chained,
-    UnlearnDataModule,
-    UnlearnLoaders,
-    resolve_loaders,
-    split_indices,
-    three_parts,
-)
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,6 +18,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from slug_lightning.datamodules.base import (
+    SPLITS,
+    Chained,
+    UnlearnDataModule,
+    UnlearnLoaders,
+    resolve_loaders,
+    split_indices,
+    three_parts,
+)
 from slug_lightning.errors import UnlearnError
 
 FORGET, RETAIN = range(24), range(100, 140)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
-from slug_lightning.datamodules.base import SPLITS, resolve_loaders
-from slug_lightning.datamodules.concept import ConceptDataModule
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from slug_lightning.datamodules.base import SPLITS, resolve_loaders
+from slug_lightning.datamodules.concept import ConceptDataModule
 from slug_lightning.errors import UnlearnError
 
 LABELS = [i % 5 for i in range(40)]

@@ -18,9 +18,9 @@ from pathlib import Path
 import open_clip
 import torch
 from safetensors.torch import save_file
-from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, load_drawings, render
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, load_drawings, render
 from slug_lightning.embedded import CLIP
 
 SEED, STEPS, BATCH, WARMUP, RATE = 0, 2000, 256, 150, 1e-3

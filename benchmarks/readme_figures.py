@@ -1,0 +1,70 @@
+"""Copy the figures of a demo run to where the README shows them, and draw what the demo forgot.
+
+make demo && make figures
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from slug_lightning import UnlearnReport
+from slug_lightning.datamodules.emoji import load_drawings, render
+from slug_lightning.modules import EmbeddedClip
+from slug_lightning.modules.clip import encode_image, encode_text
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def answers(module: EmbeddedClip, images: torch.Tensor) -> dict[str, list[str]]:
+    """What the model says of each image: its style and its thing."""
+    drawings = load_drawings()
+    found = {}
+    with torch.no_grad():
+        features = encode_image(module.model, images)
+        for kind, names in (("style", drawings.style_names), ("thing", drawings.thing_names)):
+            classes = encode_text(module.model, module.get_buffer(f"{kind}_tokens"))
+            found[kind] = [names[i] for i in (features @ classes.T).argmax(1)]
+    return found
+
+
+def draw_answers(run: Path) -> Figure:
+    """Pictures of every style with the model's answers before and after."""
+    drawings = load_drawings()
+    concept = UnlearnReport.from_json(run / "report.json").concept.removesuffix(" style")
+    things = torch.randperm(len(drawings.thing_names), generator=torch.Generator().manual_seed(3))[:8]
+    styles = [concept] * 5 + [style for style in drawings.style_names if style != concept][:3]
+    rows = [
+        int(((drawings.things == t) & (drawings.styles == drawings.style_names.index(s))).nonzero())
+        for t, s in zip(things, styles, strict=True)
+    ]
+    images = render(drawings.pictures[rows], torch.Generator().manual_seed(5))
+    before = EmbeddedClip().eval()
+    after = EmbeddedClip().eval()
+    after.model.load_state_dict(load_file(run / "weights.safetensors"))
+    said = answers(before, images), answers(after, images)
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    for i, axes in enumerate(figure.subplots(1, 8)):
+        axes.imshow((images[i].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1).numpy())
+        axes.axis("off")
+        lines = [f"{when}: {s['style'][i]},\n{s['thing'][i]}" for when, s in zip(("before", "after"), said, strict=True)]
+        axes.set_title(f"drawn by {styles[i]}", fontsize=8, color="crimson" if styles[i] == concept else "black")
+        axes.text(0.5, -0.05, "\n".join(lines), fontsize=7, ha="center", va="top", transform=axes.transAxes)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
+    run = parser.parse_args().run
+    DOCS.mkdir(exist_ok=True)
+    for name, figure in UnlearnReport.from_json(run / "report.json").figures().items():
+        figure.savefig(DOCS / f"{name}.png", dpi=110)
+    draw_answers(run).savefig(DOCS / "answers.png", dpi=110)
+    print(f"wrote {', '.join(sorted(path.name for path in DOCS.glob('*.png')))} to {DOCS}")
+
+
+if __name__ == "__main__":
+    main()

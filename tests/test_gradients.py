@@ -1,0 +1,151 @@
+"""One gradient over all samples, whatever the batches, the precision and the parameters that take no part."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.gradients import mean_gradient
+
+SAMPLES = 12
+
+
+def regression(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randn(SAMPLES, generator=generator, dtype=torch.float64).to(dtype)
+    w = torch.randn(3, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, y, w
+
+
+def mse_of(w):
+    def loss_of(batch, number):
+        x, y = batch
+        return (x @ w - y).square().mean(), len(y)
+
+    return loss_of
+
+
+def test_of_a_linear_model_with_squared_error_it_is_the_closed_form():
+    x, y, w = regression()
+    gradient = mean_gradient(mse_of(w), [(x, y)], {"w": w})
+    residual = x @ w.detach() - y
+    torch.testing.assert_close(gradient.tensors["w"], 2 * x.T @ residual / SAMPLES)
+    assert gradient.loss == pytest.approx(residual.square().mean().item())
+    assert gradient.samples == SAMPLES
+
+
+@settings(deadline=None, max_examples=50)
+@given(cuts=st.sets(st.integers(1, SAMPLES - 1)), shuffle=st.permutations(range(SAMPLES)))
+def test_the_gradient_does_not_depend_on_batching_or_order(cuts, shuffle):
+    x, y, w = regression()
+    edges = [0, *sorted(cuts), SAMPLES]
+    parts = [shuffle[a:b] for a, b in itertools.pairwise(edges)]
+    gradient = mean_gradient(mse_of(w), [(x[p], y[p]) for p in parts], {"w": w})
+    whole = mean_gradient(mse_of(w), [(x, y)], {"w": w})
+    torch.testing.assert_close(gradient.tensors["w"], whole.tensors["w"], rtol=1e-12, atol=1e-14)
+    assert gradient.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert gradient.samples == SAMPLES
+
+
+def test_a_step_along_it_raises_the_loss():
+    x, y, w = regression()
+    gradient = mean_gradient(mse_of(w), [(x, y)], {"w": w})
+    moved = w.detach() + 1e-6 * gradient.tensors["w"]
+    assert mse_of(moved)((x, y), 0)[0] > gradient.loss
+
+
+@pytest.mark.parametrize("before", [None, 7.0])
+def test_grad_is_not_touched(before):
+    x, y, w = regression()
+    w.grad = None if before is None else torch.full_like(w, before)
+    mean_gradient(mse_of(w), [(x, y)] * 2, {"w": w})
+    assert w.grad is None if before is None else torch.equal(w.grad, torch.full_like(w, before))
+
+
+def test_neither_parameters_nor_the_graph_are_changed():
+    x, y, w = regression()
+    before = w.detach().clone()
+    gradient = mean_gradient(mse_of(w), [(x, y)], {"w": w})
+    assert torch.equal(w.detach(), before)
+    assert not gradient.tensors["w"].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_fp32(dtype):
+    w = torch.ones(1, dtype=dtype, requires_grad=True)
+    values = [2048.0] + [1.0] * 511  # in either half precision 2048 + 1 is 2048
+    batches = [torch.tensor([v], dtype=dtype) for v in values]
+    gradient = mean_gradient(lambda x, _: ((x * w).sum(), 1), batches, {"w": w}).tensors["w"]
+    assert gradient.dtype == torch.float32
+    assert gradient.item() == sum(values) / len(values)
+
+
+def test_fp64_stays_fp64():
+    x, y, w = regression()
+    assert mean_gradient(mse_of(w), [(x, y)], {"w": w}).tensors["w"].dtype == torch.float64
+
+
+def test_a_batch_without_loss_is_left_out_of_the_mean():
+    x, y, w = regression()
+
+    def loss_of(batch, number):
+        return (None, 100) if number == 1 else mse_of(w)(batch, number)
+
+    batches = [(x[:5], y[:5]), (x[5:9] * 1e6, y[5:9]), (x[9:], y[9:])]
+    kept = torch.cat([x[:5], x[9:]]), torch.cat([y[:5], y[9:]])
+    gradient = mean_gradient(loss_of, batches, {"w": w})
+    torch.testing.assert_close(gradient.tensors["w"], mean_gradient(mse_of(w), [kept], {"w": w}).tensors["w"])
+    assert gradient.samples == 8
+
+
+def test_an_unused_parameter_has_gradient_zero():
+    x, y, w = regression()
+    unused = torch.ones(2, 5, requires_grad=True)
+    gradient = mean_gradient(mse_of(w), [(x, y)], {"unused": unused, "w": w})
+    assert torch.equal(gradient.tensors["unused"], torch.zeros(2, 5))
+    assert gradient.tensors["w"].abs().sum() > 0
+
+
+def test_a_parameter_used_by_one_batch_only_is_still_averaged_over_all_samples():
+    a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+    gradient = mean_gradient(lambda used, _: (3 * used.sum(), 1), [a, b, b, b], {"a": a, "b": b})
+    assert (gradient.tensors["a"].item(), gradient.tensors["b"].item()) == (0.75, 2.25)
+
+
+def test_batches_may_be_a_generator_and_are_numbered():
+    x, y, w = regression()
+    seen = []
+
+    def loss_of(batch, number):
+        seen.append(number)
+        return mse_of(w)(batch, number)
+
+    mean_gradient(loss_of, ((x, y) for _ in range(3)), {"w": w})
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_the_set_and_the_batch(bad):
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(UnlearnError, match=f"retain: the loss of batch 1 is {bad}"):
+        mean_gradient(lambda x, _: ((x * w).sum(), 1), [torch.ones(1), torch.tensor([bad])], {"w": w}, "retain")
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer():
+    good, bad = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    with pytest.raises(UnlearnError, match=r"forget: the gradient of some\.layer holds NaN or inf"):
+        mean_gradient(lambda x, _: ((good + bad.sqrt()).sum(), 1), [None], {"good": good, "some.layer": bad})
+
+
+def test_an_empty_set_and_a_set_without_losses_are_told_apart():
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(UnlearnError, match="forget: the set is empty"):
+        mean_gradient(lambda x, _: (w.sum(), 1), [], {"w": w})
+    with pytest.raises(UnlearnError, match="retain: the step returns no loss for any batch"):
+        mean_gradient(lambda x, _: (None, 1), [0, 1], {"w": w}, "retain")

@@ -1,0 +1,272 @@
+"""Ready modules: CLIP of both libraries, classifiers, and any module with a loss and a score."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.utils.data import DataLoader
+
+from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, trainer
+from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
+from slug_lightning.datamodules.emoji import load_drawings, render
+from slug_lightning.embedded import CLIP
+from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip
+from slug_lightning.modules.clip import encode_image, encode_text, to_hugging_face
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 8, "width": 24, "heads": 2, "layers": 2, "vocab_size": 40},
+}
+
+
+def tiny_clip():
+    torch.manual_seed(0)
+    return open_clip.CLIP(**TINY).eval()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Eight kinds of picture, each with the token that names it."""
+
+    def __init__(self, kinds, count=48):
+        generator = torch.Generator().manual_seed(3)
+        self.kind = torch.tensor([kinds[i % len(kinds)] for i in range(count)])
+        pattern = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+        self.image = pattern[self.kind] + 0.1 * torch.randn(count, 3, 16, 16, generator=generator)
+
+    def __len__(self):
+        return len(self.kind)
+
+    def __getitem__(self, i):
+        return {"image": self.image[i], "text": token(self.kind[i : i + 1])[0], "kind": self.kind[i]}
+
+
+def token(kinds):
+    """Start, the kind's own token, end: the highest id, at which both libraries pool."""
+    tokens = torch.zeros(len(kinds), 8, dtype=torch.long)
+    tokens[:, 0], tokens[:, 1], tokens[:, 2] = 38, kinds + 1, 39
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    """A tiny CLIP that knows its eight kinds."""
+    model = tiny_clip().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    data = Pairs(range(8), 64)
+    tokens = token(torch.arange(8))
+    for _ in range(60):
+        image, text = encode_image(model, data.image), encode_text(model, tokens)
+        optimizer.zero_grad()
+        cross_entropy(image @ text.T * 20, data.kind).backward()
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def clip_module(model):
+    return ClipModule(
+        model, prompts={"kind": [str(i) for i in range(8)]}, tokenizer=lambda texts: token(torch.tensor([int(t) for t in texts]))
+    )
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_clip_forgets_a_kind_in_either_library(library, knowing, tmp_path):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    if library == "transformers":
+        model = to_hugging_face(model)
+    module = clip_module(model)
+    before = snapshot(model)
+    forgetting = UnlearnCallback(retain_tolerance=0.1, output_dir=str(tmp_path / "run"))
+    data = UnlearnDataModule(Pairs([5]), Pairs([0, 1, 2, 3, 4, 6, 7], 140), batch_size=28)
+    trainer(forgetting).fit(module, datamodule=data)
+    report = forgetting.report
+    assert report.status == "unlearned" and report.holds
+    assert report.before["forget"] == {"kind_accuracy": 1.0}
+    assert report.after["forget"]["kind_accuracy"] <= 1 / 8 == report.bounds["forget_target"]
+    assert {s["tower"] for s in report.scores} == {"vision", "text"}
+    assert all(sum(s["on_front"] for s in report.scores if s["tower"] == tower) for tower in ("vision", "text"))
+    assert not any("embedding" in s["layer"] or "logit_scale" in s["layer"] for s in report.scores)
+    # The files speak the wrapped model's own names, so that its library loads them without us.
+    assert changed(model, before) == set(report.tensors)
+    plain = to_hugging_face(tiny_clip()) if library == "transformers" else tiny_clip()
+    plain.load_state_dict(load_file(tmp_path / "run" / "weights.safetensors"))
+    assert not changed(plain, snapshot(model))
+    UnlearnPatch.load(tmp_path / "run" / "patch.safetensors").revert(plain)
+    assert not changed(plain, before)
+
+
+def test_clip_losses_are_those_of_the_paper(knowing):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    module = clip_module(model)
+    batch = next(iter(DataLoader(Pairs(range(8)), batch_size=6)))
+    image = normalize(model.encode_image(batch["image"]), dim=-1)
+    text = normalize(model.encode_text(batch["text"]), dim=-1)
+    matching = torch.stack([1 - image[i] @ text[i] for i in range(6)]).mean()
+    torch.testing.assert_close(module.forget_step(batch, 0), matching)
+    reference = open_clip.ClipLoss()(image, text, model.logit_scale.exp())
+    torch.testing.assert_close(module.retain_step(batch, 0), reference)
+
+
+def test_samples_without_a_label_do_not_count(knowing):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    module = clip_module(model)
+    batch = next(iter(DataLoader(Pairs(range(8)), batch_size=8)))
+    batch["kind"] = torch.tensor([0, 1, -1, -1, 5, 5, -1, -1])  # kinds are 0 to 7, so two right, one right, one wrong
+    values = module.scores(batch, 0)["kind_accuracy"]
+    assert values.isnan().tolist() == [label < 0 for label in batch["kind"].tolist()]
+    assert values[~values.isnan()].tolist() == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("make", [tiny_clip, lambda: open_clip.create_model(f"local-dir:{CLIP}")])
+def test_the_transformers_twin_gives_the_same_features(make):
+    model = make().eval()
+    twin = to_hugging_face(model)
+    size = 16 if model.visual.conv1.weight.shape[-1] == 8 else 64
+    images = torch.randn(3, 3, size, size)
+    tokens = (
+        token(torch.arange(3))
+        if size == 16
+        else open_clip.get_tokenizer(f"local-dir:{CLIP}")(["cat", "noto style", "a picture of fire"])
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(encode_image(twin, images), encode_image(model, images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(encode_text(twin, tokens), encode_text(model, tokens), atol=1e-5, rtol=1e-4)
+
+
+def test_only_a_vision_transformer_has_a_twin():
+    with pytest.raises(UnlearnError, match="not an open_clip CLIP with a vision transformer"):
+        to_hugging_face(nn.Linear(2, 2))
+
+
+def test_both_libraries_read_the_embedded_tokenizer():
+    from transformers import AutoTokenizer
+
+    texts = ["cat", "noto style", "an emoji of FIRE in fluent style"]
+    ours = open_clip.get_tokenizer(f"local-dir:{CLIP}")(texts)
+    theirs = AutoTokenizer.from_pretrained(CLIP)(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    assert torch.equal(ours, theirs)
+    end = json.loads((CLIP / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]["vocab_size"] - 1
+    assert (ours == end).sum(1).tolist() == [1, 1, 1]
+
+
+def test_clip_loads_by_name_from_either_library(tmp_path):
+    module = ClipModule("RN50")  # random weights, as no tag is given
+    assert module.forget_metric is None and sum(p.numel() for p in module.model.parameters()) > 5e7
+    twin = to_hugging_face(open_clip.create_model(f"local-dir:{CLIP}"))
+    twin.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(CLIP).save_pretrained(tmp_path)
+    module = ClipModule(f"hf:{tmp_path}", prompts={"animal": ["cat", "dog"]})
+    assert module.get_buffer("animal_tokens").shape == (2, 16)
+    assert not changed(module.model, snapshot(twin))
+
+
+def test_prompts_need_a_tokenizer():
+    with pytest.raises(UnlearnError, match="tokenizer: prompts are given"):
+        ClipModule(tiny_clip(), prompts={"kind": ["a"]})
+
+
+def test_a_classifier_module_forgets_a_class():
+    module = ClassifierModule(trained().net, num_classes=CLASSES)
+    forgetting = UnlearnCallback(loader(True), loader(False), retain_tolerance=0.02)
+    trainer(forgetting).fit(module, loader(False), loader(False))
+    assert forgetting.report.status == "unlearned"
+    assert forgetting.report.after["forget"]["accuracy"] <= 1 / CLASSES
+    assert all(name.startswith(("0.", "4.", "6.")) for name in forgetting.report.tensors)
+
+
+def test_a_module_with_a_score_watches_it_and_one_without_its_loss():
+    def loss(model, batch):
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def right(model, batch):
+        return (model(batch[0]).argmax(1) == batch[1]).float()
+
+    for score, metric in ((right, "score"), (None, "loss")):
+        module = UnlearnModule(trained().net, loss, score, chance=1 / CLASSES)
+        forgetting = UnlearnCallback(loader(True), loader(False), then="continue", retain_tolerance=0.05)
+        trainer(forgetting).fit(module, loader(False), loader(False))
+        assert forgetting.report.status == "unlearned"
+        assert list(forgetting.report.before["forget"]) == [metric]
+
+
+def test_the_forget_loss_may_be_another_one():
+    seen = []
+
+    def watched(model, batch):
+        seen.extend(batch[1].tolist())
+        return model(batch[0])[:, FORGET].square().mean()
+
+    module = UnlearnModule(trained().net, lambda m, b: cross_entropy(m(b[0]), b[1]), forget_loss=watched)
+    assert module.forget_step((blobs().tensors[0][:4], torch.full((4,), FORGET)), 0) > 0
+    assert set(seen) == {FORGET}
+
+
+def test_embedded_pictures_are_what_they_are_said_to_be():
+    drawings = load_drawings()
+    assert drawings.pictures.dtype == torch.uint8 and drawings.pictures.shape[1:] == (4, 64, 64)
+    assert torch.bincount(drawings.styles).tolist() == [len(drawings.thing_names)] * 5
+    assert torch.bincount(drawings.things).unique().tolist() == [5]
+
+
+def test_a_rendering_is_new_each_time_and_the_same_for_a_seed():
+    pictures = load_drawings().pictures[:4]
+    first, second = (render(pictures, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(first, render(pictures, torch.Generator().manual_seed(0)))
+    assert (first - second).abs().mean() > 0.05
+    assert first.isfinite().all() and first.abs().max() < 3
+
+
+@pytest.mark.parametrize("concept", [{"style": "noto"}, {"thing": "cat"}])
+def test_emoji_splits_share_no_picture_and_labels_ask_only_what_is_kept(concept):
+    data = EmojiDataModule(**concept)
+    data.setup("fit")
+    data.setup("test")  # Lightning calls it for every stage
+    asked, other = ("style", "thing") if "style" in concept else ("thing", "style")
+    seen = []
+    for split in ("train", "val", "test"):
+        for kind in ("forget", "retain"):
+            for batch in getattr(data, f"{kind}_dataloader")(split):
+                seen += [image.numpy().tobytes() for image in batch["image"][:, :, ::16, ::16]]
+                if kind == "forget":
+                    assert len(batch[asked].unique()) == 1 and (batch[other] == -1).all()
+                    wanted = batch[asked][0]
+                else:
+                    assert not (batch[asked] == wanted).any()
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    ("concept", "message"),
+    [
+        ({}, "exactly one"),
+        ({"style": "noto", "thing": "cat"}, "exactly one"),
+        ({"style": "emojitwo"}, "'emojitwo' is not known.*emojione"),
+    ],
+)
+def test_an_unknown_style_or_thing_is_answered_with_near_misses(concept, message):
+    with pytest.raises(UnlearnError, match=message):
+        EmojiDataModule(**concept).setup("fit")
+
+
+def test_the_embedded_clip_knows_what_it_is_asked_to_forget():
+    """On fresh renderings: things at least 60 %, styles at least 90 %."""
+    module, data = EmbeddedClip().eval(), EmojiDataModule(thing="cat", seed=77)
+    data.setup("fit")
+    found = {"thing_accuracy": [], "style_accuracy": []}
+    with torch.no_grad():
+        for number, batch in enumerate(data.retain_dataloader("val")):
+            for name, values in module.scores(batch, number).items():
+                found[name].append(values)
+    means = {name: torch.cat(values).nanmean().item() for name, values in found.items()}
+    assert means["thing_accuracy"] >= 0.6 and means["style_accuracy"] >= 0.9

@@ -1,0 +1,89 @@
+"""What a user installs: the wheel from another folder, and every code block of the README."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_all_that_the_source_holds(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "slug_lightning").rglob("*.py")}
+    modules |= {
+        f"slug_lightning/{p.relative_to(ROOT)}" for d in ("callbacks", "datamodules", "configs") for p in (ROOT / d).rglob("*.py")
+    }
+    assert {n for n in names if n.endswith(".py")} == modules
+    assert {f"slug_lightning/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= set(names)
+    data = {"emoji.tar", "SOURCES.md", "clip/open_clip_model.safetensors", "clip/tokenizer.json", "clip/open_clip_config.json"}
+    assert {f"slug_lightning/embedded/{name}" for name in data} <= set(names)
+    assert "slug_lightning/py.typed" in names
+    assert not any(name.startswith(("tests/", "callbacks/", "datamodules/", "configs/", "benchmarks/")) for name in names)
+
+
+def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import slug_lightning.callbacks, slug_lightning.datamodules, slug_lightning.configs, slug_lightning.modules as m;"
+        "m.EmbeddedClip(); print(slug_lightning.callbacks.__file__)"
+    )
+    # Before the editable install of the source on the path.
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stdout
+
+
+def test_data_and_weights_stay_small():
+    embedded = ROOT / "slug_lightning" / "embedded"
+    assert (embedded / "emoji.tar").stat().st_size <= 10 * 2**20
+    assert (embedded / "clip" / "open_clip_model.safetensors").stat().st_size <= 15 * 2**20
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """All blocks, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, block in enumerate(blocks("python")):
+        exec(compile(block, f"README block {number}", "exec"), names)
+    assert names["callback"].report.status == "unlearned"
+
+
+def test_the_commands_of_the_readme_exist():
+    """Every file that a command names is there, every verb and target is known."""
+    text = "\n".join(blocks("sh"))
+    assert text
+    for path in re.findall(r"(?:configs|benchmarks)/[\w/.-]+", text):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE)) <= targets
+    from slug_lightning.cli import main
+
+    for verb in set(re.findall(r"slug-lightning patch (\w+)", text)):
+        with pytest.raises(SystemExit, match="0"):
+            main(["patch", verb, "--help"])
+
+
+def test_pictures_of_the_readme_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists()

@@ -1,0 +1,104 @@
+"""Importance and alignment: closed forms and how they scale."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from slug_lightning.layers import Layer
+from slug_lightning.scores import Score, score_layer
+
+numbers = st.floats(-100, 100, allow_nan=False, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
+vectors = st.lists(numbers, min_size=6, max_size=6).map(torch.tensor)
+scales = st.floats(1e-3, 1e3)
+
+
+def score(weight: Tensor, forget: Tensor, retain: Tensor) -> Score | None:
+    return score_layer(Layer("w", {"w": nn.Parameter(weight)}, "tower"), {"w": forget}, {"w": retain})
+
+
+def test_the_closed_form():
+    found = score(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.eye(2))
+    assert found == Score("w", "tower", 2.5, pytest.approx(3 / (5 * math.sqrt(2))), 5.0, 2.0, on_front=False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(weight=vectors, forget=vectors, retain=vectors)
+def test_it_agrees_with_plain_arithmetic_and_alignment_stays_in_its_range(weight, forget, retain):
+    found = score(weight, forget, retain)
+    w, f, r = (math.sqrt(math.fsum(float(v) ** 2 for v in t)) for t in (weight, forget, retain))
+    if not w or not f:
+        assert found is None
+        return
+    assert found.importance == pytest.approx(f / w)
+    assert 0 <= found.alignment <= 1
+    dot = math.fsum(float(a) * float(b) for a, b in zip(forget, retain, strict=True))
+    assert found.alignment == pytest.approx(abs(dot) / (f * r) if r else 0.0, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(forget=vectors, retain=vectors, by=scales)
+def test_a_gradient_times_c_gives_importance_times_c_and_the_same_alignment(forget, retain, by):
+    weight = torch.ones(6, dtype=torch.float64)
+    forget, retain = forget.double(), retain.double()
+    one, scaled = score(weight, forget, retain), score(weight, forget * by, retain)
+    if one is None:
+        assert scaled is None
+        return
+    assert scaled.importance == pytest.approx(by * one.importance)
+    assert scaled.alignment == pytest.approx(one.alignment, abs=1e-9)
+    assert score(weight, forget, retain * by) == one or score(weight, forget, retain * by).alignment == pytest.approx(
+        one.alignment, abs=1e-9
+    )
+    assert score(weight * by, forget, retain).importance == pytest.approx(one.importance / by)
+
+
+@settings(deadline=None, max_examples=40)
+@given(forget=vectors, retain=vectors)
+def test_the_signs_of_both_gradients_do_not_matter(forget, retain):
+    weight = torch.ones(6)
+    assert score(weight, forget, retain) == score(weight, forget, -retain) == score(weight, -forget, retain)
+
+
+@settings(deadline=None, max_examples=40)
+@given(weight=vectors, forget=vectors, retain=vectors, cut=st.integers(1, 5))
+def test_a_group_counts_as_one_long_vector(weight, forget, retain, cut):
+    def parts(t):
+        return {"a": t[:cut], "b": t[cut:]}
+
+    group = Layer("w", {name: nn.Parameter(t) for name, t in parts(weight).items()}, "tower")
+    grouped, whole = score_layer(group, parts(forget), parts(retain)), score(weight, forget, retain)
+    if whole is None:
+        assert grouped is None
+        return
+    for name in ("importance", "alignment", "forget_norm", "weight_norm"):
+        assert getattr(grouped, name) == pytest.approx(getattr(whole, name), abs=1e-9)
+
+
+def test_a_layer_whose_forget_gradient_or_weight_is_zero_has_no_score():
+    assert score(torch.ones(2), torch.zeros(2), torch.ones(2)) is None
+    assert score(torch.zeros(2), torch.ones(2), torch.ones(2)) is None
+
+
+def test_a_layer_that_the_retain_loss_does_not_touch_is_not_aligned():
+    assert score(torch.ones(2), torch.ones(2), torch.zeros(2)).alignment == 0
+
+
+def test_parallel_gradients_are_aligned_fully_and_never_beyond():
+    for seed in range(20):
+        forget = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        alignment = score(torch.ones(50), forget, -3 * forget).alignment
+        assert alignment <= 1 and alignment == pytest.approx(1)
+
+
+def test_half_precision_weights_neither_overflow_nor_lose_digits():
+    weight = torch.full((300, 300), 300.0, dtype=torch.float16)  # its sum of squares is far beyond fp16
+    found = score(weight, torch.full((300, 300), 1e-30), torch.ones(300, 300))
+    assert found.weight_norm == 300 * 300
+    assert found.importance == pytest.approx(1e-30 / 300)
+    assert found.alignment == pytest.approx(1)
