@@ -31,9 +31,8 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["fit"]:
-        return fit(args[1:])
+    if (sys.argv[1:] if args is None else args)[:1] == ["fit"]:
+        return fit(args)
     options = _parser().parse_args(args)
     from slug_lightning.errors import UnlearnError
 
@@ -45,7 +44,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     return UNLEARNED
 
 
-def fit(args: Sequence[str]) -> int:
+def fit(args: Optional[Sequence[str]] = None) -> int:
     """Run one config with LightningCLI and say by the exit code how it ended."""
     from slug_lightning.errors import UnlearnError
     from slug_lightning.lightning_cli import UnlearnCLI

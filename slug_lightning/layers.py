@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -86,16 +87,19 @@ def find_layers(
             f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited: "
             f"{_some(editable)}"
         )
-    groups: dict[str, dict[str, nn.Parameter]] = {}
+    groups: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        groups.setdefault(_group(name, granularity), {})[name] = parameter
-    return [Layer(group, members, _tower(next(iter(members)), towers or {})) for group, members in groups.items()]
+        groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
+    times = Counter(group for group, _ in groups)
+    return [
+        Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower) for (group, tower), members in groups.items()
+    ]
 
 
 def _group(name: str, granularity: Granularity) -> str:
     if granularity == "tensor":
         return name
-    return ".".join(name.split(".")[: -1 if granularity == "module" else -2]) or "model"
+    return ".".join(name.split(".")[: -1 if granularity == "module" else -2]) or "(root)"
 
 
 def _tower(name: str, towers: Mapping[str, str]) -> str:

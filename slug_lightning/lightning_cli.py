@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,7 +39,7 @@ class UnlearnCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the folder, and let the logger and the callback write there."""
         config = self.config.fit
-        folder = fresh_folder(config.output_dir)
+        folder = fresh_folder(config.output_dir, "config.yaml")
         config.output_dir = str(folder)
         if config.trainer.logger in (None, True):
             config.trainer.logger = {
@@ -54,8 +54,8 @@ class UnlearnCLI(LightningCLI):
             callback.init_args.output_dir = str(folder)
 
     @classmethod
-    def run(cls, args: Sequence[str]) -> UnlearnReport:
-        """Parse, forget, and give the report."""
+    def run(cls, args: Optional[Sequence[str]]) -> UnlearnReport:
+        """Parse (None: what the process was started with), forget, and give the report."""
         warnings.filterwarnings("ignore", TORCH_NOISE)
         settings: dict[str, Any] = {"overwrite": True}  # the folder is fresh, but Lightning may have made it
         cli = cls(
@@ -65,7 +65,7 @@ class UnlearnCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs=settings,
-            args=["fit", *args],
+            args=None if args is None else list(args),
         )
         report = next(c.report for c in cli.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
         assert report is not None

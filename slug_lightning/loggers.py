@@ -31,7 +31,7 @@ def publish(report: UnlearnReport, loggers: Iterable[Logger]) -> None:
         for when, measured in (("before", report.before), ("after", report.after)):
             flat = {f"{when}/{kind}_{name}": v for kind, values in measured.items() for name, v in values.items()}
             logger.log_metrics(flat, step=0)
-        if hasattr(logger.experiment, "add_figure"):
+        if hasattr(getattr(logger, "experiment", None), "add_figure"):
             _publish_tensorboard(report, logger)
         logger.save()
 

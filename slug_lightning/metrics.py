@@ -90,10 +90,11 @@ def damage(metrics: Mapping[str, Metric], before: Mapping[str, float], after: Ma
     """
     # Equal counts divide to slightly different floats; the slack is far below one sample of any real set.
     slack = 1e-9
-    lost = max(metric.loss_of_retain(before[name], after[name]) for name, metric in metrics.items())
-    if math.isnan(lost):
+    losses = [metric.loss_of_retain(before[name], after[name]) for name, metric in metrics.items()]
+    if not all(map(math.isfinite, losses)):  # also -inf: a metric that ran away is no gain
         return math.inf
-    return (lost - slack) / (tolerance + slack) if lost > 0 else lost / (tolerance or 1.0)
+    lost = max(losses)
+    return max(lost - slack, 0.0) / (tolerance + slack) if lost > 0 else lost / (tolerance or 1.0)
 
 
 def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:

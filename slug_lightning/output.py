@@ -19,8 +19,12 @@ REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES = (
 )
 
 
-def fresh_folder(path: str | Path) -> Path:
+def fresh_folder(path: str | Path, *more: str) -> Path:
     """Give `path`, or `path-2`, `path-3`, ... where a run has been kept there already.
+
+    Args:
+        path: the folder asked for.
+        more: names of further files that mark a folder as used.
 
     Example:
         >>> import tempfile
@@ -33,8 +37,10 @@ def fresh_folder(path: str | Path) -> Path:
         'demo-2'
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        path = path.resolve()  # "." and ".." have no name to number
     number, free = 1, path
-    while any((free / name).exists() for name in (REPORT, PATCH, CHECKPOINT, WEIGHTS, "config.yaml")):
+    while any((free / name).exists() for name in (REPORT, PATCH, CHECKPOINT, WEIGHTS, *more)):
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
@@ -54,7 +60,7 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
     folder.mkdir(parents=True, exist_ok=True)
     if report.patch is not None:
         report.patch.save(folder / PATCH)
-        trainer.save_checkpoint(folder / CHECKPOINT)
+        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
         save_model(module.model if isinstance(module, UnlearnModule) else module, str(folder / WEIGHTS))
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, figure in report.figures().items():

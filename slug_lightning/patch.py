@@ -127,8 +127,8 @@ class UnlearnPatch:
         Raises:
             PatchError: if a tensor is not what this patch made of its base.
         """
-        targets = _locate(self.base, model)
         made = self._tensors(strength)
+        targets = _locate(made, model)
         for name, target in targets.items():
             if not _same(target, made[name]):
                 reason = "the patch is not applied" if _same(target, self.base[name]) else "something else changed it since"
@@ -178,8 +178,16 @@ class UnlearnPatch:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         metadata = {"format": FORMAT, "patch": text, "sha256": _digest(tensors, text)}
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=metadata)
-        part.replace(path)
+        try:
+            # Copies: safetensors refuses tensors that share memory.
+            save_file(
+                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+                part,
+                metadata=metadata,
+            )
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> UnlearnPatch:
@@ -208,6 +216,8 @@ class UnlearnPatch:
                 for i, e in enumerate(json.loads(text))
             ]
             base = {n: tensors[f"base/{n}"] for n in sorted({n for e in edits for n in e.directions})}
+            if not base or any(t.shape != base[n].shape for e in edits for n, t in e.directions.items()):
+                raise ValueError("no edit, or a direction of another shape than its tensor")
         except (KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{path}: the content is not that of a patch ({error!r})") from error
         return cls(base, edits)
@@ -243,14 +253,20 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and _digest({"": a}, "") == _digest({"": b}, "")
 
 
-def _locate(names: Iterable[str], model: nn.Module | MutableMapping[str, Tensor]) -> dict[str, Tensor]:
-    """Find the tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix."""
-    names = list(names)
+def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str, Tensor]) -> dict[str, Tensor]:
+    """Find the tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
+
+    Where several parts fit by name, it is the one that holds `values`; if none does, the one nearest the root.
+    """
+    names = list(values)
     held: Mapping[str, Tensor] = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
-    for prefix in sorted(ends, key=len):
-        if all(prefix + name in held for name in names):
+    fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
+    for prefix in fitting:
+        if all(_same(held[prefix + name], values[name]) for name in names):
             return {name: held[prefix + name] for name in names}
+    if fitting:
+        return {name: held[fitting[0] + name] for name in names}
     parts = names[0].split(".")
     for cut in range(1, len(parts)):
         prefix = ".".join(parts[:cut]) + "."

@@ -96,7 +96,7 @@ class UnlearnReport:
             table.add_column(column, justify="left" if column == "report data" else "right")
         for kind in ("forget", "retain"):
             for name, value in self.before.get(kind, {}).items():
-                table.add_row(f"{kind}: {name}", f"{value:.4f}", f"{self.after[kind][name]:.4f}", self._bound(kind, name, value))
+                table.add_row(f"{kind}: {name}", _number(value), _number(self.after[kind][name]), self._bound(kind, name, value))
         table.add_section()
         if self.layer is not None:
             table.add_row("layer", "", "", self.layer)
@@ -106,16 +106,18 @@ class UnlearnReport:
             table.add_row(f"{phase}", "", f"{spent:.1f} s", f"{100 * spent / (sum(seconds.values()) or 1):.0f} %")
         table.add_row("evaluations", "", "", str(len(self.trace)))
         stream = io.StringIO()
-        Console(file=stream, width=width, no_color=True).print(table)
+        Console(file=stream, width=width, no_color=True, markup=False, emoji=False).print(table)
         verdict = {True: "Both bounds hold on report data as well.", False: "On report data a bound does not hold.", None: ""}
         if self.status == "infeasible":
             verdict[None] = "No step along a front layer meets both bounds; the weights are as they were."
         return stream.getvalue() + verdict[self.holds]
 
-    def _bound(self, kind: str, name: str, before: float) -> str:
+    def _bound(self, kind: str, name: str, before: float | None) -> str:
         higher = self.bounds["higher_is_better"][name]
         if kind == "forget":
             return f"{'≤' if higher else '≥'} {self.bounds['forget_target']:.4f}"
+        if before is None:
+            return "–"
         tolerance = self.bounds["retain_tolerance"]
         return f"≥ {before - tolerance:.4f}" if higher else f"≤ {before + tolerance * abs(before):.4f}"
 
@@ -186,6 +188,11 @@ class UnlearnReport:
         left.legend(fontsize=6)
         right.legend(fontsize=8)
         return figure
+
+
+def _number(value: float | None) -> str:
+    """Four digits; None is what JSON gives back for NaN and infinity."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:

@@ -30,9 +30,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     modes = {m: m.training for m in module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
-    states = {m: {key: _copied(value) for key, value in m.metric_state.items()} for m in metrics}
-    counts = {m: (m._update_count, m._computed) for m in metrics}
+    # In a list: a torchmetrics object's hash changes with its states.
+    metrics = [
+        (m, {key: _copied(value) for key, value in m.metric_state.items()}, m._update_count, m._computed)
+        for m in module.modules()
+        if isinstance(m, torchmetrics.Metric)
+    ]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -45,10 +48,10 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 for name, buffer in module.named_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
-            for m, state in states.items():
+            for metric, state, count, computed in metrics:
                 for key, value in state.items():
-                    setattr(m, key, value)
-                m._update_count, m._computed = counts[m]
+                    setattr(metric, key, value)
+                metric._update_count, metric._computed = count, computed
             random.setstate(python)
             np.random.set_state(numpy)
 
@@ -111,11 +114,13 @@ def read_logs(module: nn.Module) -> Iterator[LogReader]:
             metric.reset()
     reader = LogReader()
     # On the instance, so that the class and every other instance stay as they are.
+    own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     vars(module).update(log=reader.log, log_dict=reader.log_dict)
     try:
         yield reader
     finally:
         del vars(module)["log"], vars(module)["log_dict"]
+        vars(module).update(own)
 
 
 def loss_in(output: Any) -> Tensor | None:

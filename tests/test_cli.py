@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 def run(*args: str) -> int:
     try:
-        return main([str(arg) for arg in args])
+        # As the process is started: Lightning warns where both the process and the call have arguments.
+        with mock.patch.object(sys, "argv", ["slug-lightning", *map(str, args)]):
+            return main()
     except SystemExit as stop:
         return int(stop.code or 0)
 

@@ -162,13 +162,11 @@ def two_towers() -> nn.Module:
     return model
 
 
-@pytest.mark.xfail(strict=True, reason="BUG layers: tensors of two towers fall into one sibling group")
 def test_a_group_never_spans_two_towers():
     found = find_layers(two_towers(), granularity="siblings", towers={"vision": "visual.*", "language": "text.*"})
     assert [layer.tower for layer in found] == ["vision", "language"]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG layers: the root's group is called 'model', as is the group of a submodule `model`")
 def test_the_roots_own_tensors_are_not_mixed_with_those_of_a_submodule_called_model():
     root = nn.Module()
     root.model = nn.Linear(2, 2)

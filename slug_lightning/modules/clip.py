@@ -116,7 +116,7 @@ def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, T
         except ImportError as error:
             raise UnlearnError('model: transformers is missing; pip install "slug-lightning[hf]"') from error
         tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
-        model = CLIPModel.from_pretrained(name.removeprefix("hf:"))
+        model = CLIPModel.from_pretrained(name.removeprefix("hf:")).train()  # as Lightning expects; we set eval ourselves
         length = model.config.text_config.max_position_embeddings
 
         def tokenize(texts: list[str]) -> Tensor:
