@@ -51,7 +51,7 @@ class UnlearnCallback(pl.Callback):
         forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
             Default: the module's own `forget_metric`, else the loss.
         forget_target: value at which the metric counts as forgotten: an accuracy at or below it, a loss at or above
-            it. Default: chance for an accuracy; for a loss, ten times less likely data (see
+            it. Default: chance for an accuracy; for a loss, a hundred times less likely data (see
             `slug_lightning.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must be kept. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose: absolute for an accuracy, relative for a loss.

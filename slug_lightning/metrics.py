@@ -10,7 +10,7 @@ from typing import Any
 from slug_lightning.errors import UnlearnError
 
 LOSS_WORDS = ("loss", "nll", "perplexity", "error", "mse", "mae")
-LIKELIHOOD_DROP = 10.0
+LIKELIHOOD_DROP = 100.0
 """A loss counts as forgotten once the data are this many times less likely than before."""
 
 
@@ -31,12 +31,13 @@ class Metric:
     def default_target(self, before: float) -> tuple[float, str]:
         """Choose when the metric counts as forgotten, if the user did not.
 
-        An accuracy: chance. A loss: read as a negative log-likelihood in nats, `before + ln 10`, so that the data
-        are ten times less likely than before (per sample or token; a perplexity grows tenfold), but at least
-        `log(number of classes)` where that is known, and at least twice `before`. Why ten: from a trained model's
-        certainty it takes the truth below one in ten, so another answer wins; a fixed value or a mere doubling
-        would call 0.01 -> 0.02 forgotten. A loss with an upper bound, such as a cosine, may never get there: give
-        `forget_target` for it.
+        An accuracy: chance. A loss: read as a negative log-likelihood in nats, `before + ln 100`, so that the data
+        are a hundred times less likely than before (per sample or token; a perplexity grows a hundredfold), but at
+        least `log(number of classes)` where that is known, and at least twice `before`. Why a hundred: a fixed value
+        or a mere doubling would call 0.01 -> 0.02 forgotten; and a mean can be reached by driving some samples far
+        while others hold. At ten times, half of a forgotten class's answers were still right in
+        tests/test_somebody_elses_module.py; at a hundred, as many as by chance. A loss with an upper bound, such as
+        a cosine, never gets there: give `forget_target` for it.
 
         Returns:
             The target and how it came about.
@@ -48,7 +49,7 @@ class Metric:
             >>> Metric("accuracy", True, chance=0.1).default_target(0.95)
             (0.1, 'chance level of accuracy')
             >>> round(Metric("loss", False).default_target(0.2)[0], 3)
-            2.503
+            4.805
         """
         if self.higher_is_better:
             if self.chance is None:
@@ -58,7 +59,7 @@ class Metric:
                 )
             return self.chance, f"chance level of {self.name}"
         target = max(before + math.log(LIKELIHOOD_DROP), 2 * before)
-        how = f"{self.name} before + ln {LIKELIHOOD_DROP:g}: ten times less likely"
+        how = f"{self.name} before + ln {LIKELIHOOD_DROP:g}: a hundred times less likely"
         if self.chance is not None and self.chance > target:
             return self.chance, f"{self.name} of a model that knows nothing"
         return target, how

@@ -42,16 +42,16 @@ def test_an_accuracy_without_a_chance_level_has_no_default_target():
 
 
 @given(st.floats(0, 50))
-def test_a_loss_is_forgotten_when_the_data_are_ten_times_less_likely(before):
+def test_a_loss_is_forgotten_when_the_data_are_a_hundred_times_less_likely(before):
     target, _ = loss.default_target(before)
-    assert math.exp(-target) <= math.exp(-before) / 10 * (1 + 1e-9)
+    assert math.exp(-target) <= math.exp(-before) / 100 * (1 + 1e-9)
     assert target >= 2 * before
-    assert target in (pytest.approx(before + math.log(10)), 2 * before)
+    assert target in (pytest.approx(before + math.log(100)), 2 * before)
 
 
 def test_a_loss_must_reach_that_of_a_model_that_knows_nothing():
     assert Metric("loss", False, chance=math.log(1000)).default_target(0.1)[0] == math.log(1000)
-    assert Metric("loss", False, chance=math.log(2)).default_target(3.0)[0] == 6.0
+    assert Metric("loss", False, chance=math.log(2)).default_target(5.0)[0] == 10.0
     assert "knows nothing" in Metric("loss", False, chance=9.0).default_target(0.1)[1]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slug_lightning import patch as patch_module
 from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS, fresh_folder
 
-KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS, "config.yaml"]
+KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS]
 
 
 def test_a_path_that_is_free_is_taken_as_it_is(tmp_path):
@@ -42,6 +42,13 @@ def test_it_is_the_first_number_without_a_run(taken, tmp_path_factory):
     assert not found.exists() or not any(found.iterdir())
 
 
+def test_further_files_mark_a_folder_only_where_they_are_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert fresh_folder(tmp_path / "run").name == "run"
+    assert fresh_folder(tmp_path / "run", "config.yaml").name == "run-2"
+
+
 def test_asking_makes_nothing(tmp_path):
     fresh_folder(tmp_path / "a" / "run")
     assert not list(tmp_path.iterdir())
@@ -56,7 +63,7 @@ def test_a_dot_in_the_name_is_part_of_it(tmp_path):
 def test_the_working_folder_with_a_run_in_it_gives_one_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "here" / "config.yaml").touch()
+    (tmp_path / "here" / REPORT).touch()
     assert fresh_folder(".").resolve() == tmp_path / "here-2"
 
 

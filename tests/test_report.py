@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slug_lightning.patch import Edit, UnlearnPatch
@@ -70,7 +70,7 @@ reports = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
 def test_json_gives_back_the_same_report(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"

@@ -39,8 +39,9 @@ class StopAtOnce(pl.Callback):
 def test_only_the_edited_tensors_change():
     model, forgetting = trained(), callback()
     before, modes = snapshot(model), {name: m.training for name, m in model.named_modules()}
+    other = trained()
     torch.manual_seed(1)
-    fit(StopAtOnce(), trained())
+    fit(StopAtOnce(), other)
     random = torch.get_rng_state()  # what the trainer itself draws
     torch.manual_seed(1)
     fit(forgetting, model)
