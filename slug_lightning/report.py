@@ -128,32 +128,34 @@ class UnlearnReport:
     def _pareto_figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(10, 5), layout="constrained")
         axes = figure.subplots()
-        for number, tower in enumerate(sorted({s["tower"] for s in self.scores})):
+        number = 0
+        for hue, tower in enumerate(sorted({s["tower"] for s in self.scores})):
             scores = [s for s in self.scores if s["tower"] == tower]
             front = sorted((s for s in scores if s["on_front"]), key=lambda s: s["importance"])
-            color = f"C{number}"
-            axes.scatter([s["importance"] for s in scores], [s["alignment"] for s in scores], s=14, alpha=0.4, color=color)
-            axes.plot(
-                [s["importance"] for s in front], [s["alignment"] for s in front], "o-", color=color, label=f"{tower}: front"
-            )
-            for place, s in enumerate(front):
-                shift = (5, 5 if place % 2 else -11)
-                axes.annotate(s["layer"], (s["importance"], s["alignment"]), shift, textcoords="offset points", fontsize=7)
-        for s in self.scores:
-            if s["layer"] == self.layer:
-                axes.plot(s["importance"], s["alignment"], "*", color="black", markersize=15, label=f"edited: {self.layer}")
+            rest = [s for s in scores if not s["on_front"]]
+            axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
+            label = f"front of the {tower} tower" if tower != "model" else "front"
+            axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
+            for s in front:  # numbers, since names are longer than the gaps between points
+                number += 1
+                edited = s["layer"] == self.layer
+                name = f"{number}  {s['layer']}" + ("  (edited)" if edited else "")
+                axes.plot(
+                    s["importance"], s["alignment"], "*" if edited else "o", ms=15 if edited else 6, color=f"C{hue}", label=name
+                )
+                axes.annotate(str(number), (s["importance"], s["alignment"]), (7, 5), textcoords="offset points", fontsize=9)
         axes.set(xscale="log", xlabel="importance ‖g_f‖ / ‖θ‖  (right is better)", ylabel="|cos(g_f, g_r)|  (low is better)")
-        axes.set_title(f"Layers for forgetting {self.concept}")
-        axes.margins(x=0.15, y=0.1)
-        axes.legend(fontsize=8)
+        axes.tick_params(axis="x", which="minor", labelsize=6, labelrotation=45)
+        axes.set_title(f"Layers for forgetting: {self.concept}")
+        figure.legend(loc="outside right upper", fontsize=8)
         return figure
 
     def _trade_off_figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = Figure(figsize=(11, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         (forget_name, forget_before), *_ = self.search_before["forget"].items()
         retain_name = next(iter(self.search_before["retain"]))
@@ -182,11 +184,12 @@ class UnlearnReport:
         for axes in (left, right):
             axes.axhline(self.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
             axes.set_ylabel(f"forget: {forget_name}")
-        left.set_xscale("symlog", linthresh=0.01)
+        left.set_xscale("symlog", linthresh=0.1)  # straight down to the first step, logarithmic beyond
+        left.set_xlim(left=0)
         left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Search data: forgetting over the step")
         right.set(xlabel=f"retain: {retain_name}", title="Search data: what it costs")
-        left.legend(fontsize=6)
         right.legend(fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         return figure
 
 

@@ -181,12 +181,14 @@ def test_the_pareto_figure_shows_all_layers_the_front_of_each_tower_and_the_edit
     (axes,) = report.figures()["pareto"].axes
     assert "importance" in axes.get_xlabel() and "cos" in axes.get_ylabel() and axes.get_xscale() == "log"
     assert "cats" in axes.get_title()
-    assert sorted(len(c.get_offsets()) for c in axes.collections) == [1, 3]
+    # One set of points a tower: the layers off its front.
+    assert sorted(len(c.get_offsets()) for c in axes.collections) == [0, 1]
     lines = labelled(axes)
-    assert points(lines["model: front"]) == [(2.0, 0.1), (3.0, 0.4)]
-    assert points(lines["vision: front"]) == [(5.0, 0.2)]
-    assert points(lines["edited: a.weight"]) == [(2.0, 0.1)]
-    assert sorted(t.get_text() for t in axes.texts) == ["a.weight", "b.weight", "d.weight"]
+    assert points(lines["front"]) == [(2.0, 0.1), (3.0, 0.4)]
+    assert points(lines["front of the vision tower"]) == [(5.0, 0.2)]
+    assert points(lines["1  a.weight  (edited)"]) == [(2.0, 0.1)]
+    assert points(lines["2  b.weight"]) == [(3.0, 0.4)] and points(lines["3  d.weight"]) == [(5.0, 0.2)]
+    assert sorted(t.get_text() for t in axes.texts) == ["1", "2", "3"]
     assert not any("edited" in label for label in labelled(infeasible().figures()["pareto"].axes[0]))
 
 
