@@ -191,7 +191,7 @@ class EmojiDataModule(UnlearnDataModule):
         for split, times in (("train", 1), ("val", 2), ("test", 4)):
             rows = concept[shares[0][split]] if self.style else concept
             kept = others[shares[1][split]]
-            forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 8)
+            forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 16 * times)
             rest = pairs(rows, bool(self.style), not self.style, times)
             retain[split] = ConcatDataset([pairs(kept, True, True, times), rest])
         for kind, sets in (("forget", forget), ("retain", retain)):

@@ -215,7 +215,7 @@ def test_yaml_can_say_all_of_it():
         config = parser.parse_object(
             {"data": {"class_path": ConceptDataModule.__module__ + ".ConceptDataModule", "init_args": settings}}
         )
-        data = parser.instantiate(config).data
+        data = parser.instantiate_classes(config).data
         data.setup("fit")
         assert data.batch_size == 2
         assert len(positions(data, "forget") | positions(data, "retain")) == 20

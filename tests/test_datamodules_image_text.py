@@ -424,7 +424,7 @@ def test_yaml_can_say_it(tmp_path):
     tools = {name: f"{__name__}.{name}" for name in TOOLS}
     settings = {"data": str(write_csv(tmp_path)), "concept": ["cat"], "labels": {"thing": ["cat", "dog"]}, **tools}
     path = f"{image_text.__name__}.ImageTextDataModule"
-    data = parser.instantiate(parser.parse_object({"data": {"class_path": path, "init_args": settings}})).data
+    data = parser.instantiate_classes(parser.parse_object({"data": {"class_path": path, "init_args": settings}})).data
     data.setup("fit")
     assert len(seen(data, "forget")) == 3
 

@@ -503,9 +503,7 @@ def test_a_resumed_fit_does_not_edit_again(tmp_path):
     model = trained()
     fit(callback(output_dir=str(tmp_path / "run")), model)
     again, forgetting = trained(), callback()
-    trainer(forgetting).fit(
-        again, loader(False), loader(False), ckpt_path=str(tmp_path / "run" / "unlearned.ckpt"), weights_only=True
-    )
+    trainer(forgetting).fit(again, loader(False), loader(False), ckpt_path=str(tmp_path / "run" / "unlearned.ckpt"))
     assert not changed(again, model.state_dict())
     assert forgetting.report.status == "unlearned" and again.trained_batches == 0
 
