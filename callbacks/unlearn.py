@@ -167,7 +167,7 @@ class UnlearnCallback(pl.Callback):
                 self.retain_metric,
                 self.progress.track,
             )
-            report = UnlearnReport("infeasible", self.concept or getattr(datamodule, "concept", None) or "the forget set")
+            report = UnlearnReport("infeasible", self.concept or _concept_of(datamodule))
             report.notes = list(loaders.notes)
             with self._timed("validate"):
                 self._validate(objective, report)
@@ -343,6 +343,12 @@ def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterat
         finally:
             for name, parameter in layer.parameters.items():
                 parameter.copy_(before[name])
+
+
+def _concept_of(datamodule: Any) -> str:
+    """The name that the data have for what is to be forgotten: `concept` of the datamodule, one word or several."""
+    named = getattr(datamodule, "concept", None) or "the forget set"
+    return named if isinstance(named, str) else ", ".join(map(str, named))
 
 
 def _values(values: Mapping[str, float] | None) -> str:

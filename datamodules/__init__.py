@@ -1,6 +1,16 @@
 """Where forget and retain come from."""
 
 from slug_lightning.datamodules.base import UnlearnDataModule
+from slug_lightning.datamodules.concept import ConceptDataModule
 from slug_lightning.datamodules.emoji import EmojiDataModule
+from slug_lightning.datamodules.image_text import ImageTextDataModule
+from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextShards
 
-__all__ = ["EmojiDataModule", "UnlearnDataModule"]
+__all__ = [
+    "ConceptDataModule",
+    "EmojiDataModule",
+    "ImageTextDataModule",
+    "ImageTextFolder",
+    "ImageTextShards",
+    "UnlearnDataModule",
+]

@@ -299,7 +299,7 @@ def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
     if iter(source) is source:
         raise UnlearnError(f"{kind}: an iterator can be read only once; give something that starts anew, like a DataLoader")
     turns: dict[Split, set[int]] = {"train": {0, 1}, "val": {2}, "test": {3}}
-    stream = {split: EveryFourth(source, turn) for split, turn in turns.items()}
+    stream: dict[Split, Batches] = {split: EveryFourth(source, turn) for split, turn in turns.items()}
     return stream, f"{kind}: of every four batches of the stream, two serve the gradient, one the search, one the report"
 
 
@@ -353,7 +353,8 @@ def _samples(loaders: dict[Split, Batches]) -> set[tuple[int, int]]:
     """Which samples loaders read, as (identity of the dataset, index); streams by identity alone."""
     found: set[tuple[int, int]] = set()
     for batches in loaders.values():
-        for loader in batches.loaders if isinstance(batches, Chained) else [batches]:
+        loaders: list[Any] = batches.loaders if isinstance(batches, Chained) else [batches]
+        for loader in loaders:
             while isinstance(loader, EveryFourth):
                 loader = loader.loader
             dataset = getattr(loader, "dataset", None)

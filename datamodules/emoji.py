@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
+from slug_lightning.datamodules.base import SPLITS, UnlearnDataModule, split_indices
 from slug_lightning.embedded import CLIP, SHARD
 from slug_lightning.errors import UnlearnError
 
@@ -186,9 +186,10 @@ class EmojiDataModule(UnlearnDataModule):
             images = torch.cat([render(drawings.pictures[part], generator) for part in rows.split(256)])
             return EmojiPairs(images, tokenize(captions), things if thing else none, styles if style else none)
 
-        forget, retain = {}, {}
+        forget: dict[str, Dataset] = {}
+        retain: dict[str, Dataset] = {}
         shares = split_indices(len(concept), self.seed), split_indices(len(others), self.seed)
-        for split, times in (("train", 1), ("val", 2), ("test", 4)):
+        for split, times in zip(SPLITS, (1, 2, 4), strict=True):
             rows = concept[shares[0][split]] if self.style else concept
             kept = others[shares[1][split]]
             forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 16 * times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -36,7 +37,7 @@ def publish(report: UnlearnReport, loggers: Iterable[Logger]) -> None:
         logger.save()
 
 
-def _publish_tensorboard(report: UnlearnReport, logger: Logger) -> None:
+def _publish_tensorboard(report: UnlearnReport, logger: Any) -> None:
     writer = logger.experiment
     for name, figure in report.figures().items():
         writer.add_figure(f"unlearn/{name}", figure)
@@ -52,7 +53,7 @@ def _publish_tensorboard(report: UnlearnReport, logger: Logger) -> None:
         "forget_target": report.bounds["forget_target"],
         "retain_tolerance": report.bounds["retain_tolerance"],
     }
-    logger.log_hyperparams(parameters, outcome)  # type: ignore[call-arg]
+    logger.log_hyperparams(parameters, outcome)
 
 
 def front_table(report: UnlearnReport) -> str:

@@ -39,7 +39,7 @@ class Objective:
     def __init__(
         self,
         module: LightningModule,
-        loaders: Mapping[Kind, Mapping[str, Iterable[Any]]],
+        loaders: Mapping[Any, Mapping[Any, Iterable[Any]]],
         runner: Runner,
         forget_metric: str | None = None,
         retain_metric: str | Sequence[str] | None = None,

@@ -114,7 +114,7 @@ def read_logs(module: nn.Module) -> Iterator[LogReader]:
             metric.reset()
     reader = LogReader()
     # On the instance, so that the class and every other instance stay as they are.
-    own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     vars(module).update(log=reader.log, log_dict=reader.log_dict)
     try:
         yield reader

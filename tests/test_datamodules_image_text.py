@@ -18,14 +18,8 @@ from torch.utils.data import DataLoader
 
 from slug_lightning.datamodules import image_text
 from slug_lightning.datamodules.base import SPLITS, resolve_loaders
-from slug_lightning.datamodules.image_text import (
-    ImageTextDataModule,
-    ImageTextFolder,
-    ImageTextPairs,
-    ImageTextShards,
-    Pair,
-    clip_preprocessing,
-)
+from slug_lightning.datamodules.image_text import ImageTextDataModule, clip_preprocessing
+from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextPairs, ImageTextShards, Pair
 from slug_lightning.errors import UnlearnError
 
 CAPTIONS = [

@@ -201,7 +201,7 @@ def _tower_config(source: dict[str, Tensor], prefix: str, transformer: nn.Module
         "hidden_size": hidden.shape[1],
         "intermediate_size": hidden.shape[0],
         "num_hidden_layers": len(transformer.resblocks),  # type: ignore[arg-type]
-        "num_attention_heads": transformer.resblocks[0].attn.num_heads,  # type: ignore[index]
+        "num_attention_heads": transformer.resblocks[0].attn.num_heads,  # type: ignore[index,union-attr]
         "hidden_act": "gelu",
     }
 
