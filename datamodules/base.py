@@ -353,8 +353,8 @@ def _samples(loaders: dict[Split, Batches]) -> set[tuple[int, int]]:
     """Which samples loaders read, as (identity of the dataset, index); streams by identity alone."""
     found: set[tuple[int, int]] = set()
     for batches in loaders.values():
-        loaders: list[Any] = batches.loaders if isinstance(batches, Chained) else [batches]
-        for loader in loaders:
+        each: list[Any] = batches.loaders if isinstance(batches, Chained) else [batches]
+        for loader in each:
             while isinstance(loader, EveryFourth):
                 loader = loader.loader
             dataset = getattr(loader, "dataset", None)
