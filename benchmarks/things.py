@@ -8,6 +8,7 @@ report is in the folder already is not run again, so that a stopped benchmark go
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
         folder = arguments.output / thing.replace(" ", "-")
         if not (folder / "report.json").exists():
             print(f"{number + 1}/{arguments.count}: {thing}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped; else the next would go beside it
             command = [sys.executable, "-m", "slug_lightning.cli", "fit", "--config", str(CONFIG), "--output_dir", str(folder)]
             command += ["--data.thing", thing, "--trainer.enable_progress_bar", "false"]
             done = subprocess.run(command, capture_output=True, text=True)
