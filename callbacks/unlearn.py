@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from slug_lightning.datamodules.base import resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
 from slug_lightning.loggers import publish
-from slug_lightning.metrics import damage
+from slug_lightning.metrics import Metric, damage
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
@@ -51,12 +52,13 @@ class UnlearnCallback(pl.Callback):
         forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
             Default: the module's own `forget_metric`, else the loss.
         forget_target: value at which the metric counts as forgotten: an accuracy at or below it, a loss at or above
-            it. Default: chance for an accuracy; for a loss, a hundred times less likely data (see
-            `slug_lightning.metrics.Metric.default_target`). The report states it.
+            it. Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
+            less likely data (see `slug_lightning.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must be kept. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose: absolute for an accuracy, relative for a loss.
         max_evaluations: most evaluations for each layer on the front.
-        then: "stop" ends the fit before the first training batch; "continue" trains on from the edited weights.
+        then: "stop" ends the fit before the first training batch; "continue" trains on from the edited weights
+            (an infeasible run stops all the same).
         output_dir: folder for report, patch, checkpoint, weights and figures; if it holds a run already, a numbered
             one beside it. Default: the logger's folder; without a logger nothing is written.
 
@@ -88,8 +90,12 @@ class UnlearnCallback(pl.Callback):
     ) -> None:
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance: {retain_tolerance} is no tolerance; give a number of at least 0")
+        if forget_target is not None and not math.isfinite(forget_target):
+            raise UnlearnError(f"forget_target: {forget_target} can never be reached; give a finite number")
         if max_evaluations < 1:
             raise UnlearnError(f"max_evaluations: {max_evaluations} leaves nothing to try; give at least 1")
+        if granularity not in ("tensor", "module", "siblings"):
+            raise UnlearnError(f"granularity: {granularity!r} is not known; give 'tensor', 'module' or 'siblings'")
         if then not in ("stop", "continue"):
             raise UnlearnError(f"then: {then!r} is not known; give 'stop' or 'continue'")
         self.concept: Optional[str] = None
@@ -112,7 +118,7 @@ class UnlearnCallback(pl.Callback):
         self.then = then
         self.output_dir = output_dir
         self.report = None
-        self._resumed = False
+        self._restored: dict[str, Any] = {}
 
     # ---- Lightning's hooks
 
@@ -122,32 +128,71 @@ class UnlearnCallback(pl.Callback):
             return
         refuse_unsupported(trainer.strategy)
         refuse_unusable_steps(pl_module)
-        if self.then == "stop" and (trainer.min_epochs or trainer.min_steps):
+        if any(kind.__name__ == "WeightAveraging" for c in trainer.callbacks for kind in type(c).__mro__):  # type: ignore[attr-defined]
             raise UnlearnError(
-                "Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out, or use then='continue'"
+                "Trainer(callbacks=…): weight averaging would put the average over the edit at the end; leave it out"
             )
-        if 0 in (trainer.max_epochs, trainer.max_steps):
-            raise UnlearnError("Trainer(max_epochs=0 or max_steps=0): the fit would end before the edit; give at least 1")
+        if trainer.min_epochs or trainer.min_steps:
+            raise UnlearnError("Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out")
+        if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
+            raise UnlearnError(
+                "Trainer(max_epochs=0, max_steps=0 or limit_train_batches=0): the fit would end before the edit; give at least 1"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget: here checkpoint weights are restored, and no batch has been trained on."""
-        if not self._resumed:
-            self.report = self._run(trainer, pl_module)
-            self._keep(trainer, pl_module)
-        self._resumed = False
+        if self._is_resumed():
+            self.report = UnlearnReport.from_dict(self._restored["report"])
+        else:
+            self.report = None
+            self._keep(trainer, pl_module, self._run(trainer, pl_module))
+        self._restored = {}
         assert self.report is not None
         if self.then == "stop" or self.report.status == "infeasible":
             trainer.should_stop = True
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if Lightning left out the training loop, and with it the edit."""
+        if self.report is None:
+            raise UnlearnError(
+                "Trainer(max_epochs=…): the fit ended before the edit, as the checkpoint of ckpt_path had finished its "
+                "training; raise max_epochs, or load the weights instead of passing ckpt_path"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """The report as plain data, so that a checkpoint with an edit says so."""
-        return {} if self.report is None else {"report": self.report.to_dict()}
+        """Report and request as plain data, so that a checkpoint with an edit says so."""
+        return {} if self.report is None else {"report": self.report.to_dict(), "request": self._request()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A checkpoint written after the edit holds edited weights: they are not edited again."""
-        if "report" in state_dict:
-            self.report = UnlearnReport.from_dict(state_dict["report"])
-            self._resumed = True
+        """Remember what the checkpoint says; whether it is this callback's own run is known once the weights are there."""
+        self._restored = dict(state_dict)
+
+    def _request(self) -> dict[str, Any]:
+        """What this callback was asked to do, as far as plain data can say it."""
+        names = (
+            "concept",
+            "layers",
+            "granularity",
+            "forget_metric",
+            "forget_target",
+            "retain_metric",
+            "retain_tolerance",
+            "then",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def _is_resumed(self) -> bool:
+        """Whether training goes on, from a checkpoint, after the edit that this very request led to.
+
+        With `then="stop"` there is nothing to go on with: the same request again is told that nothing is left to forget.
+        """
+        return self.then == "continue" and self._restored.get("request") == self._request()
+
+    def _did_this_before(self, metric: Metric, before: float) -> bool:
+        """Whether the restored checkpoint holds this very request's edit: a target relative to `before` cannot tell."""
+        if self._restored.get("request") != self._request():
+            return False
+        return metric.reaches(before, self._restored["report"]["bounds"]["forget_target"])
 
     # ---- the run, in order
 
@@ -156,9 +201,9 @@ class UnlearnCallback(pl.Callback):
         self.progress = Progress(trainer.progress_bar_callback)
         self.seconds: dict[str, float] = {}
         datamodule = getattr(trainer, "datamodule", None)
-        loaders = resolve_loaders(self.forget, self.retain, datamodule)
-        layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
         with untouched(module):
+            loaders = resolve_loaders(self.forget, self.retain, datamodule)
+            layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
             objective = Objective(
                 module,
                 {"forget": loaders.forget, "retain": loaders.retain},
@@ -169,6 +214,7 @@ class UnlearnCallback(pl.Callback):
             )
             report = UnlearnReport("infeasible", self.concept or _concept_of(datamodule))
             report.notes = list(loaders.notes)
+            report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
             with self._timed("validate"):
                 self._validate(objective, report)
             with self._timed("gradients"):
@@ -188,8 +234,6 @@ class UnlearnCallback(pl.Callback):
                 "forward_samples": objective.forward_samples,
                 "backward_samples": objective.backward_samples,
             }
-        report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
-        self.progress.say("\n" + report.to_text())
         return report
 
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
@@ -202,8 +246,12 @@ class UnlearnCallback(pl.Callback):
                     raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")
         ((name, before),) = report.search_before["forget"].items()
         metric = objective.metrics[name]
-        target, reason = (self.forget_target, "given") if self.forget_target is not None else metric.default_target(before)
-        if metric.reaches(before, target):
+        target, reason = self.forget_target, "given"
+        if target is None:
+            target, reason = getattr(objective.module, "forget_target", None), "the module's own"
+        if target is None:
+            target, reason = metric.default_target(before)
+        if metric.reaches(before, target) or self._did_this_before(metric, before):
             raise UnlearnError(
                 f"forget_target: nothing to forget, {name} is {before:.4g} on the search data and meets the target of "
                 f"{target:.4g} ({reason}) already; look at the forget data, or give a stricter forget_target"
@@ -254,11 +302,13 @@ class UnlearnCallback(pl.Callback):
                     step = relative_step * score.weight_norm / score.forget_norm
                     with stepped(layer, gradient, step):
                         value = objective.measure("forget", "val")[forget_name]
-                        forgotten = forget_metric.reaches(value, target)
-                        retain = objective.measure("retain", "val") if forgotten else None
-                    lost = (
-                        damage(retain_metrics, report.search_before["retain"], retain, self.retain_tolerance) if retain else None
-                    )
+                        # A model that gives NaN is broken: too large a step, whatever else.
+                        broken = not math.isfinite(value)
+                        forgotten = broken or forget_metric.reaches(value, target)
+                        retain = objective.measure("retain", "val") if forgotten and not broken else None
+                    lost = math.inf if broken else None
+                    if retain is not None:
+                        lost = damage(retain_metrics, report.search_before["retain"], retain, self.retain_tolerance)
                     advance()
                     return Trial(score.layer, step, relative_step, forgotten, lost, value, retain)
 
@@ -294,24 +344,26 @@ class UnlearnCallback(pl.Callback):
         )
         report.patch_digest = report.patch.digest
 
-    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
-        report = self.report
-        assert report is not None
-        patch = report.patch
-        if patch is not None:
-            patch.apply(module)
+        patch, edited_part = report.patch, module.model if isinstance(module, UnlearnModule) else module
         try:
-            publish(report, trainer.loggers)
-            if self.output_dir is not None or (trainer.loggers and trainer.log_dir):
-                folder = fresh_folder(self.output_dir or str(trainer.log_dir))
-                save_run(folder, report, trainer, module)
-                self.progress.say(f"Saved in {folder}")
-        except BaseException:
             if patch is not None:
-                patch.revert(module)
+                patch.apply(edited_part)
+            self.report = report  # before the checkpoint is written, which holds it
+            publish(report, trainer.loggers)
+            folder = self.output_dir or _folder_of(trainer)
+            if folder is not None:
+                folder = fresh_folder(folder)
+                save_run(folder, report, trainer, module)
+        except BaseException:
             self.report = None
+            if patch is not None:
+                patch.restore(edited_part)
             raise
+        self.progress.say("\n" + report.to_text())
+        if folder is not None:
+            self.progress.say(f"Saved in {folder}")
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -343,6 +395,17 @@ def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterat
         finally:
             for name, parameter in layer.parameters.items():
                 parameter.copy_(before[name])
+
+
+def _folder_of(trainer: pl.Trainer) -> str | None:
+    """The folder of the first logger's run, or None without a logger."""
+    if not trainer.loggers:
+        return None
+    logger = trainer.loggers[0]
+    if hasattr(logger, "log_dir"):
+        return logger.log_dir
+    # Such a logger's save_dir is shared by all its runs, often the working folder.
+    return str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)))
 
 
 def _concept_of(datamodule: Any) -> str:

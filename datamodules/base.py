@@ -239,6 +239,9 @@ def resolve_loaders(forget: Any, retain: Any, datamodule: pl.LightningDataModule
         source = _of_datamodule(kind, datamodule) if source is None else source
         parts[kind], note = _three_loaders(kind, source)
         notes.append(note)
+        shared = _samples({"val": parts[kind]["val"]}) & _samples({"test": parts[kind]["test"]})
+        if shared and min(index for _, index in shared) >= 0:  # streams are known by their source alone
+            notes.append(f"{kind}: search and report data share {len(shared)} samples, so the report is no independent check")
     _refuse_same_data(parts["forget"], parts["retain"])
     return UnlearnLoaders(parts["forget"], parts["retain"], notes)
 
@@ -247,8 +250,10 @@ def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
     if isinstance(datamodule, UnlearnDataModule):
         return datamodule
     if datamodule is not None:
-        loaders = {split: _loader_of(datamodule, split) for split in SPLITS}
-        if isinstance(loaders["train"], Mapping) and kind in loaders["train"]:
+        train = _loader_of(datamodule, "train")
+        if isinstance(train, Mapping) and kind in train:
+            datamodule.setup("test")
+            loaders = {"train": train} | {split: _loader_of(datamodule, split) for split in ("val", "test")}  # type: ignore[arg-type]
             return {split: loader[kind] for split, loader in loaders.items() if isinstance(loader, Mapping) and kind in loader}
     raise UnlearnError(
         f"{kind}: nothing was given and the trainer's datamodule has none; pass {kind}=… (a DataLoader, a "

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 UNLEARNED, FAILURE, USAGE, INFEASIBLE = 0, 1, 2, 3
 
-EPILOG = """exit codes:
-  0  unlearned (fit), done (patch)
+EPILOG = """Options of the callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback
+
+exit codes:
+  0  unlearned (fit), done (patch); whether the bounds hold on report data too, the report says ("holds")
   1  failure
   2  usage: an argument, a config or a file is not what it should be
   3  infeasible: no step meets both bounds, the weights are untouched
@@ -38,7 +41,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
 
     try:
         options.run(options)
-    except (UnlearnError, FileNotFoundError, FileExistsError) as error:
+    except (UnlearnError, OSError) as error:
         print(f"slug-lightning: {error}", file=sys.stderr)
         return USAGE
     return UNLEARNED
@@ -46,6 +49,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
 
 def fit(args: Optional[Sequence[str]] = None) -> int:
     """Run one config with LightningCLI and say by the exit code how it ended."""
+    sys.path.append(str(Path.cwd()))  # a config may name classes of a module in the working folder
     from slug_lightning.errors import UnlearnError
     from slug_lightning.lightning_cli import UnlearnCLI
 
@@ -64,8 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=version("slug-lightning"))
     verbs = parser.add_subparsers(required=True, metavar="{fit,patch}")
-    verbs.add_parser("fit", help="forget as a config says: slug-lightning fit --config FILE; fit --help lists all options")
+    verbs.add_parser(
+        "fit", help="forget as a config says: slug-lightning fit --config FILE; fit --help lists Lightning's options"
+    )
     patch = verbs.add_parser("patch", help="show, apply, revert or combine patch files")
     patch_verbs = patch.add_subparsers(required=True, metavar="{show,apply,revert,combine}")
 
@@ -109,8 +116,10 @@ def _revert(options: argparse.Namespace) -> None:
 
 def _rewrite(options: argparse.Namespace, what: str) -> None:
     """Read weights, let the patch act on them, write them in the same format."""
+    import pickle  # for the name of an error: nothing is unpickled but tensors
+
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     from slug_lightning.errors import UnlearnError
@@ -122,14 +131,23 @@ def _rewrite(options: argparse.Namespace, what: str) -> None:
     if not options.weights.is_file():
         raise FileNotFoundError(f"no weights at {options.weights}")
     if options.weights.suffix == ".safetensors":
-        with safe_open(options.weights, framework="pt") as file:
-            metadata = file.metadata()
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(options.weights, framework="pt") as file:
+                metadata = file.metadata()
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UnlearnError(f"weights: {options.weights} is not a whole safetensors file ({error})") from error
         act(tensors, strength=options.strength)
         save_file(tensors, options.output, metadata=metadata)
     elif options.weights.suffix == ".ckpt":
-        checkpoint = torch.load(options.weights, map_location="cpu", weights_only=True)
-        act(checkpoint["state_dict"], strength=options.strength)
+        try:
+            checkpoint = torch.load(options.weights, map_location="cpu", weights_only=True)
+            tensors = checkpoint["state_dict"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise UnlearnError(f"weights: {options.weights} is not a whole Lightning checkpoint ({error!r})") from error
+        act(tensors, strength=options.strength)
+        for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("UnlearnCallback")]:
+            del checkpoint["callbacks"][name]  # its report speaks of other weights now
         torch.save(checkpoint, options.output)
     else:
         raise UnlearnError(f"weights: {options.weights.name} is neither .safetensors nor .ckpt; convert it first")
@@ -148,6 +166,8 @@ def _combine(options: argparse.Namespace) -> None:
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise FileExistsError(f"output: {path} exists; name another file or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: there is no folder {path.parent}; make it first")
 
 
 if __name__ == "__main__":

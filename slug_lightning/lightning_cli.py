@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import slug_lightning.callbacks
 import slug_lightning.datamodules
@@ -21,6 +21,15 @@ from slug_lightning.report import UnlearnReport
 CALLBACK = "slug_lightning.callbacks.UnlearnCallback"
 # Lightning reads a torch class that torch has renamed; nobody who runs this command can mend that.
 TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config to the folder of the run, whatever logger there is."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(self.config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=False, multifile=False)
 
 
 class UnlearnCLI(LightningCLI):
@@ -47,6 +56,7 @@ class UnlearnCLI(LightningCLI):
                 "init_args": {"save_dir": str(folder.parent), "name": "", "version": folder.name},
             }
         callbacks = config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         ours = [c for c in callbacks if str(c.class_path).rpartition(".")[2] == UnlearnCallback.__name__]
         if not ours:
             raise UnlearnError(f"trainer.callbacks: there is no UnlearnCallback; add one with class_path: {CALLBACK}")
@@ -57,14 +67,13 @@ class UnlearnCLI(LightningCLI):
     def run(cls, args: Optional[Sequence[str]]) -> UnlearnReport:
         """Parse (None: what the process was started with), forget, and give the report."""
         warnings.filterwarnings("ignore", TORCH_NOISE)
-        settings: dict[str, Any] = {"overwrite": True}  # the folder is fresh, but Lightning may have made it
         cli = cls(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            save_config_kwargs=settings,
+            save_config_callback=SaveConfig,
             args=None if args is None else list(args),
         )
         report = next(c.report for c in cli.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]

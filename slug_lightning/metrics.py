@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from slug_lightning.errors import UnlearnError
 
-LOSS_WORDS = ("loss", "nll", "perplexity", "error", "mse", "mae")
+LOSS_WORDS = set("loss nll ce bce xent entropy perplexity ppl kl error err mse mae rmse wer cer distance fid".split())  # noqa: SIM905
+SCORE_WORDS = set("acc accuracy score f precision recall auc auroc map iou dice bleu rouge top r psnr ssim match".split())  # noqa: SIM905
+ROUNDING = 1e-6
+"""An accuracy is a mean in fp32: one in five comes out as 0.20000000298, and is at chance all the same."""
 LIKELIHOOD_DROP = 100.0
 """A loss counts as forgotten once the data are this many times less likely than before."""
 
@@ -60,13 +64,22 @@ class Metric:
             return self.chance, f"chance level of {self.name}"
         target = max(before + math.log(LIKELIHOOD_DROP), 2 * before)
         how = f"{self.name} before + ln {LIKELIHOOD_DROP:g}: a hundred times less likely"
+        if 2 * before > before + math.log(LIKELIHOOD_DROP):
+            how = f"twice {self.name} before"
         if self.chance is not None and self.chance > target:
             return self.chance, f"{self.name} of a model that knows nothing"
         return target, how
 
     def reaches(self, value: float, target: float) -> bool:
-        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it."""
-        return value <= target if self.higher_is_better else value >= target
+        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it.
+
+        Example:
+            >>> import torch
+            >>> Metric("accuracy", True).reaches(torch.tensor([1.0, 0, 0, 0, 0]).mean().item(), 1 / 5)
+            True
+        """
+        slack = ROUNDING * max(1.0, abs(target))
+        return value <= target + slack if self.higher_is_better else value >= target - slack
 
     def loss_of_retain(self, before: float, after: float) -> float:
         """How much of what is kept was lost: absolute for an accuracy, relative for a loss; below 0 is a gain.
@@ -101,8 +114,8 @@ def damage(metrics: Mapping[str, Metric], before: Mapping[str, float], after: Ma
 def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
     """Find out which way a metric is better and where chance lies.
 
-    A logged torchmetrics object says so itself; else the name decides: one that contains "loss", "nll",
-    "perplexity", "error", "mse" or "mae" is a loss, any other an accuracy. Chance is what the module's `chance`
+    The module's `higher_is_better` (a dict by metric) decides, else what a logged torchmetrics object says of itself,
+    else the words of the name ("val_ce" is a loss, "val_acc" an accuracy). Chance is what the module's `chance`
     says (a number, or a dict by metric), else 1 / `num_classes` (for a loss its logarithm), read from the metric
     object, the module or the module's `hparams`.
 
@@ -113,10 +126,20 @@ def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
         Metric(name='val_acc', higher_is_better=True, chance=0.25)
         >>> describe_metric("val_loss", Net()).chance == math.log(4)
         True
+
+    Raises:
+        UnlearnError: if nothing tells which way is better.
     """
-    higher = getattr(logged, "higher_is_better", None)
+    higher = (getattr(module, "higher_is_better", None) or {}).get(name, getattr(logged, "higher_is_better", None))
     if higher is None:
-        higher = not any(word in name.lower() for word in LOSS_WORDS)
+        words = set(re.split(r"[^a-z]+", name.lower()))
+        is_loss = not words.isdisjoint(LOSS_WORDS) or "loss" in name.lower() or "error" in name.lower()
+        if not is_loss and words.isdisjoint(SCORE_WORDS) and "acc" not in name.lower():
+            raise UnlearnError(
+                f"{name}: whether more is better cannot be told from this name; set higher_is_better = {{{name!r}: …}} on "
+                "the module, log a torchmetrics object, or call it a loss or an accuracy"
+            )
+        higher = not is_loss
     declared = getattr(module, "chance", None)
     chance = declared.get(name) if isinstance(declared, Mapping) else declared
     hparams = getattr(module, "hparams", None) or {}

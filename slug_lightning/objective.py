@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.metrics import Metric, describe_metric
-from slug_lightning.steps import batch_samples, loss_in, read_logs
+from slug_lightning.steps import batch_samples, call_step, loss_in, read_logs
 from slug_lightning.strategies import Runner
 
 Kind = Literal["forget", "retain"]
@@ -67,6 +69,7 @@ class Objective:
                 raise UnlearnError(f"{kind}: the loss of the step has no graph; return it without detach() or item()")
             return loss, batch_samples(batch)
 
+        _same_draws()
         with torch.enable_grad(), read_logs(self.module):
             batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
             gradient = mean_gradient(loss_of, batches, parameters, kind)
@@ -88,7 +91,8 @@ class Objective:
                 f"one that logs it, or leave {kind}_metric out to use the loss"
             )
         samples = 0
-        with torch.no_grad(), read_logs(self.module) as reader:
+        _same_draws()
+        with torch.no_grad(), self.runner.validating(), read_logs(self.module) as reader:
             for number, batch in enumerate(self._batches(kind, split)):
                 reader.samples = batch_samples(batch)
                 samples += reader.samples
@@ -97,7 +101,7 @@ class Objective:
                         loss = self._loss(kind, batch, number)
                         reader.log(LOSS, loss if loss is not None else 0.0, batch_size=None if loss is not None else 0)
                     else:
-                        self.module.validation_step(batch, number)
+                        call_step(self.module.validation_step, batch, number)
             found = reader.values()
             objects = dict(reader.objects)
         self.forward_samples += samples
@@ -105,7 +109,14 @@ class Objective:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
         missing = [name for name in names if name not in found]
         if missing:
-            problem = "the step returns no loss" if by_loss else f"validation_step logs no {missing}, only {sorted(found)}"
+            problem = (
+                "the step returns no loss"
+                if by_loss
+                else (
+                    f"validation_step itself logs no {missing}, only {sorted(found)} (what hooks log is not seen; a torchmetrics "
+                    "object can be logged in the step)"
+                )
+            )
             raise UnlearnError(f"{kind}_metric: {problem}; name one that it logs")
         for name in names:
             self.metrics.setdefault(name, describe_metric(name, self.module, objects.get(name)))
@@ -119,7 +130,17 @@ class Objective:
         return self.runner.batches(self.loaders[kind][split])
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
-        return loss_in((getattr(self.module, f"{kind}_step", None) or self.module.training_step)(batch, number))
+        return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))
+
+
+def _same_draws() -> None:
+    """Every pass draws the same random numbers, so that two steps differ by the step and not by luck.
+
+    The caller's random state is put back by `steps.untouched`.
+    """
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:
@@ -141,4 +162,6 @@ def refuse_unusable_steps(module: LightningModule) -> None:
 
 def _defines(module: LightningModule, name: str) -> bool:
     # By name, not by class: a module may come from the `pytorch_lightning` package.
-    return getattr(type(module), name).__qualname__ != f"LightningModule.{name}"
+    step = getattr(type(module), name)
+    inherited = step.__qualname__ == f"LightningModule.{name}"
+    return not (inherited and step.__module__.startswith(("lightning.", "pytorch_lightning.")))

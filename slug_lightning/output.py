@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
-from safetensors.torch import save_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.report import UnlearnReport
@@ -61,8 +62,20 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
     if report.patch is not None:
         report.patch.save(folder / PATCH)
         trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
-        save_model(module.model if isinstance(module, UnlearnModule) else module, str(folder / WEIGHTS))
+        save_file(_first_names(module.model if isinstance(module, UnlearnModule) else module), folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves what only its owner reads
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, figure in report.figures().items():
         figure.savefig(folder / FIGURES / f"{name}.png", dpi=150)
     report.to_json(folder / REPORT)  # last: a folder with a report is whole
+
+
+def _first_names(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors, tied ones once, under the name that stands first: the one that patches use."""
+    found: dict[tuple[int, tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() == 0 or found.setdefault(key, name) == name:
+            tensors[name] = tensor.contiguous()
+    return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,10 @@ class UnlearnPatch:
                 raise PatchError(f"{name}: nothing to revert at strength {strength:g}: {reason}")
         _write(targets, self.base)
 
+    def restore(self, model: nn.Module | MutableMapping[str, Tensor]) -> None:
+        """Put the tensors back whatever they are now, as after an `apply` that was interrupted."""
+        _write(_locate(self.base, model), self.base)
+
     @staticmethod
     def combine(patches: Sequence[UnlearnPatch]) -> UnlearnPatch:
         """Make one patch of several that were made on the same base; edits of one tensor add up.
@@ -185,6 +190,7 @@ class UnlearnPatch:
                 part,
                 metadata=metadata,
             )
+            part.chmod(0o644)  # safetensors leaves what only its owner reads
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -216,9 +222,11 @@ class UnlearnPatch:
                 for i, e in enumerate(json.loads(text))
             ]
             base = {n: tensors[f"base/{n}"] for n in sorted({n for e in edits for n in e.directions})}
+            if not all(isinstance(e.concept, str) and math.isfinite(e.step) for e in edits):
+                raise ValueError("a concept that is no text, or a step that is no number")
             if not base or any(t.shape != base[n].shape for e in edits for n, t in e.directions.items()):
                 raise ValueError("no edit, or a direction of another shape than its tensor")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise PatchError(f"{path}: the content is not that of a patch ({error!r})") from error
         return cls(base, edits)
 
@@ -259,7 +267,7 @@ def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str,
     Where several parts fit by name, it is the one that holds `values`; if none does, the one nearest the root.
     """
     names = list(values)
-    held: Mapping[str, Tensor] = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    held: Mapping[str, Tensor] = _tensors_of(model) if isinstance(model, nn.Module) else model
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
     fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
     for prefix in fitting:
@@ -274,6 +282,11 @@ def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str,
             return {name: held[name.removeprefix(prefix)] for name in names}
     missing = [name for name in names if name not in held]
     raise PatchError(f"{missing[0]}: the model has no such tensor; the patch was made on another model")
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor under every name it has; not by `state_dict`, which a model may override to give copies."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -97,29 +97,42 @@ class UnlearnReport:
         for kind in ("forget", "retain"):
             for name, value in self.before.get(kind, {}).items():
                 table.add_row(f"{kind}: {name}", _number(value), _number(self.after[kind][name]), self._bound(kind, name, value))
-        table.add_section()
-        if self.layer is not None:
-            table.add_row("layer", "", "", self.layer)
-            table.add_row("relative step", "", "", f"{self.relative_step:.4f}")
-        seconds = self.cost.get("seconds", {})
-        for phase, spent in seconds.items():
-            table.add_row(f"{phase}", "", f"{spent:.1f} s", f"{100 * spent / (sum(seconds.values()) or 1):.0f} %")
-        table.add_row("evaluations", "", "", str(len(self.trace)))
         stream = io.StringIO()
-        Console(file=stream, width=width, no_color=True, markup=False, emoji=False).print(table)
-        verdict = {True: "Both bounds hold on report data as well.", False: "On report data a bound does not hold.", None: ""}
-        if self.status == "infeasible":
-            verdict[None] = "No step along a front layer meets both bounds; the weights are as they were."
-        return stream.getvalue() + verdict[self.holds]
+        console = Console(file=stream, width=width, no_color=True, markup=False, emoji=False, highlight=False)
+        console.print(table)
+        if self.layer is not None:
+            console.print(f"edited: {self.layer}, relative step {self.relative_step:.4f}")
+        seconds = self.cost.get("seconds", {})
+        total = sum(seconds.values()) or 1.0
+        phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f} %)" for phase, spent in seconds.items())
+        console.print(f"{len(self.trace)} evaluations; {phases}" if phases else f"{len(self.trace)} evaluations")
+        for note in self.notes:
+            console.print(note)
+        console.print(self._verdict())
+        return stream.getvalue().rstrip("\n")
+
+    def _verdict(self) -> str:
+        """One sentence on how it ended; where it failed, with how near the nearest trial came."""
+        if self.status == "unlearned":
+            return "Both bounds hold on report data as well." if self.holds else "On report data a bound does not hold."
+        verdict = "No step along a front layer meets both bounds; the weights are as they were."
+        forgot = [t for t in self.trace if t.get("damage") is not None]  # measured only where the step forgets
+        if forgot:
+            near = min(forgot, key=lambda t: t["damage"])
+            return (
+                f"{verdict} Nearest: {near['layer']} forgets at relative step {near['relative_step']:.4f}, but what is kept "
+                f"loses {near['damage']:.3g} times retain_tolerance."
+            )
+        return f"{verdict} None forgets: raise max_evaluations, or give a forget_target that can be reached."
 
     def _bound(self, kind: str, name: str, before: float | None) -> str:
         higher = self.bounds["higher_is_better"][name]
         if kind == "forget":
-            return f"{'≤' if higher else '≥'} {self.bounds['forget_target']:.4f}"
+            return f"{'≤' if higher else '≥'} {_number(self.bounds['forget_target'])}"
         if before is None:
             return "–"
         tolerance = self.bounds["retain_tolerance"]
-        return f"≥ {before - tolerance:.4f}" if higher else f"≤ {before + tolerance * abs(before):.4f}"
+        return f"≥ {_number(before - tolerance)}" if higher else f"≤ {_number(before + tolerance * abs(before))}"
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point."""
@@ -194,8 +207,10 @@ class UnlearnReport:
 
 
 def _number(value: float | None) -> str:
-    """Four digits; None is what JSON gives back for NaN and infinity."""
-    return "–" if value is None else f"{value:.4f}"
+    """Four decimals, or three digits of what is small; None is what JSON gives back for NaN and infinity."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def _finite(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @contextmanager
@@ -142,6 +145,19 @@ def loss_in(output: Any) -> Tensor | None:
             f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}; or define forget_step and retain_step"
         )
     return loss.squeeze()
+
+
+def call_step(step: Callable[..., Any], batch: Any, number: int) -> Any:
+    """Call a step with as many arguments as it takes: `batch`, then `batch_idx`, then `dataloader_idx`.
+
+    Example:
+        >>> call_step(lambda batch: batch, "b", 3), call_step(lambda batch, batch_idx: batch_idx, "b", 3)
+        ('b', 3)
+    """
+    kinds = [p.kind for p in inspect.signature(step).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return step(batch, number)
+    return step(*(batch, number, 0)[: sum(kind in POSITIONAL for kind in kinds)])
 
 
 def batch_samples(batch: Any) -> int:

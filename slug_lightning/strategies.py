@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -39,8 +39,21 @@ class Runner:
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Read a loader once; its batches arrive converted and on the device."""
+        module: Any = self.strategy.lightning_module
         for batch in loader:
-            yield self.strategy.batch_to_device(self.strategy.precision_plugin.convert_input(batch))
+            batch = module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(batch))
+            yield self.strategy.batch_to_device(batch)
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Let the trainer say that it validates, so that a module doesn't augment what it is measured on."""
+        module: Any = self.strategy.lightning_module
+        state = module.trainer.state
+        stage, state.stage = state.stage, type(state.stage).VALIDATING
+        try:
+            yield
+        finally:
+            state.stage = stage
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast and default dtype as the trainer's precision wants them."""

@@ -169,7 +169,20 @@ def test_a_declared_chance_comes_first_by_metric_or_for_all():
     assert describe_metric("acc", Net(chance=0.03, num_classes=4)).chance == 0.03
     declared = Net(chance={"acc": 0.0}, num_classes=4)
     assert describe_metric("acc", declared).chance == 0.0
-    assert describe_metric("other", declared).chance == 0.25
+    assert describe_metric("other_acc", declared).chance == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "higher"), [("val_ce", False), ("ppl", False), ("valloss", False), ("f1", True), ("val/top1", True)]
+)
+def test_the_words_of_a_name_say_which_way_is_better(name, higher):
+    assert describe_metric(name, Net()).higher_is_better is higher
+
+
+def test_a_name_that_says_nothing_is_refused_unless_the_module_speaks():
+    with pytest.raises(UnlearnError, match="val_x: whether more is better.*higher_is_better"):
+        describe_metric("val_x", Net())
+    assert describe_metric("val_x", Net(higher_is_better={"val_x": False})).higher_is_better is False
 
 
 def test_a_num_classes_that_is_no_count_is_ignored():

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import slug_lightning.callbacks.unlearn as unlearn
-from _tiny import CLASSES, FORGET, Classifier, accuracy, changed, fit, loader, part, snapshot, trained, trainer
+from _tiny import CLASSES, FORGET, Classifier, accuracy, blobs, changed, fit, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
@@ -434,6 +434,8 @@ def test_bad_input_is_named_with_its_remedy_and_changes_nothing(options, model, 
         ({"retain_tolerance": -0.1}, "retain_tolerance"),
         ({"max_evaluations": 0}, "max_evaluations"),
         ({"then": "go"}, "then"),
+        ({"granularity": "layer"}, "granularity"),
+        ({"forget_target": float("nan")}, "forget_target"),
         ({"forget": {"a": [], "b": []}}, "forget: 2 concepts.*combine"),
     ],
 )
@@ -459,6 +461,7 @@ def test_nan_in_a_gradient_names_the_layer():
         ({"min_epochs": 1}, "min_epochs"),
         ({"min_steps": 1}, "min_steps"),
         ({"max_epochs": 0}, "max_epochs=0"),
+        ({"limit_train_batches": 0}, "limit_train_batches=0"),
         ({"devices": 2, "strategy": "ddp_fork"}, "DDPStrategy is not supported.*devices=1"),
     ],
 )
@@ -499,13 +502,132 @@ def test_a_second_run_never_overwrites_the_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-2"]
 
 
-def test_a_resumed_fit_does_not_edit_again(tmp_path):
+def test_a_resumed_training_is_not_edited_again(tmp_path):
     model = trained()
-    fit(callback(output_dir=str(tmp_path / "run")), model)
-    again, forgetting = trained(), callback()
+    fit(callback(output_dir=str(tmp_path / "run"), then="continue"), model)
+    checkpoint = torch.load(tmp_path / "run" / "unlearned.ckpt", weights_only=True)
+    again, forgetting = trained(), callback(then="continue")
     trainer(forgetting).fit(again, loader(False), loader(False), ckpt_path=str(tmp_path / "run" / "unlearned.ckpt"))
-    assert not changed(again, model.state_dict())
-    assert forgetting.report.status == "unlearned" and again.trained_batches == 0
+    (name,) = forgetting.report.tensors
+    moved = (dict(again.named_parameters())[name] - checkpoint["state_dict"][name]).abs().max()
+    assert forgetting.report.status == "unlearned" and again.trained_batches == len(loader(False))
+    assert moved < 0.05 < (checkpoint["state_dict"][name] - trained().state_dict()[name]).abs().max()
+
+
+def test_a_checkpoint_with_an_edit_does_not_answer_for_another_request(tmp_path):
+    fit(callback(output_dir=str(tmp_path / "run")), trained())
+    path = str(tmp_path / "run" / "unlearned.ckpt")
+    with pytest.raises(UnlearnError, match="nothing to forget"):
+        trainer(callback()).fit(trained(), loader(False), loader(False), ckpt_path=path)
+    x, y = blobs().tensors
+    zero, others = ([i for i in range(len(y)) if (y[i] == 0) == wanted and y[i] != FORGET] for wanted in (True, False))
+    sets = [DataLoader(torch.utils.data.Subset(blobs(), chosen), batch_size=16) for chosen in (zero, others)]
+    other, forgetting = trained(), UnlearnCallback({"class zero": sets[0]}, sets[1], retain_tolerance=20.0)
+    trainer(forgetting).fit(other, loader(False), loader(False), ckpt_path=path)
+    assert forgetting.report.concept == "class zero" and forgetting.report.status == "unlearned"
+    other.eval()
+    assert (other.net(x[zero]).argmax(1) == 0).float().mean() <= 1 / CLASSES
+
+
+def test_a_fit_that_ends_before_the_edit_says_so(tmp_path):
+    done = trainer(enable_checkpointing=False)
+    done.fit(trained(), loader(False), loader(False))
+    done.save_checkpoint(tmp_path / "done.ckpt", weights_only=False)
+    with pytest.raises(UnlearnError, match="ended before the edit.*raise max_epochs"):
+        trainer(callback()).fit(trained(), loader(False), loader(False), ckpt_path=str(tmp_path / "done.ckpt"))
+
+
+def test_weight_averaging_is_refused():
+    class WeightAveraging(pl.Callback):  # known by its name, as Lightning's own
+        pass
+
+    with pytest.raises(UnlearnError, match="weight averaging"):
+        trainer(callback(), WeightAveraging()).fit(trained(), loader(False), loader(False))
+
+
+def test_steps_may_leave_out_batch_idx_and_hooks_before_the_transfer_are_called():
+    class Short(Classifier):
+        num_classes = CLASSES
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {"x": batch[0], "y": batch[1]}
+
+        def training_step(self, batch):
+            return cross_entropy(self.net(batch["x"]), batch["y"])
+
+        def validation_step(self, batch):
+            assert self.trainer.validating
+            self.log("val_acc", (self.net(batch["x"]).argmax(1) == batch["y"]).float().mean())
+
+    forgetting = callback(forget_metric="val_acc")
+    made = fit(forgetting, trained(Short))
+    assert forgetting.report.status == "unlearned"
+    assert not made.validating
+
+
+def test_two_measurements_of_the_same_weights_agree_though_the_data_are_drawn_at_random():
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self, forget):
+            self.part = part(forget)
+
+        def __len__(self):
+            return len(self.part)
+
+        def __getitem__(self, i):
+            x, y = self.part[i]
+            return x + torch.randn(8), y
+
+    reports = []
+    for _ in range(2):
+        torch.rand(7)
+        forgetting = callback(forget=DataLoader(Noisy(True), 16), retain=DataLoader(Noisy(False), 16), max_evaluations=2)
+        fit(forgetting, trained())
+        reports.append(forgetting.report)
+    assert reports[0].trace == reports[1].trace and reports[0].before == reports[1].before
+
+
+def test_a_broken_model_counts_as_too_large_a_step():
+    class Fragile(Classifier):
+        """Its loss is NaN as soon as any logit is larger than a trained one."""
+
+        def training_step(self, batch, batch_idx):
+            logits = self.net(batch[0])
+            return cross_entropy(logits, batch[1]) + (0 if logits.abs().max() < self.most else float("nan"))
+
+    model = trained(Fragile).eval()
+    model.most = 1.05 * model.net(blobs().tensors[0]).abs().max().item()
+    forgetting = callback(layers="net.6.weight", max_evaluations=12, forget_target=1000.0)
+    fit(forgetting, model.train())
+    steps = [t["relative_step"] for t in forgetting.report.trace]
+    broken = [t["relative_step"] for t in forgetting.report.trace if t["forget"] != t["forget"]]
+    assert broken and max(steps) <= 2 * min(broken)
+
+
+def test_the_edit_is_of_the_model_and_not_of_a_copy_beside_it():
+    import copy
+
+    from slug_lightning.modules import ClassifierModule
+
+    module = ClassifierModule(trained().net, num_classes=CLASSES)
+    module.a = copy.deepcopy(module.model).requires_grad_(False)
+    reference = snapshot(module.a)
+    forgetting = callback(retain_tolerance=0.05)
+    trainer(forgetting).fit(module, loader(False), loader(False))
+    assert forgetting.report.status == "unlearned"
+    assert not changed(module.a, reference)
+    assert changed(module.model, reference) == set(forgetting.report.tensors)
+
+
+def test_a_failed_apply_leaves_no_report_behind(monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    model, forgetting = trained(), callback()
+    before = snapshot(model)
+    monkeypatch.setattr(UnlearnPatch, "apply", fail)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(forgetting, model)
+    assert forgetting.report is None and not changed(model, before)
 
 
 @pytest.mark.parametrize("bar", ["rich", "tqdm"])

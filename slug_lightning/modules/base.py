@@ -35,6 +35,7 @@ class UnlearnModule(pl.LightningModule):
 
     forget_metric: Optional[str] = None
     retain_metric: Optional[str] = None
+    forget_target: Optional[float] = None
     chance: Any = None
     towers: Optional[dict[str, str]] = None
     """Name of a tower -> pattern of its parameters, for a model whose towers are ranked apart."""

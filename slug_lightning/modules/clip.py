@@ -31,8 +31,8 @@ class ClipModule(UnlearnModule):
             `CLIPModel`, or a model of either library.
         pretrained: open_clip tag or checkpoint file; None for random weights.
         prompts: classes by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
-            `identity_accuracy`. Without prompts the losses are the metrics, and `forget_target` must be given: the
-            forget loss is at most 2.
+            `identity_accuracy`. Without prompts the losses are the metrics, and a forget loss of 1 counts as forgotten:
+            a cosine of 0, at which pictures and captions have nothing to do with each other.
         tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is given as an object and there are prompts.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
@@ -58,6 +58,7 @@ class ClipModule(UnlearnModule):
         super().__init__(model, contrastive_loss, forget_loss=matching_loss, learning_rate=learning_rate)
         self.prompts = {name: list(classes) for name, classes in (prompts or {}).items()}
         self.chance = {f"{name}_accuracy": 1 / len(classes) for name, classes in self.prompts.items()}
+        self.forget_target = None if self.prompts else 1.0
         if self.prompts:
             if tokenizer is None:
                 raise UnlearnError("tokenizer: prompts are given, and a model object brings no tokenizer; pass tokenizer=…")
