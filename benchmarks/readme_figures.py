@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from slug_lightning import UnlearnReport
+from slug_lightning.datamodules import EmojiDataModule
 from slug_lightning.datamodules.emoji import load_drawings, render
 from slug_lightning.modules import EmbeddedClip
 from slug_lightning.modules.clip import encode_image, encode_text
@@ -30,10 +31,20 @@ def answers(module: EmbeddedClip, images: torch.Tensor) -> dict[str, list[str]]:
     return found
 
 
-def draw_answers(run: Path) -> Figure:
+def things_on_forgotten_pictures(module: EmbeddedClip, style: str) -> float:
+    """Share of the report's pictures in the forgotten style whose thing is named right."""
+    data = EmojiDataModule(style=style)
+    data.setup("test")
+    right: list[torch.Tensor] = []
+    with torch.no_grad():
+        for number, batch in enumerate(data.retain_dataloader("test")):
+            right.append(module.scores(batch, number)["thing_accuracy"][batch["style"] < 0])
+    return torch.cat(right).mean().item()
+
+
+def draw_answers(before: EmbeddedClip, after: EmbeddedClip, concept: str) -> Figure:
     """Pictures of every style with the model's answers before and after."""
     drawings = load_drawings()
-    concept = UnlearnReport.from_json(run / "report.json").concept.removesuffix(" style")
     # Of every fifth thing the model was not trained on one drawing (embedded/train.py).
     things = [t for t in torch.randperm(len(drawings.thing_names), generator=torch.Generator().manual_seed(3)) if t % 5][:8]
     styles = [concept] * 5 + [style for style in drawings.style_names if style != concept][:3]
@@ -42,9 +53,6 @@ def draw_answers(run: Path) -> Figure:
         for t, s in zip(things, styles, strict=True)
     ]
     images = render(drawings.pictures[rows], torch.Generator().manual_seed(5))
-    before = EmbeddedClip().eval()
-    after = EmbeddedClip().eval()
-    after.model.load_state_dict(load_file(run / "weights.safetensors"))
     said = answers(before, images), answers(after, images)
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     for i, axes in enumerate(figure.subplots(1, 8)):
@@ -63,7 +71,12 @@ def main() -> None:
     DOCS.mkdir(exist_ok=True)
     for name, figure in UnlearnReport.from_json(run / "report.json").figures().items():
         figure.savefig(DOCS / f"{name}.png", dpi=110)
-    draw_answers(run).savefig(DOCS / "answers.png", dpi=110)
+    before, after = EmbeddedClip().eval(), EmbeddedClip().eval()
+    after.model.load_state_dict(load_file(run / "weights.safetensors"))
+    style = UnlearnReport.from_json(run / "report.json").concept.removesuffix(" style")
+    draw_answers(before, after, style).savefig(DOCS / "answers.png", dpi=110)
+    kept = [things_on_forgotten_pictures(module, style) for module in (before, after)]
+    print(f"things named right on {style} pictures: {kept[0]:.1%} before, {kept[1]:.1%} after")
     print(f"wrote {', '.join(sorted(path.name for path in DOCS.glob('*.png')))} to {DOCS}")
 
 

@@ -1,4 +1,4 @@
-"""A trained model forgets in about the time of one backward pass, inside its owner's own Trainer."""
+"""A trained model forgets what it is asked to, by an edit of one layer, inside its owner's own Trainer."""
 
 from __future__ import annotations
 
