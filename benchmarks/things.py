@@ -8,9 +8,11 @@ report is in the folder already is not run again, so that a stopped benchmark go
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas
@@ -31,27 +33,33 @@ def row(thing: str, report: UnlearnReport) -> dict:
     return line | {"evaluations": len(report.trace), "seconds": sum(report.cost["seconds"].values())}
 
 
+def forget(thing: str, folder: Path) -> UnlearnReport:
+    """Run the config for one thing, unless its report is there."""
+    if not (folder / "report.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped; else the next would go beside it
+        command = [sys.executable, "-m", "slug_lightning.cli", "fit", "--config", str(CONFIG), "--output_dir", str(folder)]
+        command += ["--data.thing", thing, "--trainer.enable_progress_bar", "false"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode not in (0, 3):
+            raise SystemExit(f"{thing}: exit code {done.returncode}\n{done.stderr}")
+    report = UnlearnReport.from_json(folder / "report.json")
+    print(f"{thing}: {report.status}", flush=True)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="how many things (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which things (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once, a thread each (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/things"), help="folder of the runs (default: %(default)s)")
     arguments = parser.parse_args()
     names = load_drawings().thing_names
     drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(arguments.seed))[: arguments.count]
-    rows = []
-    for number, thing in enumerate(names[i] for i in drawn):
-        folder = arguments.output / thing.replace(" ", "-")
-        if not (folder / "report.json").exists():
-            print(f"{number + 1}/{arguments.count}: {thing}", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped; else the next would go beside it
-            command = [sys.executable, "-m", "slug_lightning.cli", "fit", "--config", str(CONFIG), "--output_dir", str(folder)]
-            command += ["--data.thing", thing, "--trainer.enable_progress_bar", "false"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode not in (0, 3):
-                raise SystemExit(f"{thing}: exit code {done.returncode}\n{done.stderr}")
-        rows.append(row(thing, UnlearnReport.from_json(folder / "report.json")))
-    table = pandas.DataFrame(rows)
+    things = [names[i] for i in drawn]
+    folders = [arguments.output / thing.replace(" ", "-") for thing in things]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        table = pandas.DataFrame(map(row, things, pool.map(forget, things, folders)))
     table.to_json(arguments.output / "table.json", orient="records", indent=2)
     print(table.to_markdown(index=False, floatfmt=".3f"))
     unlearned = table[table.status == "unlearned"]

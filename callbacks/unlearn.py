@@ -352,9 +352,9 @@ class UnlearnCallback(pl.Callback):
                 patch.apply(edited_part)
             self.report = report  # before the checkpoint is written, which holds it
             publish(report, trainer.loggers)
-            folder = self.output_dir or _folder_of(trainer)
+            asked = self.output_dir or _folder_of(trainer)
+            folder = None if asked is None else fresh_folder(asked)
             if folder is not None:
-                folder = fresh_folder(folder)
                 save_run(folder, report, trainer, module)
         except BaseException:
             self.report = None

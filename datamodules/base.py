@@ -253,7 +253,7 @@ def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
         train = _loader_of(datamodule, "train")
         if isinstance(train, Mapping) and kind in train:
             datamodule.setup("test")
-            loaders = {"train": train} | {split: _loader_of(datamodule, split) for split in ("val", "test")}  # type: ignore[arg-type]
+            loaders = {"train": train} | {split: _loader_of(datamodule, split) for split in ("val", "test")}
             return {split: loader[kind] for split, loader in loaders.items() if isinstance(loader, Mapping) and kind in loader}
     raise UnlearnError(
         f"{kind}: nothing was given and the trainer's datamodule has none; pass {kind}=… (a DataLoader, a "
