@@ -189,7 +189,8 @@ class EmojiDataModule(UnlearnDataModule):
         forget: dict[str, Dataset] = {}
         retain: dict[str, Dataset] = {}
         shares = split_indices(len(concept), self.seed), split_indices(len(others), self.seed)
-        for split, times in zip(SPLITS, (1, 2, 4), strict=True):
+        # A thing has few drawings, so many renderings of each tell; of a style, the number of drawings does.
+        for split, times in zip(SPLITS, (1, 2, 4) if self.style else (1, 1, 4), strict=True):
             rows = concept[shares[0][split]] if self.style else concept
             kept = others[shares[1][split]]
             forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 16 * times)
