@@ -20,7 +20,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
 from slug_lightning.loggers import publish
 from slug_lightning.metrics import Metric, damage
-from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.pareto import pareto_front
@@ -334,7 +334,7 @@ class UnlearnCallback(pl.Callback):
         report.search_after = {"forget": {name: best.forget}, "retain": best.retain or {}}
         report.status = "unlearned"
         report.layer, report.step_size, report.relative_step = layer.name, best.step, best.relative_step
-        prefix = "model." if isinstance(objective.module, UnlearnModule) else ""
+        prefix = "" if own_model(objective.module) is objective.module else "model."
         named = {name.removeprefix(prefix): name for name in layer.parameters}
         report.tensors = list(named)
         details = {"layer": layer.name, "relative_step": best.relative_step, "before": report.before, "after": report.after}
@@ -346,7 +346,7 @@ class UnlearnCallback(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
-        patch, edited_part = report.patch, module.model if isinstance(module, UnlearnModule) else module
+        patch, edited_part = report.patch, own_model(module)
         try:
             if patch is not None:
                 patch.apply(edited_part)

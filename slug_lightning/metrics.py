@@ -62,13 +62,13 @@ class Metric:
                     "num_classes on the module"
                 )
             return self.chance, f"chance level of {self.name}"
-        target = max(before + math.log(LIKELIHOOD_DROP), 2 * before)
-        how = f"{self.name} before + ln {LIKELIHOOD_DROP:g}: a hundred times less likely"
-        if 2 * before > before + math.log(LIKELIHOOD_DROP):
-            how = f"twice {self.name} before"
-        if self.chance is not None and self.chance > target:
-            return self.chance, f"{self.name} of a model that knows nothing"
-        return target, how
+        floors = [
+            (before + math.log(LIKELIHOOD_DROP), f"{self.name} before + ln {LIKELIHOOD_DROP:g}: a hundred times less likely"),
+            (2 * before, f"twice {self.name} before"),
+        ]
+        if self.chance is not None:
+            floors.append((self.chance, f"{self.name} of a model that knows nothing"))
+        return max(floors, key=lambda floor: floor[0])
 
     def reaches(self, value: float, target: float) -> bool:
         """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it.

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.modules.base import own_model
 from slug_lightning.report import UnlearnReport
 
 REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES = (
@@ -62,7 +62,7 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
     if report.patch is not None:
         report.patch.save(folder / PATCH)
         trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
-        save_file(_first_names(module.model if isinstance(module, UnlearnModule) else module), folder / WEIGHTS)
+        save_file(_first_names(own_model(module)), folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)  # safetensors leaves what only its owner reads
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, figure in report.figures().items():

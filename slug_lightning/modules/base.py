@@ -10,6 +10,17 @@ import torch
 from torch import Tensor, nn
 
 
+def own_model(module: nn.Module) -> nn.Module:
+    """The model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> own_model(UnlearnModule(net, loss=lambda model, batch: model(batch).sum())) is net, own_model(net) is net
+        (True, True)
+    """
+    return module.model if isinstance(module, UnlearnModule) else module
+
+
 class UnlearnModule(pl.LightningModule):
     """Wraps a model with what forgetting needs: a loss to raise, a loss to keep low, a score to watch.
 
