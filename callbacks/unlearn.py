@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
+from slug_lightning.compete import Competition, recorded, stepped
+from slug_lightning.cost import CostMeter
 from slug_lightning.datamodules.base import resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
@@ -24,11 +23,12 @@ from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.pareto import pareto_front
-from slug_lightning.patch import Edit, UnlearnPatch, edited
+from slug_lightning.patch import Edit, UnlearnPatch
 from slug_lightning.progress import Progress
+from slug_lightning.replay import Replay
 from slug_lightning.report import UnlearnReport
 from slug_lightning.scores import Score, score_layer
-from slug_lightning.search import Trial, best_trial, search_step
+from slug_lightning.search import Trial, best_trial
 from slug_lightning.steps import untouched
 from slug_lightning.strategies import Runner, refuse_unsupported
 
@@ -61,6 +61,12 @@ class UnlearnCallback(pl.Callback):
             (an infeasible run stops all the same).
         output_dir: folder for report, patch, checkpoint, weights and figures; if it holds a run already, a numbered
             one beside it. Default: the logger's folder; without a logger nothing is written.
+        replay: whether evaluations of an edit compute only what the edit can change (`slug_lightning.replay`). The
+            outcome is the same, bit for bit, without it.
+        replay_budget: bytes that the outputs kept for that may take, on the device and again on the host. Default: a
+            quarter of what is free when the search starts. A small budget makes the search slower.
+        count_cost: whether the report's `cost` also counts floating-point operations and the bytes of live tensors, in
+            every phase; this slows the run.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -87,6 +93,9 @@ class UnlearnCallback(pl.Callback):
         max_evaluations: int = 10,
         then: Literal["stop", "continue"] = "stop",
         output_dir: Optional[str] = None,
+        replay: bool = True,
+        replay_budget: Optional[int] = None,
+        count_cost: bool = False,
     ) -> None:
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance: {retain_tolerance} is no tolerance; give a number of at least 0")
@@ -94,6 +103,8 @@ class UnlearnCallback(pl.Callback):
             raise UnlearnError(f"forget_target: {forget_target} can never be reached; give a finite number")
         if max_evaluations < 1:
             raise UnlearnError(f"max_evaluations: {max_evaluations} leaves nothing to try; give at least 1")
+        if replay_budget is not None and replay_budget < 0:
+            raise UnlearnError(f"replay_budget: {replay_budget} is no number of bytes; give at least 0")
         if granularity not in ("tensor", "module", "siblings"):
             raise UnlearnError(f"granularity: {granularity!r} is not known; give 'tensor', 'module' or 'siblings'")
         if then not in ("stop", "continue"):
@@ -117,6 +128,9 @@ class UnlearnCallback(pl.Callback):
         self.max_evaluations = max_evaluations
         self.then = then
         self.output_dir = output_dir
+        self.replay = replay
+        self.replay_budget = replay_budget
+        self.count_cost = count_cost
         self.report = None
         self._restored: dict[str, Any] = {}
 
@@ -198,8 +212,8 @@ class UnlearnCallback(pl.Callback):
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> UnlearnReport:
         """Validate, measure, choose, search, report; the weights are as they were when this returns or raises."""
-        self.progress = Progress(trainer.progress_bar_callback)
-        self.seconds: dict[str, float] = {}
+        progress = Progress(trainer.progress_bar_callback)
+        meter = CostMeter(module.device, self.count_cost)
         datamodule = getattr(trainer, "datamodule", None)
         with untouched(module):
             loaders = resolve_loaders(self.forget, self.retain, datamodule)
@@ -210,40 +224,42 @@ class UnlearnCallback(pl.Callback):
                 Runner(trainer.strategy),
                 self.forget_metric,
                 self.retain_metric,
-                self.progress.track,
+                progress.track,
             )
             report = UnlearnReport("infeasible", self.concept or _concept_of(datamodule))
             report.notes = list(loaders.notes)
             report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
-            with self._timed("validate"):
+            with meter.phase("validate"):
                 self._validate(objective, report)
-            with self._timed("gradients"):
+            with meter.phase("gradients"):
                 scores, gradient = self._measure(objective, layers)
             report.scores = [asdict(score) for score in scores]
             front = [score for score in scores if score.on_front]
-            with self._timed("search"):
-                by_name = {layer.name: layer for layer in layers}
-                trials = self._search(objective, report, front, by_name, gradient)
-            report.trace = [asdict(trial) for trial in trials]
+            by_name = {score.layer: next(layer for layer in layers if layer.name == score.layer) for score in front}
+            if self.replay:
+                objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
+            with meter.phase("search"):
+                trials = self._search(objective, report, front, by_name, gradient, progress)
             best = best_trial(trials)
-            with self._timed("report"):
+            with meter.phase("report"):
                 self._conclude(objective, report, by_name[best.layer] if best else None, best, gradient)
-            report.cost = {
-                "seconds": self.seconds,
+            report.cost = meter.report() | {
                 "evaluations": len(trials),
                 "forward_samples": objective.forward_samples,
                 "backward_samples": objective.backward_samples,
             }
+            if objective.replay:
+                report.cost["replay"] = objective.replay.report()
+                report.notes += objective.replay.notes()
         return report
 
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
-        """Measure before the edit, settle the target, and refuse what is forgotten already or not finite."""
-        report.search_before = {kind: objective.measure(kind, "val") for kind in ("forget", "retain")}
-        report.before = {kind: objective.measure(kind, "test") for kind in ("forget", "retain")}
-        for kind, values in report.search_before.items():
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")
+        """Measure before the edit what decides, settle the target, and refuse what is forgotten already or not finite."""
+        for kind in ("forget", "retain"):
+            objective.rehearse(kind, "test")
+        objective.rehearse("retain", "val")
+        report.search_before = {"forget": objective.measured("forget", "val")}
+        _refuse_infinite("forget", report.search_before["forget"])
         ((name, before),) = report.search_before["forget"].items()
         metric = objective.metrics[name]
         target, reason = self.forget_target, "given"
@@ -260,7 +276,7 @@ class UnlearnCallback(pl.Callback):
             "forget_metric": name,
             "forget_target": target,
             "forget_target_reason": reason,
-            "retain_metrics": list(report.search_before["retain"]),
+            "retain_metrics": objective.names["retain"],
             "retain_tolerance": self.retain_tolerance,
             "higher_is_better": {m.name: m.higher_is_better for m in objective.metrics.values()},
         }
@@ -288,35 +304,22 @@ class UnlearnCallback(pl.Callback):
         front: list[Score],
         layers: Mapping[str, Layer],
         gradient: Mapping[str, Tensor],
+        progress: Progress,
     ) -> list[Trial]:
-        """Try every layer on the front; the retain metrics are measured only where the step forgets."""
-        ((forget_name, _),) = report.search_before["forget"].items()
-        forget_metric, retain_metrics = objective.metrics[forget_name], objective.metrics_of("retain")
-        target = report.bounds["forget_target"]
-        trials: list[Trial] = []
-        with self.progress.bar("search", len(front) * self.max_evaluations) as advance:
-            for score in front:
-                layer = layers[score.layer]
-
-                def evaluate(relative_step: float, score: Score = score, layer: Layer = layer) -> Trial:
-                    step = relative_step * score.weight_norm / score.forget_norm
-                    with stepped(layer, gradient, step):
-                        value = objective.measure("forget", "val")[forget_name]
-                        # A model that gives NaN is broken: too large a step, whatever else.
-                        broken = not math.isfinite(value)
-                        forgotten = broken or forget_metric.reaches(value, target)
-                        retain = objective.measure("retain", "val") if forgotten and not broken else None
-                    lost = math.inf if broken else None
-                    if retain is not None:
-                        lost = damage(retain_metrics, report.search_before["retain"], retain, self.retain_tolerance)
-                    advance()
-                    return Trial(score.layer, step, relative_step, forgotten, lost, value, retain)
-
-                tried = search_step(evaluate, self.max_evaluations)
-                trials += tried
-                best = best_trial(tried)
-                found = f"step {best.relative_step:.4f}, {_values(best.retain)}" if best else "no step meets both bounds"
-                self.progress.say(f"{score.layer}: {len(tried)} evaluations, {found}")
+        """Let the layers of the front compete."""
+        competition = Competition(
+            objective,
+            layers,
+            gradient,
+            target=report.bounds["forget_target"],
+            before=report.search_before["forget"][report.bounds["forget_metric"]],
+            tolerance=self.retain_tolerance,
+            max_evaluations=self.max_evaluations,
+            progress=progress,
+        )
+        trials, report.search_before["retain"] = competition.run(front)
+        _refuse_infinite("retain", report.search_before["retain"])
+        report.trace = [asdict(trial) for trial in trials]
         return trials
 
     def _conclude(
@@ -324,10 +327,12 @@ class UnlearnCallback(pl.Callback):
     ) -> None:
         """Measure the chosen step on report data and make the patch; without one, say that nothing changed."""
         if layer is None or best is None:
+            report.before = {kind: objective.measured(kind, "test") for kind in ("forget", "retain")}
             report.after, report.search_after = report.before, report.search_before
             return
-        with stepped(layer, gradient, best.step):
-            report.after = {kind: objective.measure(kind, "test") for kind in ("forget", "retain")}
+        for kind in ("forget", "retain"):
+            with recorded(objective, kind, "test", [layer]) as report.before[kind], stepped(layer, gradient, best.step):
+                report.after[kind] = objective.measured(kind, "test", edited=layer.name)
         ((name, after),) = report.after["forget"].items()
         lost = damage(objective.metrics_of("retain"), report.before["retain"], report.after["retain"], self.retain_tolerance)
         report.holds = objective.metrics[name].reaches(after, report.bounds["forget_target"]) and lost <= 1
@@ -361,40 +366,10 @@ class UnlearnCallback(pl.Callback):
             if patch is not None:
                 patch.restore(edited_part)
             raise
-        self.progress.say("\n" + report.to_text())
+        progress = Progress(trainer.progress_bar_callback)
+        progress.say("\n" + report.to_text())
         if folder is not None:
-            self.progress.say(f"Saved in {folder}")
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - start
-
-
-@contextmanager
-def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """Inside, the layer's tensors are a step up the forget loss; afterwards the saved copies are put back.
-
-    `θ + λ·g_f`: ascent, though the paper prints a minus (method.md: the released programs disagree with each other).
-
-    Example:
-        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
-        >>> with stepped(layer, {"w": torch.ones(2)}, 0.5):
-        ...     print(layer.parameters["w"].data)
-        tensor([1.5000, 1.5000])
-        >>> layer.parameters["w"].data
-        tensor([1., 1.])
-    """
-    before = {name: p.detach().clone() for name, p in layer.parameters.items()}
-    with torch.no_grad():
-        try:
-            for name, parameter in layer.parameters.items():
-                parameter.copy_(edited(before[name], [(gradient[name], step)]))
-            yield
-        finally:
-            for name, parameter in layer.parameters.items():
-                parameter.copy_(before[name])
+            progress.say(f"Saved in {folder}")
 
 
 def _folder_of(trainer: pl.Trainer) -> str | None:
@@ -414,5 +389,7 @@ def _concept_of(datamodule: Any) -> str:
     return named if isinstance(named, str) else ", ".join(map(str, named))
 
 
-def _values(values: Mapping[str, float] | None) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in (values or {}).items())
+def _refuse_infinite(kind: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +35,13 @@ def mean_gradient(
     r"""Differentiate the mean loss over all samples: `sum(n_b * grad_b) / sum(n_b)` over the batches b.
 
     Weighting by samples gives the same gradient however the samples are batched (for a loss that is a mean over
-    samples). Nothing is added to `.grad`; besides the result one batch's gradients are alive at a time.
+    samples). Besides the result, one tensor's gradient of one batch is alive at a time; `.grad` is as it was afterwards.
 
     Args:
         loss_of: takes a batch and its number, gives its mean loss (a scalar with a graph, or None to leave the batch
             out) and its number of samples.
         batches: the data, read once.
-        parameters: what to differentiate, by name.
+        parameters: what to differentiate, leaves that require it, by name.
         name: "forget" or "retain", for messages.
 
     Returns:
@@ -57,19 +58,19 @@ def mean_gradient(
     """
     sums = {key: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for key, p in parameters.items()}
     total, samples, seen = 0.0, 0, 0
-    for number, batch in enumerate(batches):
-        seen += 1
-        loss, count = loss_of(batch, number)
-        if loss is None:
-            continue
-        if not torch.isfinite(loss):
-            raise UnlearnError(f"{name}: the loss of batch {number} is {loss.item()}; look at its data or use precision=32")
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for key, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                sums[key].add_(gradient.to(sums[key].dtype), alpha=count)
-        total += loss.item() * count
-        samples += count
+    weight = [0]
+    with _taken(parameters, lambda key, gradient: sums[key].add_(gradient.to(sums[key].dtype), alpha=weight[0])):
+        for number, batch in enumerate(batches):
+            seen += 1
+            loss, weight[0] = loss_of(batch, number)
+            if loss is None:
+                continue
+            if not torch.isfinite(loss):
+                raise UnlearnError(f"{name}: the loss of batch {number} is {loss.item()}; look at its data or use precision=32")
+            loss.backward(inputs=list(parameters.values()))
+            total += loss.item() * weight[0]
+            samples += weight[0]
+            del loss  # and the graph, before the next batch makes another
     if samples == 0:
         problem = "the step returns no loss for any batch" if seen else "the set is empty"
         raise UnlearnError(f"{name}: {problem}; nothing can be differentiated")
@@ -78,3 +79,28 @@ def mean_gradient(
         if not torch.isfinite(gradient_sum).all():
             raise UnlearnError(f"{name}: the gradient of {key} holds NaN or inf; leave it out by layers=… or use precision=32")
     return Gradient(sums, total / samples, samples)
+
+
+@contextmanager
+def _taken(parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Inside, `take` gets each parameter's gradient as soon as a backward pass has it, and it is let go at once."""
+
+    def hook_for(key: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            take(key, parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    before = {key: parameter.grad for key, parameter in parameters.items()}
+    hooks = [parameter.register_post_accumulate_grad_hook(hook_for(key)) for key, parameter in parameters.items()]
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for key, parameter in parameters.items():
+            parameter.grad = before[key]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +17,8 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.metrics import Metric, describe_metric
-from slug_lightning.steps import batch_samples, call_step, loss_in, read_logs
+from slug_lightning.replay import Replay
+from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs
 from slug_lightning.strategies import Runner
 
 Kind = Literal["forget", "retain"]
@@ -56,6 +60,10 @@ class Objective:
         self.names: dict[Kind, list[str]] = {"forget": [forget], "retain": [retain] if isinstance(retain, str) else list(retain)}
         self.metrics: dict[str, Metric] = {}
         """Filled by the first measurement: only a step tells what it logs."""
+        self.complete: dict[tuple[Kind, str], LogReader] = {}
+        """What the last whole pass over each set has logged."""
+        self.replay: Replay | None = None
+        """Spares evaluations what an edit does not change, once it is set."""
         self.forward_samples = 0
         self.backward_samples = 0
 
@@ -70,15 +78,33 @@ class Objective:
             return loss, batch_samples(batch)
 
         _same_draws()
-        with torch.enable_grad(), read_logs(self.module):
+        with torch.enable_grad(), only_differentiating(self.module, parameters), read_logs(self.module):
             batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
             gradient = mean_gradient(loss_of, batches, parameters, kind)
         self.forward_samples += gradient.samples
         self.backward_samples += gradient.samples
         return gradient
 
-    def measure(self, kind: Kind, split: str) -> dict[str, float]:
+    def measure(
+        self,
+        kind: Kind,
+        split: str,
+        *,
+        record: Sequence[str] = (),
+        edited: str | None = None,
+        stop: Callable[[LogReader], bool] | None = None,
+    ) -> dict[str, float] | None:
         """Measure the metrics of `kind` on one split, each a mean over its samples.
+
+        Args:
+            kind: "forget" or "retain".
+            split: "val" (search) or "test" (report).
+            record: layers whose evaluations `replay` shall spare later; the weights must be the original ones.
+            edited: the layer that is edited now, if only one is.
+            stop: asked after each batch; gives up if it says so.
+
+        Returns:
+            Value by name, or None if given up.
 
         Raises:
             UnlearnError: if the split is empty or a named metric is never logged (the message lists what is).
@@ -91,24 +117,28 @@ class Objective:
                 f"one that logs it, or leave {kind}_metric out to use the loss"
             )
         samples = 0
+        stopped = False
         _same_draws()
         with torch.no_grad(), self.runner.validating(), read_logs(self.module) as reader:
             for number, batch in enumerate(self._batches(kind, split)):
                 reader.samples = batch_samples(batch)
                 samples += reader.samples
-                with self.runner.forward_context():
-                    if by_loss:
-                        loss = self._loss(kind, batch, number)
-                        reader.log(LOSS, loss if loss is not None else 0.0, batch_size=None if loss is not None else 0)
-                    else:
-                        call_step(self.module.validation_step, batch, number)
+                step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
+                if self.replay and record:
+                    self.replay.record((kind, split), number, batch, step, record)
+                elif self.replay and edited:
+                    self.replay.evaluate((kind, split), number, batch, step, edited)
+                else:
+                    step()
+                stopped = stop is not None and stop(reader)
+                if stopped:
+                    break
             found = reader.values()
-            objects = dict(reader.objects)
         self.forward_samples += samples
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
         missing = [name for name in names if name not in found]
-        if missing:
+        if missing and not stopped:
             problem = (
                 "the step returns no loss"
                 if by_loss
@@ -119,8 +149,54 @@ class Objective:
             )
             raise UnlearnError(f"{kind}_metric: {problem}; name one that it logs")
         for name in names:
-            self.metrics.setdefault(name, describe_metric(name, self.module, objects.get(name)))
+            self.metrics.setdefault(name, describe_metric(name, self.module, reader.objects.get(name)))
+        if stopped:
+            return None
+        self.complete[kind, split] = reader
         return {name: found[name] for name in names}
+
+    def measured(self, kind: Kind, split: str, *, record: Sequence[str] = (), edited: str | None = None) -> dict[str, float]:
+        """Measure to the end, as `measure` without `stop`."""
+        values = self.measure(kind, split, record=record, edited=edited)
+        assert values is not None
+        return values
+
+    def rehearse(self, kind: Kind, split: str) -> None:
+        """Find out early what a long run would stumble over: measure until every metric has been logged once.
+
+        Raises:
+            UnlearnError: as `measure`.
+        """
+        self.measure(kind, split, stop=lambda reader: all(n in reader.sums or n in reader.objects for n in self.names[kind]))
+
+    def at_best(self, kind: Kind, split: str, reader: LogReader) -> dict[str, float]:
+        """What the metrics of a pass can still become at best, as far as that is certain.
+
+        A metric whose values lay within [0, 1] on the last whole pass and on this one is at most 1, a loss that was never
+        below 0 is at least 0. A metric of which less is known is left out.
+        """
+        whole = self.complete[kind, split]
+        best = {}
+        for name in self.names[kind]:
+            total, weight = whole.weights.get(name, 0), reader.weights.get(name, 0)
+            if not 0 < weight <= total:
+                continue
+            low = min(float(whole.ranges[name][0]), float(reader.ranges[name][0]))
+            high = max(float(whole.ranges[name][1]), float(reader.ranges[name][1]))
+            higher = self.metrics[name].higher_is_better
+            if math.isfinite(low) and math.isfinite(high) and low >= 0 and (high <= 1 or not higher):
+                rest = (total - weight) * (1.0 if higher else 0.0)
+                best[name] = (float(reader.sums[name]) + rest) / total
+        return best
+
+    def _evaluate(self, kind: Kind, batch: Any, number: int, by_loss: bool, reader: LogReader) -> None:
+        """One batch of a measurement."""
+        with self.runner.forward_context():
+            if by_loss:
+                loss = self._loss(kind, batch, number)
+                reader.log(LOSS, loss if loss is not None else 0.0, batch_size=None if loss is not None else 0)
+            else:
+                call_step(self.module.validation_step, batch, number)
 
     def metrics_of(self, kind: Kind) -> dict[str, Metric]:
         """The metrics of one kind, by name; known after its first measurement."""
@@ -131,6 +207,28 @@ class Objective:
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
         return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))
+
+
+@contextmanager
+def only_differentiating(module: LightningModule, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, no graph is built for any other parameter: what lies in front of the first of these is not kept.
+
+    Example:
+        >>> module = LightningModule()
+        >>> module.a, module.b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> with only_differentiating(module, {"b.weight": module.b.weight}):
+        ...     [name for name, p in module.named_parameters() if p.requires_grad]
+        ['b.weight']
+    """
+    chosen = {id(p) for p in parameters.values()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
 
 
 def _same_draws() -> None:

@@ -112,8 +112,8 @@ class UnlearnPatch:
         targets = _locate(self.base, model)
         new = self._tensors(strength)
         for name, target in targets.items():
-            if not _same(target, self.base[name]):
-                done = _same(target, new[name]) or _same(target, self._tensors(1.0)[name])
+            if not same_bits(target, self.base[name]):
+                done = same_bits(target, new[name]) or same_bits(target, self._tensors(1.0)[name])
                 problem = "the patch is applied already; revert it first" if done else "the model is not the patch's base"
                 raise PatchError(f"{name}: {problem}")
         _write(targets, new)
@@ -131,8 +131,8 @@ class UnlearnPatch:
         made = self._tensors(strength)
         targets = _locate(made, model)
         for name, target in targets.items():
-            if not _same(target, made[name]):
-                reason = "the patch is not applied" if _same(target, self.base[name]) else "something else changed it since"
+            if not same_bits(target, made[name]):
+                reason = "the patch is not applied" if same_bits(target, self.base[name]) else "something else changed it since"
                 raise PatchError(f"{name}: nothing to revert at strength {strength:g}: {reason}")
         _write(targets, self.base)
 
@@ -154,7 +154,7 @@ class UnlearnPatch:
         base: dict[str, Tensor] = {}
         for patch in patches:
             for name, tensor in patch.base.items():
-                if name in base and not _same(base[name], tensor):
+                if name in base and not same_bits(base[name], tensor):
                     raise PatchError(f"{name}: the patches were made on different bases; make them anew on one model")
                 base[name] = tensor
         edits = sorted((edit for patch in patches for edit in patch.edits), key=lambda edit: edit.digest)
@@ -261,7 +261,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, also of NaNs and of signed zeros, whatever the device."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
 
@@ -276,7 +276,7 @@ def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str,
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
     fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
     for prefix in fitting:
-        if all(_same(held[prefix + name], values[name]) for name in names):
+        if all(same_bits(held[prefix + name], values[name]) for name in names):
             return {name: held[prefix + name] for name in names}
     if fitting:
         return {name: held[fitting[0] + name] for name in names}
@@ -298,4 +298,4 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values in: nothing is written unless every value has passed its checks before."""
     with torch.no_grad():
         for name, target in targets.items():
-            target.data.copy_(values[name])
+            target.copy_(values[name])  # not by `.data`: whoever watches the version must notice

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from slug_lightning.layers import Layer
 
+CHUNK = 2**20
+
 
 @dataclass(frozen=True)
 class Score:
@@ -22,6 +24,7 @@ class Score:
         alignment: |cos(g_f, g_r)|, in [0, 1]; lower is better.
         forget_norm: ‖g_f‖.
         weight_norm: ‖θ‖.
+        retain_norm: ‖g_r‖.
         on_front: whether no other layer of the tower is better.
     """
 
@@ -31,6 +34,7 @@ class Score:
     alignment: float
     forget_norm: float
     weight_norm: float
+    retain_norm: float
     on_front: bool = False
 
 
@@ -59,11 +63,17 @@ def score_layer(layer: Layer, forget: Mapping[str, Tensor], retain: Mapping[str,
     weight_norm = _norm([layer.parameters[n].detach() for n in names])
     if forget_norm == 0 or weight_norm == 0:
         return None
-    dot = sum((forget[n].double() * retain[n].double()).sum().item() for n in names)
+    dot = sum(_dot(forget[n], retain[n]) for n in names)
     # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
     alignment = min(abs(dot) / (forget_norm * retain_norm), 1.0) if retain_norm else 0.0
-    return Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm)
+    return Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+    return math.sqrt(sum(_dot(t, t) for t in tensors))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product in fp64, a million elements at a time: the wider copies stay small."""
+    parts = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
+    return sum((x.double() * y.double()).sum().item() for x, y in parts)

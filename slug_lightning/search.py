@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 START = 0.1
 """First relative step λ‖g_f‖/‖θ‖ (SLUG, arXiv 2407.11867)."""
 FINE = 0.02
-"""Bisection ends when the bracket is this narrow, relative to its upper end."""
+"""The search ends when the bracket is this narrow, relative to its upper end,"""
+OVERSHOOT = 0.05
+"""or when the metric is no further beyond the target than this share of the whole way."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,10 @@ class Trial:
         relative_step: λ‖g_f‖/‖θ‖.
         forgotten: whether the forget target is met.
         damage: the worst retain metric's loss as a share of its tolerance: at most 1 is within bounds, below 0 is a
-            gain; None where it was not measured, because the step does not forget.
+            gain; None where it was not measured.
         forget: value of the forget metric.
         retain: values of the retain metrics by name, None where not measured.
+        dropped: whether the measurement of what is kept was broken off, since the layer could no longer be the best.
     """
 
     layer: str
@@ -33,6 +37,7 @@ class Trial:
     damage: float | None
     forget: float
     retain: dict[str, float] | None
+    dropped: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -40,33 +45,65 @@ class Trial:
         return self.forgotten and self.damage is not None and self.damage <= 1
 
 
-def search_step(evaluate: Callable[[float], Trial], max_evaluations: int = 10) -> list[Trial]:
-    """Find the smallest relative step that forgets: double from 0.1 until it does, then bisect.
+def search_step(
+    evaluate: Callable[[float], Trial], share: Callable[[float], float], max_evaluations: int = 10, start: float = START
+) -> list[Trial]:
+    """Find a step that just forgets: bracket it, then narrow the bracket by interpolation.
+
+    SLUG (arXiv 2407.11867) doubles from 0.1 and bisects. The metric's value tells more than whether the target is met:
+    the next step is where a power law through both ends of the bracket meets the target; if that did not halve the
+    bracket, it is the middle.
 
     Args:
         evaluate: tries a relative step.
-        max_evaluations: how often it may be called, at least 1.
+        share: of the way from the metric's value before to the target that a value has gone: 0 is before, 1 is the
+            target, infinity a broken model.
+        max_evaluations: how often `evaluate` may be called, at least 1.
+        start: the first relative step.
 
     Returns:
-        Every trial, in order. The last upper end of the bracket is the smallest step seen to forget
-        (SLUG, arXiv 2407.11867).
+        Every trial, in order. The search ends at a step that forgets and goes at most 5 % of the way too far, or at most
+        2 % further than one that does not forget.
 
     Example:
         >>> def evaluate(r):
-        ...     return Trial("w", r, r, forgotten=r >= 0.33, damage=r, forget=1 - r, retain=None)
-        >>> [round(trial.relative_step, 3) for trial in search_step(evaluate, 7)]
-        [0.1, 0.2, 0.4, 0.3, 0.35, 0.325, 0.338]
+        ...     return Trial("w", r, r, forgotten=r**2 >= 0.3, damage=None, forget=1 - r**2, retain=None)
+        >>> [round(trial.relative_step, 3) for trial in search_step(evaluate, lambda value: (1 - value) / 0.3)]
+        [0.1, 0.2, 0.4, 0.8, 0.555]
     """
-    low, high, step = 0.0, float("inf"), START
+    low, high, step = (0.0, 0.0), None, start
     trials: list[Trial] = []
-    while len(trials) < max_evaluations and (high == float("inf") or high - low > FINE * high):
+    halve = False
+    while len(trials) < max_evaluations:
         trials.append(evaluate(step))
+        point = step, share(trials[-1].forget)
+        width = high[0] - low[0] if high else math.inf
         if trials[-1].forgotten:
-            high = step
+            high = point
         else:
-            low = step
-        step = 2 * low if high == float("inf") else (low + high) / 2
+            low = point
+        if high is None:
+            # At most doubled, as the step may do anything beyond; less where the target is near.
+            step *= min(max(1.1 / point[1], 1.2), 2.0) if point[1] > 0 else 2.0
+            continue
+        if high[1] <= 1 + OVERSHOOT or high[0] - low[0] <= FINE * high[0]:
+            break
+        halve = not halve and high[0] - low[0] > width / 2
+        step = (low[0] + high[0]) / 2 if halve else _interpolated(low, high)
     return trials
+
+
+def _interpolated(low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Where the power law through two (step, share) points is just beyond the target, well within the bracket."""
+    middle = (low[0] + high[0]) / 2
+    if not math.isfinite(high[1]):
+        return middle
+    power = math.log(high[1] / low[1]) / math.log(high[0] / low[0]) if min(low) > 0 else 1.5
+    if power <= 0:
+        return middle
+    guess = high[0] * ((1 + OVERSHOOT / 2) / high[1]) ** (1 / power)
+    margin = (high[0] - low[0]) / 10
+    return min(max(guess, low[0] + margin), high[0] - margin)
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:

@@ -13,6 +13,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from slug_lightning.errors import UnlearnError
 
@@ -32,6 +33,18 @@ def untouched(module: nn.Module) -> Iterator[None]:
         (tensor([0., 0.]), True)
     """
     modes = {m: m.training for m in module.modules()}
+    restore = _snapshot(module)
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        restore()
+
+
+def _snapshot(module: nn.Module) -> Callable[[], None]:
+    """Remember buffers, metric states and random numbers; gives what puts them back."""
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     # In a list: a torchmetrics object's hash changes with its states.
     metrics = [
@@ -39,24 +52,25 @@ def untouched(module: nn.Module) -> Iterator[None]:
         for m in module.modules()
         if isinstance(m, torchmetrics.Metric)
     ]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            module.eval()
-            yield
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-            with torch.no_grad():
-                for name, buffer in module.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
-            for metric, state, count, computed in metrics:
-                for key, value in state.items():
-                    setattr(metric, key, value)
-                metric._update_count, metric._computed = count, computed
-            random.setstate(python)
-            np.random.set_state(numpy)
+    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+        for metric, state, count, computed in metrics:
+            for key, value in state.items():
+                setattr(metric, key, _copied(value))
+            metric._update_count, metric._computed = count, computed
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+    return restore
 
 
 def _copied(state: Any) -> Any:
@@ -78,8 +92,10 @@ class LogReader:
     def __init__(self) -> None:
         self.samples = 1
         """Samples of the batch at hand: the weight of what is logged without `batch_size`."""
-        self.sums: dict[str, Tensor | float] = {}
+        self.sums: dict[str, Tensor] = {}
         self.weights: dict[str, int] = {}
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        """The lowest and the highest value that was logged."""
         self.objects: dict[str, torchmetrics.Metric] = {}
 
     def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
@@ -88,17 +104,27 @@ class LogReader:
             self.objects[name] = value
             return
         weight = self.samples if batch_size is None else batch_size
-        if isinstance(value, Tensor):
-            value = value.detach().double().squeeze() if value.device.type != "mps" else value.detach().float().squeeze()
+        value = torch.as_tensor(value).detach().squeeze()
+        value = value.double() if value.device.type != "mps" else value.float()
         # A batch without a single sample of this kind logs a mean over nothing, which is NaN.
         if weight:
+            low, high = self.ranges.get(name, (value, value))
             self.sums[name] = self.sums.get(name, 0.0) + value * weight
             self.weights[name] = self.weights.get(name, 0) + weight
+            self.ranges[name] = torch.minimum(low, value), torch.maximum(high, value)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
         """Take several values at once, also a torchmetrics `MetricCollection`."""
         for name, value in dictionary.items():
             self.log(name, value, *args, batch_size=batch_size, **kwargs)
+
+    def state(self) -> tuple[dict, dict, dict, dict]:
+        """What was logged so far, for `restore`."""
+        return dict(self.sums), dict(self.weights), dict(self.objects), dict(self.ranges)
+
+    def restore(self, state: tuple[dict, dict, dict, dict]) -> None:
+        """Go back to what was logged by then."""
+        self.sums, self.weights, self.objects, self.ranges = map(dict, state)
 
     def values(self) -> dict[str, float]:
         """What was logged so far, by name."""
@@ -124,6 +150,54 @@ def read_logs(module: nn.Module) -> Iterator[LogReader]:
     finally:
         del vars(module)["log"], vars(module)["log_dict"]
         vars(module).update(own)
+
+
+class Attempt:
+    """One batch's step, which can be run without consequences.
+
+    Args:
+        module: whose step it is.
+        run: runs it.
+        reader: what it logs to, if to anything.
+
+    Example:
+        >>> net, reader = nn.BatchNorm1d(2), LogReader()
+        >>> step = Attempt(net, lambda: reader.log("loss", 1.0), reader)
+        >>> with step.undone():
+        ...     step()
+        ...     step.seen()
+        [tensor(1., dtype=torch.float64)]
+        >>> step.seen()
+        []
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[[], Any], reader: LogReader | None = None) -> None:
+        self.module = module
+        self.run = run
+        self.reader = reader or LogReader()
+
+    def __call__(self) -> None:
+        """Run the step."""
+        self.run()
+
+    @contextmanager
+    def undone(self, only_if_it_fails: bool = False) -> Iterator[None]:
+        """What happens inside has not happened afterwards."""
+        restore, log = _snapshot(self.module), self.reader.state()
+        try:
+            yield
+        except BaseException:
+            only_if_it_fails = False
+            raise
+        finally:
+            if not only_if_it_fails:
+                restore()
+                self.reader.restore(log)
+
+    def seen(self) -> list[Any]:
+        """What was logged so far: sums, and the states of metric objects."""
+        states = [m.metric_state for m in self.module.modules() if isinstance(m, torchmetrics.Metric)]
+        return tree_leaves([self.reader.sums, states])
 
 
 def loss_in(output: Any) -> Tensor | None:

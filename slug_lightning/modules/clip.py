@@ -67,19 +67,37 @@ class ClipModule(UnlearnModule):
         for name, classes in self.prompts.items():
             assert tokenizer is not None
             self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
-        self._classes: dict[str, Tensor] = {}
+        self._classes: dict[str, tuple[Any, Tensor]] = {}
+
+    def on_validation_start(self) -> None:
+        """Encode the prompts anew: weights may have changed in ways that leave no mark on them."""
+        self._classes.clear()
+
+    on_test_start = on_validation_start
+
+    def class_features(self, name: str) -> Tensor:
+        """Unit features of a set of prompts, `[C, D]`; computed again only if the text tower was written to.
+
+        There may be thousands of prompts, and an edit of the vision tower changes none of them.
+        """
+        tokens = self.get_buffer(f"{name}_tokens")
+        parameters = [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return encode_text(self.model, tokens)
+        kind = tokens.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        state = precision, [(p.data_ptr(), p._version) for p in parameters]
+        if name not in self._classes or self._classes[name][0] != state:
+            self._classes[name] = state, encode_text(self.model, tokens)
+        return self._classes[name][1]
 
     def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Zero-shot: whether the nearest prompt of a set is the right one, `[B]`; NaN for a label of -1."""
         names = [name for name in self.prompts if name in batch and (batch[name] >= 0).any()]
-        if batch_idx == 0:  # the prompts don't change within a pass, and there may be thousands
-            self._classes.clear()
         image = encode_image(self.model, batch["image"])
         found = {}
         for name in names:
-            if name not in self._classes:
-                self._classes[name] = encode_text(self.model, self.get_buffer(f"{name}_tokens"))
-            right = (image @ self._classes[name].T).argmax(1) == batch[name]
+            right = (image @ self.class_features(name).T).argmax(1) == batch[name]
             found[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
         return found
 
