@@ -67,7 +67,7 @@ def mean_gradient(
                 continue
             if not torch.isfinite(loss):
                 raise UnlearnError(f"{name}: the loss of batch {number} is {loss.item()}; look at its data or use precision=32")
-            loss.backward(inputs=list(parameters.values()))
+            loss.backward()  # whatever else requires no gradient; `inputs=` would rule out reentrant checkpoints
             total += loss.item() * weight[0]
             samples += weight[0]
             del loss  # and the graph, before the next batch makes another

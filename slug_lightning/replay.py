@@ -74,6 +74,16 @@ class _Recorded:
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     held: list[tuple[torch.device, int]] = field(default_factory=list)
 
+    def take(self, trace: Trace) -> None:
+        """Take over what the skipped calls returned; of what is not kept only the shape."""
+        held = _storages(self.kept.values())
+        for place in {place for plan in self.plans.values() for place in plan.skipped}:
+            leaves, structure = trace.outputs[place]
+            for position, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in held:
+                    self.kept.setdefault((place, position), leaf)  # costs nothing, as its memory is held anyway
+            self.outputs[place] = Output([Absent(v) if isinstance(v, Tensor) else v for v in leaves], structure)
+
 
 class Replay:
     """Evaluates edits of single layers, and computes only what depends on the layer.
@@ -114,6 +124,7 @@ class Replay:
         self.held = dict.fromkeys(self.budget, 0)
         self.most_held = 0
         self.skipped_calls = 0
+        self._before: Trace | None = None
         self._checked: set[tuple[Any, str]] = set()
         self._refused: dict[str, str] = {}
 
@@ -129,7 +140,7 @@ class Replay:
             step: runs it.
             layers: names of the layers that will be evaluated.
         """
-        trace = Trace(self.places, self.candidates)
+        trace = Trace(self.places, self.candidates, self._before if number else None)
         try:
             with step.undone(only_if_it_fails=True):
                 trace.run(step)
@@ -137,16 +148,17 @@ class Replay:
             step()
             self._refused.update(dict.fromkeys(layers, f"what depends on what could not be followed ({error})"))
             return
+        self._before = trace
         plans = {name: trace.plan(self.layers[name]) for name in layers}
-        recorded = _Recorded(_fingerprint(batch), plans)
+        recorded = self.batches.setdefault(where, {})[number] = _Recorded(_fingerprint(batch), plans)
         # The smallest first: the features of one tower spare as much as all activations of the other.
         for plan in sorted(plans.values(), key=lambda plan: sum(_storages(trace.kept_by(plan).values()).values())):
             self._keep(recorded, {at: t for at, t in trace.kept_by(plan).items() if at not in recorded.kept})
-        for plan in plans.values():
-            for place in plan.skipped:
-                leaves, structure = trace.outputs[place]
-                recorded.outputs[place] = Output([Absent(v) if isinstance(v, Tensor) else v for v in leaves], structure)
-        self.batches.setdefault(where, {})[number] = recorded
+        recorded.take(trace)
+        for place, position in trace.let_go(_storages(recorded.kept.values())):
+            for name, plan in plans.items():
+                if place in plan.skipped and (place, position) not in recorded.kept:
+                    plans[name] = Plan(reason=f"an output of {self.places.names[place]} is remembered beyond its batch")
 
     def forget(self, where: Any) -> None:
         """Drop what was kept of a pass."""
@@ -227,10 +239,11 @@ class Replay:
             if place in plan.skipped:
                 self.skipped_calls += 1
                 leaves = list(recorded.outputs[place].leaves)
-                for at in plan.kept:
-                    if at[0] == place:
+                for position in range(len(leaves)):
+                    at = place, position
+                    if at in recorded.kept:
                         lent = _moved(recorded.kept[at], self.device)
-                        leaves[at[1]] = lent.clone() if at in plan.changed else lent
+                        leaves[position] = lent.clone() if at in plan.changed else lent
                 # A container of its own: callers may write into it.
                 return tree_unflatten(leaves, recorded.outputs[place].structure)
             out = forward(*args, **kwargs)

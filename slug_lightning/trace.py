@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class _Memory:
     """What is known of one storage.
 
     Attributes:
+        storage: refers to it, weakly.
         bits: the layers it depends on.
         home: place that made it; None if it was there before.
         writer: place that wrote to it last.
@@ -107,9 +109,10 @@ class _Memory:
         returned: each output that is this memory: place, position, number of writes by then.
     """
 
-    bits: int
-    home: int | None
-    writer: int | None
+    storage: weakref.ref[torch.UntypedStorage]
+    bits: int = 0
+    home: int | None = None
+    writer: int | None = None
     writes: int = 0
     returned: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -161,6 +164,7 @@ class Trace(TorchDispatchMode):
     Args:
         places: of the module.
         layers: candidates; the number in this list is the layer's bit.
+        before: the trace of the batch before: what still lives of it may have been remembered, and matters again.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -172,10 +176,14 @@ class Trace(TorchDispatchMode):
         [[], ['0', '1']]
     """
 
-    def __init__(self, places: Places, layers: Sequence[Layer]) -> None:
+    def __init__(self, places: Places, layers: Sequence[Layer], before: Trace | None = None) -> None:
         super().__init__()
         self.places = places
         self.memory: dict[int, _Memory] = {}
+        for old in before.memory.values() if before else ():
+            storage = old.storage()
+            if old.bits and storage is not None:
+                self.memory[storage._cdata] = _Memory(old.storage, old.bits)
         for number, layer in enumerate(layers):
             for parameter in layer.parameters.values():
                 self._of(parameter).bits |= 1 << number
@@ -197,10 +205,12 @@ class Trace(TorchDispatchMode):
 
     def _of(self, tensor: Tensor) -> _Memory:
         try:
-            key = tensor.untyped_storage()._cdata
+            storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError) as error:
             raise CannotTrace(f"a tensor without plain memory ({type(tensor).__name__})") from error
-        return self.memory.setdefault(key, _Memory(0, None, None))
+        if storage._cdata not in self.memory:
+            self.memory[storage._cdata] = _Memory(weakref.ref(storage))
+        return self.memory[storage._cdata]
 
     def _escapes(self, tensor: Tensor) -> None:
         self.escaped |= self._of(tensor).bits
@@ -226,7 +236,8 @@ class Trace(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 self.escaped |= 0 if leaf is None else bits
             elif id(self._of(leaf)) not in given:  # new, perhaps where something freed has been
-                self.memory[leaf.untyped_storage()._cdata] = _Memory(bits, here, here)
+                storage = leaf.untyped_storage()
+                self.memory[storage._cdata] = _Memory(weakref.ref(storage), bits, here, here)
         if torch.Tag.dynamic_output_shape in func.tags:
             self.escaped |= bits
         return out
@@ -245,6 +256,18 @@ class Trace(TorchDispatchMode):
                 bits = EVERY  # an object of its own kind: nobody knows what it holds
         self.depends[place] = bits
         return out
+
+    def let_go(self, held: Collection[int]) -> list[tuple[int, int]]:
+        """Let go of every output; gives those, place and position, that somebody else remembers.
+
+        They outlive their batch, so later code may read them.
+
+        Args:
+            held: storages that the caller keeps alive.
+        """
+        self.outputs.clear()
+        living = [m for key, m in self.memory.items() if m.home is not None and key not in held and m.storage() is not None]
+        return [(place, position) for m in living for place, position, _ in m.returned]
 
     def kept_by(self, plan: Plan) -> dict[tuple[int, int], Tensor]:
         """The outputs that a plan reads, each as it was when the call returned."""

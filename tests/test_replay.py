@@ -131,7 +131,7 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         hidden = self.first(x)
-        return self.last(checkpoint(self.second, hidden, use_reentrant=self.reentrant).relu())
+        return self.last(checkpoint(self.second, hidden, use_reentrant=self.reentrant).tanh())
 
 
 class Overwriting(nn.Module):
@@ -232,9 +232,28 @@ class Noisy(nn.Module):
         return self.last(self.drop(hidden) + 0.01 * torch.randn_like(hidden))
 
 
+class Caching(nn.Module):
+    """Remembers what it computed of the first batch, for all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompts, self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.remembered = None
+
+    def forward(self, x):
+        if len(x) == 5 and self.remembered is None:
+            self.remembered = self.prompts(torch.ones(1, 8))
+        out = self.last(x + self.first(self.remembered))
+        if len(x) == 3:  # the last batch
+            self.remembered = None
+        return out
+
+
 def transformer():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 8), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.Linear(4, 8), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(16, 4)
+    )
 
 
 ZOO = {
@@ -256,6 +275,7 @@ ZOO = {
     "deciding": Deciding,
     "remembering": Remembering,
     "noisy": Noisy,
+    "caching": Caching,
     "transformer": transformer,
 }
 
@@ -285,14 +305,52 @@ def test_replayed_outputs_have_the_bits_of_a_plain_forward(name):
                 before = {key: p.clone() for key, p in layer.parameters.items()}
                 for key, p in layer.parameters.items():
                     p.copy_(edit[key])
+                plain = []
                 for number, x in enumerate(batches):
                     torch.manual_seed(number)
-                    plain = net(x)
+                    plain.append(net(x))
+                for number, x in enumerate(batches):
                     torch.manual_seed(number)
                     replay.evaluate("val", number, x, Attempt(net, lambda x=x: seen.append(net(x) * 1)), layer.name)
-                    assert torch.equal(seen[-1], plain), (layer.name, number)
+                    assert torch.equal(seen[-1], plain[number]), (layer.name, number)
                 for key, p in layer.parameters.items():
                     p.copy_(before[key])
     assert {name for name, m in net.named_modules() if "forward" in vars(m)} == own
     # Where code reads what has gone past an output, or random numbers move, nothing may be left out.
     print(name, replay.skipped_calls, replay.notes())
+
+
+class Awkward(Classifier):
+    """Learns the blobs with a member of the zoo."""
+
+    def __init__(self, name):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.net = ZOO[name]()
+            x, y = blobs().tensors
+            optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
+            for _ in range(40):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(self.net(x), y).backward()
+                optimizer.step()
+
+
+TRAINABLE = sorted(ZOO.keys() - {"overwriting", "read afterwards", "caching"})  # autograd refuses the first two
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("options", [{}, {"forget_metric": "val_acc", "forget_target": 1 / CLASSES, "retain_metric": "val_acc"}])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_layer_step_and_weights_are_the_same_with_and_without_replay(name, options):
+    found = []
+    for more in ({"replay": False}, {}, {"replay_budget": 1000}):
+        model = Awkward(name)
+        forgetting = UnlearnCallback(forget=loader(True), retain=loader(False), retain_tolerance=0.3, **options, **more)
+        fit(forgetting, model)
+        report = forgetting.report
+        weights = {key: value for key, value in snapshot(model).items() if not key.endswith("buffer")}
+        found.append((report.status, report.layer, report.step_size, report.trace, report.before, report.after, weights))
+    for one in found[1:]:
+        assert one[:-1] == found[0][:-1]
+        assert all(torch.equal(one[-1][key], value) for key, value in found[0][-1].items())
