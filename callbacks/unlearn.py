@@ -27,6 +27,7 @@ from slug_lightning.patch import Edit, UnlearnPatch
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
 from slug_lightning.report import UnlearnReport
+from slug_lightning.retained import RetainCache
 from slug_lightning.scores import Score, score_layer
 from slug_lightning.search import Trial, best_trial
 from slug_lightning.steps import untouched
@@ -67,6 +68,7 @@ class UnlearnCallback(pl.Callback):
             quarter of what is free when the search starts. A small budget makes the search slower.
         count_cost: whether the report's `cost` also counts floating-point operations and the bytes of live tensors, in
             every phase; this slows the run.
+        retain_cache: shared by the callbacks of several requests, so that the retain gradient is computed once.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -96,6 +98,7 @@ class UnlearnCallback(pl.Callback):
         replay: bool = True,
         replay_budget: Optional[int] = None,
         count_cost: bool = False,
+        retain_cache: Optional[RetainCache] = None,
     ) -> None:
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance: {retain_tolerance} is no tolerance; give a number of at least 0")
@@ -131,6 +134,7 @@ class UnlearnCallback(pl.Callback):
         self.replay = replay
         self.replay_budget = replay_budget
         self.count_cost = count_cost
+        self.retain_cache = retain_cache
         self.report = None
         self._restored: dict[str, Any] = {}
 
@@ -285,7 +289,7 @@ class UnlearnCallback(pl.Callback):
         """Both gradients, the scores, the fronts; of the gradients only what a front layer needs is kept."""
         parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         forget = objective.gradient("forget", parameters).tensors
-        retain = objective.gradient("retain", parameters).tensors
+        retain = self._retain_gradient(objective, parameters)
         scores = [score for layer in layers if (score := score_layer(layer, forget, retain)) is not None]
         if not scores:
             raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")
@@ -296,6 +300,18 @@ class UnlearnCallback(pl.Callback):
                 scores[i] = replace(scores[i], on_front=on_front)
         chosen = {score.layer for score in scores if score.on_front}
         return scores, {name: forget[name] for layer in layers if layer.name in chosen for name in layer.parameters}
+
+    def _retain_gradient(self, objective: Objective, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Computed, or the one that an earlier request left in the cache."""
+
+        def compute() -> dict[str, Tensor]:
+            return objective.gradient("retain", parameters).tensors
+
+        if self.retain_cache is None:
+            return compute()
+        trainer = objective.module.trainer
+        source = trainer.datamodule if self.retain is None else self.retain  # type: ignore[attr-defined]
+        return self.retain_cache.gradient(objective.module, source, trainer.precision, list(parameters), compute)
 
     def _search(
         self,

@@ -128,6 +128,37 @@ class EmojiPairs(Dataset):
         return {name: column[index] for name, column in self.columns.items()}
 
 
+def emoji_pairs(drawings: Drawings, rows: Tensor, generator: torch.Generator, *, thing: bool, style: bool) -> EmojiPairs:
+    """Render some drawings, captioned by thing, by style, or by both.
+
+    Args:
+        drawings: all drawings.
+        rows: which of them, `[N]`; one that is named twice is rendered twice.
+        generator: of the renderings.
+        thing: whether the caption names the thing, and the thing is asked.
+        style: likewise the style.
+
+    Example:
+        >>> pairs = emoji_pairs(load_drawings(), torch.tensor([0, 0]), torch.Generator(), thing=True, style=False)
+        >>> len(pairs), pairs[0]["style"]
+        (2, tensor(-1))
+    """
+    import open_clip
+
+    captions = [_caption(drawings, int(row), thing, style) for row in rows]
+    things, styles = drawings.things[rows], drawings.styles[rows]
+    none = torch.full_like(things, -1)
+    images = torch.cat([render(drawings.pictures[part], generator) for part in rows.split(256)])
+    tokens = open_clip.get_tokenizer(f"local-dir:{CLIP}")(captions)
+    return EmojiPairs(images, tokens, things if thing else none, styles if style else none)
+
+
+def _caption(drawings: Drawings, row: int, thing: bool, style: bool) -> str:
+    what = drawings.thing_names[int(drawings.things[row])]
+    how = f"{drawings.style_names[int(drawings.styles[row])]} style"
+    return f"{what} in {how}" if thing and style else what if thing else how
+
+
 class EmojiDataModule(UnlearnDataModule):
     """Forget an art style, or a thing, of the embedded pictures; keep all the rest.
 
@@ -164,8 +195,6 @@ class EmojiDataModule(UnlearnDataModule):
         """Render every split, once."""
         if "forget" in self._parts:
             return
-        import open_clip
-
         drawings = load_drawings()
         asked, names = (drawings.styles, drawings.style_names) if self.style else (drawings.things, drawings.thing_names)
         wanted = self.style or self.thing
@@ -174,17 +203,10 @@ class EmojiDataModule(UnlearnDataModule):
             raise UnlearnError(f"{'style' if self.style else 'thing'}: {wanted!r} is not known; near misses: {', '.join(near)}")
         concept = (asked == names.index(str(wanted))).nonzero()[:, 0]
         others = (asked != names.index(str(wanted))).nonzero()[:, 0]
-        tokenize = open_clip.get_tokenizer(f"local-dir:{CLIP}")
         generator = torch.Generator().manual_seed(self.seed)
 
         def pairs(rows: Tensor, thing: bool, style: bool, times: int) -> EmojiPairs:
-            """Renderings of some drawings, captioned by thing, style or both."""
-            rows = rows.repeat(times)
-            captions = [self._caption(drawings, int(row), thing, style) for row in rows]
-            things, styles = drawings.things[rows], drawings.styles[rows]
-            none = torch.full_like(things, -1)
-            images = torch.cat([render(drawings.pictures[part], generator) for part in rows.split(256)])
-            return EmojiPairs(images, tokenize(captions), things if thing else none, styles if style else none)
+            return emoji_pairs(drawings, rows.repeat(times), generator, thing=thing, style=style)
 
         forget: dict[str, Dataset] = {}
         retain: dict[str, Dataset] = {}
@@ -201,8 +223,3 @@ class EmojiDataModule(UnlearnDataModule):
             self.notes[kind] += "; fresh renderings in each" + (
                 ", of drawings of its own" if self.style or kind == "retain" else ""
             )
-
-    def _caption(self, drawings: Drawings, row: int, thing: bool, style: bool) -> str:
-        what = drawings.thing_names[int(drawings.things[row])]
-        how = f"{drawings.style_names[int(drawings.styles[row])]} style"
-        return f"{what} in {how}" if thing and style else what if thing else how

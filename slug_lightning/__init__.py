@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from slug_lightning.modules.base import UnlearnModule
     from slug_lightning.patch import PatchError, UnlearnPatch
     from slug_lightning.report import UnlearnReport
+    from slug_lightning.retained import RetainCache
 
-__all__ = ["PatchError", "UnlearnError", "UnlearnModule", "UnlearnPatch", "UnlearnReport"]
+__all__ = ["PatchError", "RetainCache", "UnlearnError", "UnlearnModule", "UnlearnPatch", "UnlearnReport"]
 
 HOMES = {
     "PatchError": "patch",
+    "RetainCache": "retained",
     "UnlearnError": "errors",
     "UnlearnModule": "modules.base",
     "UnlearnPatch": "patch",

@@ -190,7 +190,7 @@ def recorded(objective: Objective, kind: Kind, split: str, layers: Sequence[Laye
         yield before
     finally:
         if objective.replay:
-            objective.replay.forget((kind, split))
+            objective.replay.forget()
 
 
 def _rewrite(layers: Iterable[Layer]) -> None:

@@ -124,10 +124,11 @@ class Objective:
                 reader.samples = batch_samples(batch)
                 samples += reader.samples
                 step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
+                where = f"{kind}_step" if by_loss else "validation_step", kind, split
                 if self.replay and record:
-                    self.replay.record((kind, split), number, batch, step, record)
+                    self.replay.record(where, number, batch, step, record)
                 elif self.replay and edited:
-                    self.replay.evaluate((kind, split), number, batch, step, edited)
+                    self.replay.evaluate(where, number, batch, step, edited)
                 else:
                     step()
                 stopped = stop is not None and stop(reader)

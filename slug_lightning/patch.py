@@ -44,7 +44,7 @@ class Edit:
     @property
     def digest(self) -> str:
         """SHA-256 over the directions and the step: what the edit does, whatever it is called."""
-        return _digest(self.directions, json.dumps(self.step))
+        return digest_of(self.directions, json.dumps(self.step))
 
 
 def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:
@@ -96,7 +96,7 @@ class UnlearnPatch:
     @property
     def digest(self) -> str:
         """SHA-256 over base, edits and details; stored in the file and checked on loading."""
-        return _digest(*self._content())
+        return digest_of(*self._content())
 
     def apply(self, model: nn.Module | MutableMapping[str, Tensor], strength: float = 1.0) -> None:
         """Edit the model in place.
@@ -168,7 +168,7 @@ class UnlearnPatch:
         return {
             "digest": self.digest,
             "tensors": {
-                name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sha256": _digest({name: t}, "")}
+                name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sha256": digest_of({name: t}, "")}
                 for name, t in self.base.items()
             },
             "edits": [
@@ -182,7 +182,7 @@ class UnlearnPatch:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        metadata = {"format": FORMAT, "patch": text, "sha256": _digest(tensors, text)}
+        metadata = {"format": FORMAT, "patch": text, "sha256": digest_of(tensors, text)}
         try:
             # Copies: safetensors refuses tensors that share memory.
             save_file(
@@ -214,7 +214,7 @@ class UnlearnPatch:
         if metadata.get("format") != FORMAT:
             raise PatchError(f"{path}: not a patch, or one of another version ({metadata.get('format')!r}, not {FORMAT!r})")
         text = metadata.get("patch", "")
-        if metadata.get("sha256") != _digest(tensors, text):
+        if metadata.get("sha256") != digest_of(tensors, text):
             raise PatchError(f"{path}: the content does not match its digest; the file was altered or damaged")
         try:
             edits = [
@@ -247,7 +247,7 @@ class UnlearnPatch:
         return tensors, json.dumps(edits, sort_keys=True)
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):

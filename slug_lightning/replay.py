@@ -65,14 +65,12 @@ class _Recorded:
         plans: by layer.
         outputs: by place, with `Absent` for every tensor.
         kept: the tensors that are kept, by place and position.
-        held: bytes on each device.
     """
 
     fingerprint: list[Any]
     plans: dict[str, Plan]
     outputs: dict[int, Output] = field(default_factory=dict)
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    held: list[tuple[torch.device, int]] = field(default_factory=list)
 
     def take(self, trace: Trace) -> None:
         """Take over what the skipped calls returned; of what is not kept only the shape."""
@@ -106,10 +104,10 @@ class Replay:
         >>> replay, x, seen = Replay(net, [Layer("2.weight", {"2.weight": net[2].weight})]), torch.ones(1, 2), []
         >>> step = Attempt(net, lambda: seen.append(net(x)))
         >>> with torch.no_grad():
-        ...     replay.record("val", 0, x, step, ["2.weight"])
+        ...     replay.record(("step", "val"), 0, x, step, ["2.weight"])
         ...     _ = net[2].weight.mul_(2)
         ...     for _ in range(2):  # once with the check, once without
-        ...         replay.evaluate("val", 0, x, step, "2.weight")
+        ...         replay.evaluate(("step", "val"), 0, x, step, "2.weight")
         >>> replay.skipped_calls, torch.equal(seen[-1], net(x))
         (4, True)
     """
@@ -118,23 +116,23 @@ class Replay:
         self.layers = {layer.name: number for number, layer in enumerate(layers)}
         self.candidates = list(layers)
         self.places = Places(module)
-        self.batches: dict[Any, dict[int, _Recorded]] = {}
+        self.batches: dict[tuple[str, ...], dict[int, _Recorded]] = {}
         self.device = next(iter(module.parameters())).device
         self.budget = {where: int(SHARE * _free(where)) if budget is None else budget for where in {self.device, CPU}}
         self.held = dict.fromkeys(self.budget, 0)
         self.most_held = 0
         self.skipped_calls = 0
         self._before: Trace | None = None
-        self._checked: set[tuple[Any, str]] = set()
+        self._checked: set[tuple[str, str]] = set()
         self._refused: dict[str, str] = {}
 
     # ---- the original
 
-    def record(self, where: Any, number: int, batch: Any, step: Attempt, layers: Sequence[str]) -> None:
+    def record(self, where: tuple[str, ...], number: int, batch: Any, step: Attempt, layers: Sequence[str]) -> None:
         """Run a batch with the original weights, and keep what evaluations of these layers read.
 
         Args:
-            where: names the pass over the data.
+            where: names the program that runs, then the pass over the data.
             number: of the batch in it.
             batch: the batch; another one of the same number is told from it by its content.
             step: runs it.
@@ -160,11 +158,10 @@ class Replay:
                 if place in plan.skipped and (place, position) not in recorded.kept:
                     plans[name] = Plan(reason=f"an output of {self.places.names[place]} is remembered beyond its batch")
 
-    def forget(self, where: Any) -> None:
-        """Drop what was kept of a pass."""
-        for recorded in self.batches.pop(where, {}).values():
-            for device, size in recorded.held:
-                self.held[device] -= size
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self.batches.clear()
+        self.held = dict.fromkeys(self.budget, 0)
 
     def _keep(self, recorded: _Recorded, outputs: dict[tuple[int, int], Tensor]) -> None:
         """Keep the outputs that a plan reads, all of them or none."""
@@ -172,14 +169,13 @@ class Replay:
         for device in self.budget:
             if self.held[device] + needed <= self.budget[device]:
                 recorded.kept.update({at: _moved(tensor, device) for at, tensor in outputs.items()})
-                recorded.held.append((device, needed))
                 self.held[device] += needed
                 self.most_held = max(self.most_held, sum(self.held.values()))
                 return
 
     # ---- an edit
 
-    def evaluate(self, where: Any, number: int, batch: Any, step: Attempt, layer: str) -> None:
+    def evaluate(self, where: tuple[str, ...], number: int, batch: Any, step: Attempt, layer: str) -> None:
         """Run a batch with one layer edited, as far as that layer matters.
 
         Args:
@@ -201,8 +197,8 @@ class Replay:
         elif recorded.fingerprint != _fingerprint(batch):
             self._refused[layer] = "the loader serves other batches, or in another order, in every pass"
             step()
-        elif (where, layer) not in self._checked:
-            self._checked.add((where, layer))
+        elif (where[0], layer) not in self._checked:
+            self._checked.add((where[0], layer))
             self._check(recorded, plan, step, layer)
         else:
             try:

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
+from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.layers import find_layers
 from slug_lightning.replay import Replay
 from slug_lightning.steps import Attempt
-from slug_lightning.trace import Places, Trace
 
 torch.manual_seed(0)
 
@@ -299,7 +298,7 @@ def test_replayed_outputs_have_the_bits_of_a_plain_forward(name):
     with torch.no_grad():
         for number, x in enumerate(batches):
             torch.manual_seed(number)
-            replay.record("val", number, x, Attempt(net, lambda x=x: seen.append(net(x) * 1)), list(replay.layers))
+            replay.record(("step",), number, x, Attempt(net, lambda x=x: seen.append(net(x) * 1)), list(replay.layers))
         for layer in layers:
             for edit in steps_of(net, layer):
                 before = {key: p.clone() for key, p in layer.parameters.items()}
@@ -311,7 +310,7 @@ def test_replayed_outputs_have_the_bits_of_a_plain_forward(name):
                     plain.append(net(x))
                 for number, x in enumerate(batches):
                     torch.manual_seed(number)
-                    replay.evaluate("val", number, x, Attempt(net, lambda x=x: seen.append(net(x) * 1)), layer.name)
+                    replay.evaluate(("step",), number, x, Attempt(net, lambda x=x: seen.append(net(x) * 1)), layer.name)
                     assert torch.equal(seen[-1], plain[number]), (layer.name, number)
                 for key, p in layer.parameters.items():
                     p.copy_(before[key])
