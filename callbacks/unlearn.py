@@ -259,9 +259,6 @@ class UnlearnCallback(pl.Callback):
 
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
         """Measure before the edit what decides, settle the target, and refuse what is forgotten already or not finite."""
-        for kind in ("forget", "retain"):
-            objective.rehearse(kind, "test")
-        objective.rehearse("retain", "val")
         report.search_before = {"forget": objective.measured("forget", "val")}
         _refuse_infinite("forget", report.search_before["forget"])
         ((name, before),) = report.search_before["forget"].items()
@@ -276,6 +273,7 @@ class UnlearnCallback(pl.Callback):
                 f"forget_target: nothing to forget, {name} is {before:.4g} on the search data and meets the target of "
                 f"{target:.4g} ({reason}) already; look at the forget data, or give a stricter forget_target"
             )
+        objective.rehearse()
         report.bounds = {
             "forget_metric": name,
             "forget_target": target,

@@ -128,8 +128,12 @@ class Competition:
         return [self.layers[score.layer] for score in scores]
 
     def _share(self, value: float) -> float:
-        """How much of the way from before to the target a value of the forget metric has gone."""
-        return (value - self.before) / (self.target - self.before) if math.isfinite(value) else math.inf
+        """How much of the way from before to the target a value of the forget metric has gone.
+
+        Infinite where that cannot be told: the model is broken, or no answer is right any more, as after any larger step.
+        """
+        at_the_end = self.metric.higher_is_better and value <= 0
+        return (value - self.before) / (self.target - self.before) if math.isfinite(value) and not at_the_end else math.inf
 
 
 def smallest_step(trials: Iterable[Trial], layer: str | None = None) -> Trial | None:

@@ -149,7 +149,7 @@ class Objective:
                 )
             )
             raise UnlearnError(f"{kind}_metric: {problem}; name one that it logs")
-        for name in names:
+        for name in set(reader.logged()) & {name for names in self.names.values() for name in names}:
             self.metrics.setdefault(name, describe_metric(name, self.module, reader.objects.get(name)))
         if stopped:
             return None
@@ -162,13 +162,20 @@ class Objective:
         assert values is not None
         return values
 
-    def rehearse(self, kind: Kind, split: str) -> None:
-        """Find out early what a long run would stumble over: measure until every metric has been logged once.
+    def rehearse(self) -> None:
+        """Find out early what a long run would stumble over; the forget metric is measured already.
+
+        Every set is opened. If nothing has yet logged a retain metric, the search data are measured until something has.
 
         Raises:
             UnlearnError: as `measure`.
         """
-        self.measure(kind, split, stop=lambda reader: all(n in reader.sums or n in reader.objects for n in self.names[kind]))
+        for kind in self.names:
+            for split in ("val", "test"):
+                if next(iter(self.loaders[kind][split]), None) is None:
+                    raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
+        if not all(name in self.metrics for name in self.names["retain"]):
+            self.measure("retain", "val", stop=lambda reader: all(name in reader.logged() for name in self.names["retain"]))
 
     def at_best(self, kind: Kind, split: str, reader: LogReader) -> dict[str, float]:
         """What the metrics of a pass can still become at best, as far as that is certain.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 START = 0.1
 """First relative step λ‖g_f‖/‖θ‖ (SLUG, arXiv 2407.11867)."""
-FINE = 0.02
+FINE = 0.05
 """The search ends when the bracket is this narrow, relative to its upper end,"""
 OVERSHOOT = 0.05
 """or when the metric is no further beyond the target than this share of the whole way."""
@@ -57,13 +57,13 @@ def search_step(
     Args:
         evaluate: tries a relative step.
         share: of the way from the metric's value before to the target that a value has gone: 0 is before, 1 is the
-            target, infinity a broken model.
+            target, infinity a value of which nobody can tell how far beyond it is.
         max_evaluations: how often `evaluate` may be called, at least 1.
         start: the first relative step.
 
     Returns:
         Every trial, in order. The search ends at a step that forgets and goes at most 5 % of the way too far, or at most
-        2 % further than one that does not forget.
+        5 % further than one that does not forget.
 
     Example:
         >>> def evaluate(r):
@@ -96,14 +96,14 @@ def search_step(
 def _interpolated(low: tuple[float, float], high: tuple[float, float]) -> float:
     """Where the power law through two (step, share) points is just beyond the target, well within the bracket."""
     middle = (low[0] + high[0]) / 2
-    if not math.isfinite(high[1]):
-        return middle
-    power = math.log(high[1] / low[1]) / math.log(high[0] / low[0]) if min(low) > 0 else 1.5
-    if power <= 0:
-        return middle
-    guess = high[0] * ((1 + OVERSHOOT / 2) / high[1]) ** (1 / power)
+    aim = 1 + OVERSHOOT / 2
+    if math.isfinite(high[1]):
+        power = math.log(high[1] / low[1]) / math.log(high[0] / low[0]) if min(low) > 0 else 1.5
+        guess = high[0] * (aim / high[1]) ** (1 / power) if power > 0 else middle
+    else:
+        guess = low[0] * aim / low[1] if low[1] > 0 else middle
     margin = (high[0] - low[0]) / 10
-    return min(max(guess, low[0] + margin), high[0] - margin)
+    return guess if low[0] + margin < guess < high[0] - margin else middle
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:

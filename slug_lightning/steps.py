@@ -126,6 +126,10 @@ class LogReader:
         """Go back to what was logged by then."""
         self.sums, self.weights, self.objects, self.ranges = map(dict, state)
 
+    def logged(self) -> list[str]:
+        """The names of what was logged so far."""
+        return [*self.sums, *self.objects]
+
     def values(self) -> dict[str, float]:
         """What was logged so far, by name."""
         found = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
