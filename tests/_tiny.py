@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,6 +61,19 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class PlainRunner:
+    """Takes batches as they come: the place of `slug_lightning.strategies.Runner`, without a trainer."""
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        return iter(loader)
+
+    def validating(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @functools.cache

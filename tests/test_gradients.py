@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from slug_lightning.cost import CostMeter
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import mean_gradient
 
@@ -60,12 +64,119 @@ def test_a_step_along_it_raises_the_loss():
     assert mse_of(moved)((x, y), 0)[0] > gradient.loss
 
 
+class Failure(Exception):
+    pass
+
+
+def failing_at(loss_of, last):
+    """A loss that works for some batches, then no more."""
+
+    def loss_or_failure(batch, number):
+        if number == last:
+            raise Failure
+        return loss_of(batch, number)
+
+    return loss_or_failure
+
+
+@pytest.mark.parametrize("fail", [False, True])
 @pytest.mark.parametrize("before", [None, 7.0])
-def test_grad_is_not_touched(before):
+def test_grad_is_not_touched(before, fail):
     x, y, w = regression()
-    w.grad = None if before is None else torch.full_like(w, before)
-    mean_gradient(mse_of(w), [(x, y)] * 2, {"w": w})
-    assert w.grad is None if before is None else torch.equal(w.grad, torch.full_like(w, before))
+    unused = torch.ones(2, requires_grad=True)
+    grad = None if before is None else torch.full_like(w, before)
+    w.grad = grad
+    with pytest.raises(Failure) if fail else nullcontext():
+        mean_gradient(failing_at(mse_of(w), 2 if fail else None), [(x, y)] * 3, {"w": w, "unused": unused})
+    assert w.grad is grad and unused.grad is None
+    assert grad is None or torch.equal(grad, torch.full_like(w, before))
+
+
+def test_grad_that_is_there_already_does_not_count():
+    x, y, w = regression()
+    clean = mean_gradient(mse_of(w), [(x, y)], {"w": w}).tensors["w"]
+    w.grad = torch.full_like(w, 7.0)
+    assert torch.equal(mean_gradient(mse_of(w), [(x, y)], {"w": w}).tensors["w"], clean)
+
+
+def test_grad_of_parameters_that_were_not_asked_for_is_left_alone():
+    x, y, w = regression()
+    other = torch.ones((), dtype=w.dtype, requires_grad=True)
+    mean_gradient(lambda batch, _: (other * mse_of(w)(batch, 0)[0], SAMPLES), [(x, y)], {"w": w})
+    assert other.grad is None
+
+
+@pytest.mark.parametrize("bad", [None, "loss", "data"])
+def test_a_backward_pass_afterwards_accumulates_as_ever(bad):
+    x, y, w = regression()
+    failing = failing_at(mse_of(w), {"loss": 1}.get(bad))
+    with pytest.raises(Failure if bad == "loss" else UnlearnError) if bad else nullcontext():
+        mean_gradient(failing, [(x, y), (x * torch.nan if bad == "data" else x, y)], {"w": w})
+    assert not w._post_accumulate_grad_hooks
+    mse_of(w)((x, y), 0)[0].backward()
+    once = w.grad.clone()
+    mse_of(w)((x, y), 0)[0].backward()
+    assert torch.equal(w.grad, 2 * once) and once.abs().sum() > 0
+
+
+def test_a_parameter_that_the_loss_uses_twice_gets_the_gradient_of_both_uses():
+    w = torch.tensor([2.0, 3.0], requires_grad=True)
+    hidden = nn.Linear(2, 2, bias=False)
+    shared = nn.Sequential(hidden, hidden)
+    gradient = mean_gradient(lambda x, _: ((x * w * w).sum(), 1), [torch.ones(2), torch.zeros(2)], {"w": w})
+    assert gradient.tensors["w"].tolist() == [2.0, 3.0]  # 2xw, over two samples
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    found = mean_gradient(lambda x, _: (shared(x).square().mean(), len(x)), [x], {"w": hidden.weight})
+    expected = torch.autograd.grad((x @ hidden.weight.T @ hidden.weight.T).square().mean(), hidden.weight)[0]
+    torch.testing.assert_close(found.tensors["w"], expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), chosen=st.sets(st.integers(0, 5)))
+def test_it_agrees_with_autograd_on_a_network_and_any_choice_of_its_parameters(seed, sizes, chosen):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    parameters = {name: p for i, (name, p) in enumerate(net.named_parameters()) if i in chosen | {0}}
+    batches = [torch.randn(count, 3, dtype=torch.float64) for count in sizes]
+    found = mean_gradient(lambda x, _: (net(x).square().mean(), len(x)), batches, parameters)
+    expected = torch.autograd.grad(net(torch.cat(batches)).square().mean(), list(parameters.values()))
+    for ours, theirs in zip(found.tensors.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sparse_gradient_is_summed_like_any_other():
+    table = nn.Embedding(4, 2, sparse=True)
+    gradient = mean_gradient(
+        lambda x, _: (table(x).sum(1).mean(), len(x)), [torch.tensor([1, 1, 3]), torch.tensor([3])], {"w": table.weight}
+    )
+    assert gradient.tensors["w"].tolist() == [[0, 0], [0.5, 0.5], [0, 0], [0.5, 0.5]]
+
+
+# ---- memory
+
+
+def test_besides_the_sums_about_one_tensors_gradient_is_alive_at_a_time():
+    largest = 1200
+    parameters = {str(n): torch.ones(1000 + n * 10, requires_grad=True) for n in range(21)}
+    sums = sum(p.nbytes for p in parameters.values())
+    meter = CostMeter(torch.device("cpu"), count=True)
+    with meter.phase("gradients"):
+        mean_gradient(lambda factor, _: (sum((p * factor).sum() for p in parameters.values()), 1), [1.0, 2.0], parameters)
+    assert sums <= meter.peak_bytes["gradients"] <= sums + 2 * 4 * largest + 100  # not twice the sums
+
+
+def test_the_graph_of_a_batch_is_gone_before_the_next_batch_makes_another():
+    w = torch.ones(3, requires_grad=True)
+    graphs = []
+
+    def loss_of(factor, number):
+        assert all(graph() is None for graph in graphs)
+        hidden = (w * factor).exp()  # exp keeps its output for the backward pass
+        graphs.append(weakref.ref(hidden))
+        return hidden.sum(), 1
+
+    mean_gradient(loss_of, [1.0, 2.0, 3.0], {"w": w})
+    assert len(graphs) == 3 and all(graph() is None for graph in graphs)
 
 
 def test_neither_parameters_nor_the_graph_are_changed():

@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.compete import stepped
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.datamodules.emoji import load_drawings, render
 from slug_lightning.embedded import CLIP
-from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip
+from slug_lightning.layers import Layer
+from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
 from slug_lightning.modules.clip import encode_image, encode_text, to_hugging_face
 
 TINY = {
@@ -125,6 +127,145 @@ def test_samples_without_a_label_do_not_count(knowing):
     values = module.scores(batch, 0)["kind_accuracy"]
     assert values.isnan().tolist() == [label < 0 for label in batch["kind"].tolist()]
     assert values[~values.isnan()].tolist() == [1, 1, 0, 1]
+
+
+# ---- prompts are encoded as often as they change
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The tokens that were encoded, in order."""
+    seen = []
+
+    def encode(model, tokens):
+        seen.append(tokens)
+        return encode_text(model, tokens)
+
+    monkeypatch.setattr(clip, "encode_text", encode)
+    return seen
+
+
+LIBRARIES = {"open_clip": tiny_clip, "transformers": lambda: to_hugging_face(tiny_clip())}
+libraries = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def chosen(module, vision):
+    """One parameter of either tower."""
+    return next(p for name, p in module.model.named_parameters() if name.startswith("vis") == vision and p.ndim == 2)
+
+
+def by_copy(module, vision):
+    with torch.no_grad():
+        parameter = chosen(module, vision)
+        parameter.copy_(parameter * 1.5)
+
+
+def by_optimizer(module, vision):
+    parameter = chosen(module, vision)
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def by_loading(module, vision):
+    """Only one parameter, as a whole checkpoint writes to both towers."""
+    name = next(name for name, p in module.named_parameters() if p is chosen(module, vision))
+    module.load_state_dict({name: chosen(module, vision).detach() * 1.5}, strict=False)
+
+
+def by_trial(module, vision):
+    """The tensor is as it was afterwards, but in between it was not."""
+    layer = Layer("w", {"w": chosen(module, vision)})
+    with stepped(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5):
+        pass
+
+
+def by_replacing(module, vision):
+    chosen(module, vision).data = chosen(module, vision).detach() * 1.5
+
+
+@libraries
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("edit", [by_copy, by_optimizer, by_loading, by_trial, by_replacing])
+def test_prompts_are_encoded_again_if_and_only_if_the_text_tower_was_written_to(library, edit, vision, encoded):
+    module = clip_module(LIBRARIES[library]())
+    tokens = module.get_buffer("kind_tokens")
+    with torch.no_grad():
+        first = module.class_features("kind")
+        assert module.class_features("kind") is first and len(encoded) == 1
+    edit(module, vision)
+    with torch.no_grad():
+        second = module.class_features("kind")
+        assert module.class_features("kind") is second
+        torch.testing.assert_close(second, encode_text(module.model, tokens), rtol=0, atol=0)
+    assert len(encoded) == (1 if vision else 2)
+    assert torch.equal(first, second) == (vision or edit is by_trial)
+
+
+@libraries
+@pytest.mark.parametrize("start", ["on_validation_start", "on_test_start"])
+def test_a_validation_encodes_the_prompts_anew_whatever_has_happened(library, start, encoded):
+    module = clip_module(LIBRARIES[library]())
+    with torch.no_grad():
+        before = module.class_features("kind")
+        chosen(module, vision=False).data.mul_(1.5)  # leaves no mark
+        getattr(module, start)()
+        after = module.class_features("kind")
+        assert torch.equal(after, encode_text(module.model, module.get_buffer("kind_tokens")))
+    assert len(encoded) == 2 and not torch.equal(before, after)
+
+
+def test_a_trainer_validates_the_weights_as_they_are(knowing):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    module, quiet = clip_module(model), trainer()
+    data = DataLoader(Pairs(range(8)), batch_size=8)
+    assert quiet.validate(module, data, verbose=False) == [{"kind_accuracy": 1.0}]
+    model.text_projection.data.neg_()  # the nearest prompt is now the farthest
+    assert quiet.validate(module, data, verbose=False)[0]["kind_accuracy"] < 0.5
+
+
+def test_features_that_may_be_differentiated_are_made_anew_and_carry_a_graph(encoded):
+    module = clip_module(tiny_clip())
+    with torch.no_grad():
+        kept = module.class_features("kind")
+    first, second = module.class_features("kind"), module.class_features("kind")
+    assert first.requires_grad and second is not first and len(encoded) == 3
+    assert not kept.requires_grad and torch.equal(first.detach(), kept)
+    first[0, 0].backward()
+    assert chosen(module, vision=False).grad.abs().sum() > 0
+    with torch.no_grad():
+        assert module.class_features("kind") is kept
+
+
+def test_a_frozen_text_tower_is_read_once_though_the_vision_tower_is_differentiated(encoded):
+    module = clip_module(tiny_clip())
+    for name, p in module.model.named_parameters():
+        p.requires_grad_(name.startswith("vis"))
+    first = module.class_features("kind")
+    assert module.class_features("kind") is first and not first.requires_grad and len(encoded) == 1
+
+
+def test_another_precision_is_another_encoding(encoded):
+    module = clip_module(tiny_clip())
+    with torch.no_grad():
+        full = module.class_features("kind")
+        with torch.autocast("cpu", torch.bfloat16):
+            half = module.class_features("kind")
+            assert module.class_features("kind") is half and not torch.equal(half, full)
+        assert torch.equal(module.class_features("kind"), full)
+    assert len(encoded) == 3
+
+
+def test_each_set_of_prompts_has_features_of_its_own(encoded):
+    def tokenizer(texts):
+        return token(torch.tensor([int(text) for text in texts]))
+
+    module = ClipModule(tiny_clip(), prompts={"low": ["0", "1", "2"], "high": ["6", "7"]}, tokenizer=tokenizer)
+    with torch.no_grad():
+        low, high = module.class_features("low"), module.class_features("high")
+        assert module.class_features("low") is low and module.class_features("high") is high
+    assert [len(tokens) for tokens in encoded] == [3, 2] == [len(low), len(high)]
 
 
 @pytest.mark.parametrize("make", [tiny_clip, lambda: open_clip.create_model(f"local-dir:{CLIP}")])

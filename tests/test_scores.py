@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from slug_lightning import scores
+from slug_lightning.cost import CostMeter
 from slug_lightning.layers import Layer
 from slug_lightning.scores import Score, score_layer
 
@@ -24,7 +26,8 @@ def score(weight: Tensor, forget: Tensor, retain: Tensor) -> Score | None:
 
 def test_the_closed_form():
     found = score(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.eye(2))
-    assert found == Score("w", "tower", 2.5, pytest.approx(3 / (5 * math.sqrt(2))), 5.0, 2.0, on_front=False)
+    alignment = pytest.approx(3 / (5 * math.sqrt(2)))
+    assert found == Score("w", "tower", 2.5, alignment, 5.0, 2.0, pytest.approx(math.sqrt(2)), on_front=False)
 
 
 @settings(deadline=None, max_examples=60)
@@ -36,6 +39,7 @@ def test_it_agrees_with_plain_arithmetic_and_alignment_stays_in_its_range(weight
         assert found is None
         return
     assert found.importance == pytest.approx(f / w)
+    assert (found.forget_norm, found.weight_norm, found.retain_norm) == pytest.approx((f, w, r))
     assert 0 <= found.alignment <= 1
     dot = math.fsum(float(a) * float(b) for a, b in zip(forget, retain, strict=True))
     assert found.alignment == pytest.approx(abs(dot) / (f * r) if r else 0.0, abs=1e-9)
@@ -52,9 +56,9 @@ def test_a_gradient_times_c_gives_importance_times_c_and_the_same_alignment(forg
         return
     assert scaled.importance == pytest.approx(by * one.importance)
     assert scaled.alignment == pytest.approx(one.alignment, abs=1e-9)
-    assert score(weight, forget, retain * by) == one or score(weight, forget, retain * by).alignment == pytest.approx(
-        one.alignment, abs=1e-9
-    )
+    kept = score(weight, forget, retain * by)
+    assert kept.importance == one.importance and kept.alignment == pytest.approx(one.alignment, abs=1e-9)
+    assert kept.retain_norm == pytest.approx(by * one.retain_norm)
     assert score(weight * by, forget, retain).importance == pytest.approx(one.importance / by)
 
 
@@ -76,7 +80,7 @@ def test_a_group_counts_as_one_long_vector(weight, forget, retain, cut):
     if whole is None:
         assert grouped is None
         return
-    for name in ("importance", "alignment", "forget_norm", "weight_norm"):
+    for name in ("importance", "alignment", "forget_norm", "weight_norm", "retain_norm"):
         assert getattr(grouped, name) == pytest.approx(getattr(whole, name), abs=1e-9)
 
 
@@ -86,7 +90,8 @@ def test_a_layer_whose_forget_gradient_or_weight_is_zero_has_no_score():
 
 
 def test_a_layer_that_the_retain_loss_does_not_touch_is_not_aligned():
-    assert score(torch.ones(2), torch.ones(2), torch.zeros(2)).alignment == 0
+    found = score(torch.ones(2), torch.ones(2), torch.zeros(2))
+    assert found.alignment == found.retain_norm == 0
 
 
 def test_parallel_gradients_are_aligned_fully_and_never_beyond():
@@ -102,3 +107,46 @@ def test_half_precision_weights_neither_overflow_nor_lose_digits():
     assert found.weight_norm == 300 * 300
     assert found.importance == pytest.approx(1e-30 / 300)
     assert found.alignment == pytest.approx(1)
+
+
+# ---- in chunks
+
+
+def three_tensors(*shape: int) -> list[Tensor]:
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, 90, 91, 1000])
+def test_in_chunks_it_is_what_it_is_in_one_piece(chunk, monkeypatch):
+    weight, forget, retain = three_tensors(9, 10)
+    monkeypatch.setattr(scores, "CHUNK", chunk)
+    found = score(weight, forget, retain)
+    w, f, r = (t.double().norm().item() for t in (weight, forget, retain))
+    assert (found.weight_norm, found.forget_norm, found.retain_norm) == pytest.approx((w, f, r), rel=1e-12)
+    cosine = torch.cosine_similarity(forget.double().flatten(), retain.double().flatten(), dim=0)
+    assert found.alignment == pytest.approx(abs(cosine.item()), rel=1e-12)
+
+
+def test_a_tensor_longer_than_a_chunk_counts_to_its_last_element():
+    weight, last = torch.ones(scores.CHUNK + 1), torch.zeros(scores.CHUNK + 1)
+    last[-1] = 3.0
+    found = score(weight, last, -last)
+    assert (found.forget_norm, found.retain_norm, found.alignment) == (3, 3, 1)
+    assert found.weight_norm == math.sqrt(scores.CHUNK + 1)
+
+
+def test_gradients_of_another_layout_than_the_weight_are_multiplied_place_by_place(monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK", 4)
+    weight, forget, retain = three_tensors(6, 5)
+    turned = retain.T.contiguous().T
+    assert not turned.is_contiguous()
+    assert score(weight, forget, turned) == score(weight, forget, retain)
+
+
+def test_what_is_widened_at_a_time_is_a_chunk_and_not_the_tensor(monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK", 100)
+    tensors = three_tensors(100, 100)
+    meter = CostMeter(torch.device("cpu"), count=True)
+    with meter.phase("score"):
+        score(*tensors)
+    assert meter.peak_bytes["score"] <= 3 * 100 * 8 + 64  # both factors and their product, in fp64

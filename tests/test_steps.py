@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import nullcontext
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.steps import LogReader, batch_samples, loss_in, read_logs, untouched
+from slug_lightning.steps import Attempt, LogReader, batch_samples, loss_in, read_logs, untouched
 
 PREDICTED, TRUE = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 0])
 
@@ -212,6 +215,142 @@ def test_what_is_logged_holds_no_graph():
     reader = LogReader()
     reader.log("loss", torch.ones(1, requires_grad=True) * 2)
     assert not reader.sums["loss"].requires_grad
+
+
+logs = st.lists(st.tuples(st.sampled_from("ab"), st.floats(-10, 10, width=32), st.integers(0, 3)), max_size=8)
+
+
+def read(reader: LogReader, entries) -> LogReader:
+    for name, value, weight in entries:
+        reader.log(name, value, batch_size=weight)
+    return reader
+
+
+@given(logs)
+def test_the_range_is_that_of_the_values_that_count(entries):
+    reader = read(LogReader(), entries)
+    counted = {name: [v for n, v, weight in entries if n == name and weight] for name in "ab"}
+    expected = {name: (min(values), max(values)) for name, values in counted.items() if values}
+    assert {name: (low.item(), high.item()) for name, (low, high) in reader.ranges.items()} == expected
+    assert reader.ranges.keys() == reader.sums.keys() == reader.weights.keys()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_range_with_nan_in_it_is_nan(place):
+    values = [1.0, 2.0]
+    values.insert(place, math.nan)
+    low, high = read(LogReader(), [("a", value, 1) for value in values]).ranges["a"]
+    assert low.isnan() and high.isnan()
+
+
+@given(before=logs, undone=logs, after=logs)
+def test_what_was_logged_since_is_forgotten_when_the_log_is_restored(before, undone, after):
+    reader = read(LogReader(), before)
+    state = reader.state()
+    for _ in range(2):  # the state outlives its use
+        read(reader, undone).log("object", torchmetrics.MeanMetric())
+        reader.restore(state)
+        assert reader.state() == read(LogReader(), before).state()
+    assert read(reader, after).state() == read(LogReader(), before + after).state()
+
+
+# ---- a step without consequences
+
+
+class Consequent(WithMetrics):
+    """A step that changes all that a step may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def validation_step(self, batch, batch_idx):
+        drawn = torch.rand(4, 3) + np.random.rand() + random.random()
+        self.norm.train()(drawn)
+        self.calls += 1
+        self.accuracy.update(PREDICTED, TRUE)
+        self.values.update(drawn.mean())
+        self.both.update(PREDICTED, TRUE)
+        self.log("drawn", drawn.mean())
+        self.log("accuracy", self.accuracy)
+
+
+def everything(module: Consequent, reader: LogReader):
+    """All that a step can change, as plain data."""
+    python, numpy, host = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    metrics = [
+        ({k: [t.tolist() for t in v] if isinstance(v, list) else v.tolist() for k, v in m.metric_state.items()}, m.update_count)
+        for m in (module.accuracy, module.values, *module.both.values())
+    ]
+    buffers = {name: buffer.tolist() for name, buffer in module.named_buffers()}
+    return python, numpy, host, metrics, buffers, str(reader.state())
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("only_if_it_fails", [False, True])
+def test_what_is_undone_has_not_happened_and_what_only_failures_undo_has(fail, only_if_it_fails):
+    module = Consequent()
+    with read_logs(module) as reader:
+        module.validation_step(None, 0)
+        reader.log("number", 1.0)
+        step = Attempt(module, lambda: module.validation_step(None, 1), reader)
+        before = everything(module, reader)
+        with pytest.raises(Failure) if fail else nullcontext(), step.undone(only_if_it_fails):
+            step()
+            reader.log("number", 5.0)
+            inside = everything(module, reader)
+            if fail:
+                raise Failure
+        after = everything(module, reader)
+    assert all(one != other for one, other in zip(before, inside, strict=True))
+    assert after == (inside if only_if_it_fails and not fail else before)
+
+
+def test_an_undone_step_goes_the_same_way_again():
+    module = Consequent()
+    with read_logs(module) as reader:
+        step = Attempt(module, lambda: module.validation_step(None, 0), reader)
+        with step.undone():
+            step()
+            first, seen = everything(module, reader), step.seen()
+        step()
+        assert everything(module, reader) == first
+        assert all(torch.equal(one, other) for one, other in zip(seen, step.seen(), strict=True))
+
+
+def test_buffers_are_undone_in_place():
+    module = Consequent()
+    addresses = {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
+    step = Attempt(module, lambda: module.validation_step(None, 0))
+    with read_logs(module), step.undone():
+        step()
+    assert {name: buffer.data_ptr() for name, buffer in module.named_buffers()} == addresses
+    assert module.calls == 0
+
+
+def test_a_step_has_seen_what_it_logged_and_what_its_metric_objects_hold():
+    module = Consequent()
+    with read_logs(module) as reader:
+        step = Attempt(module, lambda: module.validation_step(None, 0), reader)
+        reader.samples = 4
+        step()
+        seen = step.seen()
+    assert any(torch.equal(value, reader.sums["drawn"]) for value in seen)
+    assert any(torch.equal(value, state) for value in seen for state in module.values.metric_state["value"])
+    assert any(torch.equal(value, module.accuracy.metric_state["tp"]) for value in seen)
+
+
+def test_undone_steps_may_be_nested():
+    net, reader = nn.BatchNorm1d(1), LogReader()
+    step = Attempt(net, lambda: (net.running_mean.add_(1), reader.log("a", net.running_mean)), reader)
+    with step.undone():
+        step()
+        with step.undone():
+            step()
+            assert reader.values() == {"a": 1.5}
+        assert reader.values() == {"a": 1.0} and net.running_mean == 1
+    assert reader.values() == {} and net.running_mean == 0
 
 
 # ---- what a step returns
