@@ -35,7 +35,8 @@ def mean_gradient(
     r"""Differentiate the mean loss over all samples: `sum(n_b * grad_b) / sum(n_b)` over the batches b.
 
     Weighting by samples gives the same gradient however the samples are batched (for a loss that is a mean over
-    samples). Besides the result, one tensor's gradient of one batch is alive at a time; `.grad` is as it was afterwards.
+    samples). Besides the result, one tensor's gradient of one batch is alive at a time; their `.grad` is as it was
+    afterwards. Nothing else should require a gradient: it would get one.
 
     Args:
         loss_of: takes a batch and its number, gives its mean loss (a scalar with a graph, or None to leave the batch

@@ -97,13 +97,13 @@ def _interpolated(low: tuple[float, float], high: tuple[float, float]) -> float:
     """Where the power law through two (step, share) points is just beyond the target, well within the bracket."""
     middle = (low[0] + high[0]) / 2
     aim = 1 + OVERSHOOT / 2
-    if math.isfinite(high[1]):
-        power = math.log(high[1] / low[1]) / math.log(high[0] / low[0]) if min(low) > 0 else 1.5
-        guess = high[0] * (aim / high[1]) ** (1 / power) if power > 0 else middle
-    else:
-        guess = low[0] * aim / low[1] if low[1] > 0 else middle
     margin = (high[0] - low[0]) / 10
-    return guess if low[0] + margin < guess < high[0] - margin else middle
+    if not math.isfinite(high[1]):
+        guess = low[0] * aim / low[1] if low[1] > 0 else middle
+        return guess if low[0] + margin < guess < high[0] - margin else middle
+    power = math.log(high[1] / low[1]) / math.log(high[0] / low[0]) if min(low) > 0 else 1.5
+    guess = high[0] * (aim / high[1]) ** (1 / power) if power > 0 else middle
+    return min(max(guess, low[0] + margin), high[0] - margin)
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:

@@ -437,8 +437,8 @@ class SpyReplay:
         self.calls.append(("evaluate", where, layer))
         step()
 
-    def forget(self, where):
-        self.calls.append(("forget", where))
+    def forget(self):
+        self.calls.append(("forget",))
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -451,7 +451,7 @@ def test_what_is_recorded_is_let_go_at_the_end(fail):
         assert before == {"acc": 0.5}
         if fail:
             raise Failure
-    assert made.objective.replay.calls == [("record", where, ("a",)), ("forget", where)]
+    assert made.objective.replay.calls == [("record", ("validation_step", *where), ("a",)), ("forget",)]
 
 
 def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
@@ -470,10 +470,9 @@ def test_forgetting_is_recorded_for_the_front_and_keeping_for_those_that_forget(
     spy = made.objective.replay = SpyReplay()
     made.run(scores)
     records = [call for call in dict.fromkeys(spy.calls) if call[0] != "evaluate"]
-    forgetting, keeping = ("forget", "val"), ("retain", "val")
-    assert records == [
-        ("record", forgetting, ("a", "b")), ("forget", forgetting), ("record", keeping, ("a",)), ("forget", keeping),
-    ]  # fmt: skip
+    forgetting, keeping = ("validation_step", "forget", "val"), ("validation_step", "retain", "val")
+    assert records == [("record", forgetting, ("a", "b")), ("forget",), ("record", keeping, ("a",))]
+    assert spy.calls[-1] == ("forget",)
     assert {call for call in spy.calls if call[0] == "evaluate"} == {
         ("evaluate", forgetting, "a"), ("evaluate", forgetting, "b"), ("evaluate", keeping, "a"),
     }  # fmt: skip

@@ -192,8 +192,8 @@ def test_every_trial_is_returned_in_order():
         asked.append(trial(step, step >= 0.3))
         return asked[-1]
 
-    found = search_step(evaluate, lambda _: math.inf if asked[-1].forgotten else 0.0, 8)
-    assert len(found) == 8 and all(one is other for one, other in zip(found, asked, strict=True))
+    found = search_step(evaluate, lambda _: math.inf if asked[-1].forgotten else 0.0, 6)
+    assert len(found) == 6 and all(one is other for one, other in zip(found, asked, strict=True))
 
 
 # ---- against a threshold that is known
