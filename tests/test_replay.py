@@ -1,13 +1,18 @@
 """Replay: equal to the last bit where it works, and plain where it cannot."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot
+from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
+from slug_lightning import RetainCache
+from slug_lightning import replay as replaying
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.layers import find_layers
 from slug_lightning.replay import Replay
@@ -279,6 +284,10 @@ ZOO = {
 }
 
 
+REFUSED = {"counting block", "read afterwards", "remembering"}
+"""Of these some layers are computed whole, and the report says so."""
+
+
 def steps_of(net, layer):
     """Two different edits of a layer."""
     for factor in (1.5, -0.7):
@@ -315,8 +324,8 @@ def test_replayed_outputs_have_the_bits_of_a_plain_forward(name):
                 for key, p in layer.parameters.items():
                     p.copy_(before[key])
     assert {name for name, m in net.named_modules() if "forward" in vars(m)} == own
-    # Where code reads what has gone past an output, or random numbers move, nothing may be left out.
-    print(name, replay.skipped_calls, replay.notes())
+    assert replay.skipped_calls > 0 or name == "remembering"
+    assert bool(replay.notes()) == (name in REFUSED)
 
 
 class Awkward(Classifier):
@@ -353,3 +362,202 @@ def test_layer_step_and_weights_are_the_same_with_and_without_replay(name, optio
     for one in found[1:]:
         assert one[:-1] == found[0][:-1]
         assert all(torch.equal(one[-1][key], value) for key, value in found[0][-1].items())
+
+
+# ---- real models
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return LlamaForCausalLM(config), {"input_ids": torch.randint(32, (3, 8))}
+
+
+def generating():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Generating(nn.Module):
+        """Greedy text, whose every token but the first depends on every layer."""
+
+        def __init__(self):
+            super().__init__()
+            config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+            self.model = LlamaForCausalLM(config)
+
+        def forward(self, input_ids):
+            return self.model.generate(input_ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    return Generating(), {"input_ids": torch.randint(1, 32, (3, 4))}
+
+
+def hugging_face_clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 32, "max_position_embeddings": 8}
+    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 16, "patch_size": 8}, projection_dim=8)
+    return CLIPModel(config), {"input_ids": torch.randint(32, (3, 8)), "pixel_values": torch.randn(3, 3, 16, 16)}
+
+
+def open_clip_resnet():
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers=(1, 1, 1, 1), width=8, head_width=8, image_size=32)
+    model = CLIP(8, vision, CLIPTextCfg(context_length=8, vocab_size=32, width=8, heads=2, layers=2))
+    return model, {"image": torch.randn(3, 3, 32, 32), "text": torch.randint(32, (3, 8))}
+
+
+def residual():
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=4), {"x": torch.randn(3, 3, 32, 32)}
+
+
+REAL = {f.__name__: f for f in (llama, generating, hugging_face_clip, open_clip_resnet, residual)}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_models_of_real_libraries_are_replayed_to_the_bit(name):
+    torch.manual_seed(2)
+    net, batch = REAL[name]()
+    net.eval()
+    layers = find_layers(net)
+    replay = Replay(net, layers)
+    seen = []
+
+    def run():
+        out = net(**batch)
+        seen.append([t * 1 for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+
+    with torch.no_grad():
+        replay.record(("step",), 0, batch, Attempt(net, run), list(replay.layers))
+        for layer in layers[:: max(1, len(layers) // 12)]:
+            for edit in steps_of(net, layer):
+                before = {key: p.clone() for key, p in layer.parameters.items()}
+                for key, p in layer.parameters.items():
+                    p.copy_(edit[key])
+                run()
+                plain = seen[-1]
+                replay.evaluate(("step",), 0, batch, Attempt(net, run), layer.name)
+                assert len(seen[-1]) == len(plain) and all(torch.equal(a, b) for a, b in zip(seen[-1], plain, strict=True)), (
+                    layer.name
+                )
+                for key, p in layer.parameters.items():
+                    p.copy_(before[key])
+    assert replay.skipped_calls > 0
+    # Of generated text, the key-value cache carries values past the outputs: what they reach is computed.
+    assert replay.notes() == [] or name == "generating"
+
+
+# ---- bounds
+
+
+def test_an_unread_output_is_not_kept_and_the_other_tower_is_skipped_whole():
+    torch.manual_seed(0)
+    towers = nn.ModuleDict({"left": nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 4)), "right": nn.Linear(8, 4)})
+    x = torch.randn(2, 8)
+    layers = find_layers(towers, "right.weight")
+    replay = Replay(towers, layers)
+
+    def run():
+        return (towers["left"](x) * towers["right"](x)).sum()
+
+    with torch.no_grad():
+        replay.record(("step",), 0, x, Attempt(towers, run), ["right.weight"])
+        calls = []
+        towers["left"][0].register_forward_hook(lambda *_: calls.append(1))
+        for _ in range(3):
+            replay.evaluate(("step",), 0, x, Attempt(towers, run), "right.weight")
+    assert len(calls) == 1  # in the check
+    assert replay.most_held == 2 * 4 * 4
+
+
+@pytest.mark.parametrize("budget", [0, 2 * 8 * 4, 10**6])
+def test_no_more_is_kept_than_the_budget_allows(budget):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    layers = find_layers(net)
+    replay = Replay(net, layers, budget)
+    with torch.no_grad():
+        for number in range(3):
+            x = torch.randn(2, 8)
+            replay.record(("step",), number, x, Attempt(net, lambda x=x: net(x) * 1), list(replay.layers))
+    assert replay.most_held <= budget
+    assert (replay.most_held > 0) == (budget > 0)
+    replay.forget()
+    assert set(replay.held.values()) == {0} and not replay.batches
+
+
+def test_a_loader_that_serves_other_batches_is_noticed():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    replay = Replay(net, find_layers(net))
+    x = torch.randn(4, 8)
+    seen = []
+    with torch.no_grad():
+        replay.record(("step",), 0, x, Attempt(net, lambda: net(x) * 1), ["1.weight"])
+        for other in (x.flip(0), x + 1, x[:3], x.double().float().roll(1)):
+            replay.evaluate(("step",), 0, other, Attempt(net, lambda other=other: seen.append(net(other) * 1)), "1.weight")
+            assert torch.equal(seen[-1], net(other))
+    assert "other batches" in replay.notes()[0]
+
+
+def test_after_a_run_no_tensor_of_ours_is_alive(monkeypatch):
+    alive = []
+
+    def watched(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            alive.extend(weakref.ref(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+        return made
+
+    monkeypatch.setattr(replaying, "_moved", watched(replaying._moved))
+    monkeypatch.setattr(torch, "zeros_like", watched(torch.zeros_like))  # the sums of the gradients
+    model = trained()
+    forgetting = UnlearnCallback(forget=loader(True), retain=loader(False))
+    fit(forgetting, model)
+    assert forgetting.report.cost["replay"]["skipped_calls"] > 0 and len(alive) > 10
+    own = {id(t) for edit in forgetting.report.patch.edits for t in edit.directions.values()}
+    gc.collect()
+    assert [ref for ref in alive if ref() is not None and id(ref()) not in own] == []
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert "numpy" not in vars(torch.Tensor)
+
+
+# ---- the next request
+
+
+def test_the_retain_gradient_is_used_again_at_the_same_weights_and_only_there():
+    cache, model, retain = RetainCache(), trained(), loader(False)
+
+    def request(**options):
+        forgetting = UnlearnCallback(forget=loader(True), retain=retain, retain_cache=cache, **options)
+        fit(forgetting, model)
+        return forgetting.report
+
+    first, reused = request(), []
+    reused.append(cache.reused)
+    first.patch.revert(model)
+    second = request()
+    reused.append(cache.reused)
+    assert second.scores == first.scores and second.step_size == first.step_size
+    assert second.cost["backward_samples"] < first.cost["backward_samples"]
+    second.patch.revert(model)
+    request(layers="net.6.weight").patch.revert(model)  # other candidates
+    reused.append(cache.reused)
+    with torch.no_grad():
+        model.net[0].weight[0, 0] += 1e-6  # other weights
+    request(layers="net.6.weight").patch.revert(model)
+    reused.append(cache.reused)
+    retain = loader(False)  # other data, for all that it can tell
+    request(layers="net.6.weight")
+    reused.append(cache.reused)
+    assert reused == [0, 1, 1, 1, 1]
