@@ -178,10 +178,10 @@ class Objective:
             self.measure("retain", "val", stop=lambda reader: all(name in reader.logged() for name in self.names["retain"]))
 
     def at_best(self, kind: Kind, split: str, reader: LogReader) -> dict[str, float]:
-        """What the metrics of a pass can still become at best, as far as that is certain.
+        """What the metrics of a pass can still become at best.
 
-        A metric whose values lay within [0, 1] on the last whole pass and on this one is at most 1, a loss that was never
-        below 0 is at least 0. A metric of which less is known is left out.
+        A metric whose values lay within [0, 1] on the whole last pass and on this one so far is taken to be at most 1
+        (an accuracy), and a loss that was never below 0 to be at least 0. A metric with other values is left out.
         """
         whole = self.complete[kind, split]
         best = {}

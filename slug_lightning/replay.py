@@ -122,6 +122,8 @@ class Replay:
         self.held = dict.fromkeys(self.budget, 0)
         self.most_held = 0
         self.skipped_calls = 0
+        self.over_budget = 0
+        """Batches that were computed whole, since there was no room for what would have spared it."""
         self._before: Trace | None = None
         self._checked: set[tuple[str, str]] = set()
         self._refused: dict[str, str] = {}
@@ -140,6 +142,7 @@ class Replay:
         """
         trace = Trace(self.places, self.candidates, self._before if number else None)
         try:
+            fingerprint = _fingerprint(batch)  # first, as a step may write into its batch
             with step.undone(only_if_it_fails=True):
                 trace.run(step)
         except Exception as error:  # if it was not the trace's fault, the plain run fails too
@@ -148,7 +151,7 @@ class Replay:
             return
         self._before = trace
         plans = {name: trace.plan(self.layers[name]) for name in layers}
-        recorded = self.batches.setdefault(where, {})[number] = _Recorded(_fingerprint(batch), plans)
+        recorded = self.batches.setdefault(where, {})[number] = _Recorded(fingerprint, plans)
         # The smallest first: the features of one tower spare as much as all activations of the other.
         for plan in sorted(plans.values(), key=lambda plan: sum(_storages(trace.kept_by(plan).values()).values())):
             self._keep(recorded, {at: t for at, t in trace.kept_by(plan).items() if at not in recorded.kept})
@@ -192,7 +195,10 @@ class Replay:
         elif plan.reason:
             self._refused[layer] = plan.reason
             step()
-        elif not plan.skipped or not plan.kept <= recorded.kept.keys():
+        elif not plan.skipped:
+            step()
+        elif not plan.kept <= recorded.kept.keys():
+            self.over_budget += 1
             step()
         elif recorded.fingerprint != _fingerprint(batch):
             self._refused[layer] = "the loader serves other batches, or in another order, in every pass"
@@ -254,15 +260,22 @@ class Replay:
         return found
 
     def report(self) -> dict[str, Any]:
-        """Plain data: the budget, the most that was held of it, and how many calls were not computed."""
-        budget = sum(self.budget.values())
-        return {"budget_bytes": budget, "most_held_bytes": self.most_held, "skipped_calls": self.skipped_calls}
+        """Plain data: the budget, the most that was held of it, how many calls were spared, how many batches were not."""
+        return {
+            "budget_bytes": sum(self.budget.values()),
+            "most_held_bytes": self.most_held,
+            "skipped_calls": self.skipped_calls,
+            "batches_over_budget": self.over_budget,
+        }
 
     def notes(self) -> list[str]:
         """Sentences for the report: which layers were evaluated whole, and why."""
         reasons = dict.fromkeys(self._refused.values())
         layers = {reason: [layer for layer, its in self._refused.items() if its == reason] for reason in reasons}
-        return [f"replay: {', '.join(layers[reason])} computed whole in every evaluation: {reason}" for reason in reasons]
+        notes = [f"replay: {', '.join(layers[reason])} computed whole in every evaluation: {reason}" for reason in reasons]
+        if self.over_budget:
+            notes.append(f"replay: {self.over_budget} batches computed whole, as replay_budget was used up")
+        return notes
 
 
 def _free(device: torch.device) -> int:

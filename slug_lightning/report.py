@@ -35,7 +35,8 @@ class UnlearnReport:
         search_before: the same on search data.
         search_after: the same on search data.
         holds: whether both bounds hold on report data as well; None if infeasible.
-        cost: seconds by phase, evaluations, samples forward and backward.
+        cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
+            `ratio` to it; evaluations, samples forward and backward; what `replay` held and spared.
         notes: what was decided on the way, such as how a single set was split.
         versions: of the libraries.
         patch_digest: of the patch.
@@ -106,6 +107,8 @@ class UnlearnReport:
         total = sum(seconds.values()) or 1.0
         phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f} %)" for phase, spent in seconds.items())
         console.print(f"{len(self.trace)} evaluations; {phases}" if phases else f"{len(self.trace)} evaluations")
+        for unit, ratio in self.cost.get("ratio", {}).items():
+            console.print(f"whole run: {ratio:.2f} x the {unit} of the gradients, which nothing can avoid")
         for note in self.notes:
             console.print(note)
         console.print(self._verdict())
