@@ -16,10 +16,10 @@ import lightning.pytorch as pl
 import pandas
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from slug_lightning import RetainCache, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.cost import flop_counter
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.base import split_indices
 from slug_lightning.datamodules.emoji import Drawings, emoji_pairs, load_drawings
@@ -75,7 +75,7 @@ def evaluation(module: EmbeddedClip, forget: UnlearnDataModule, retain: UnlearnD
     flops = {}
     for split in ("val", "test"):
         module.on_validation_start()  # the prompts count, too
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             for loader in (forget.forget_dataloader(split), retain.retain_dataloader(split)):
                 for number, batch in enumerate(loader):
                     module.scores(batch, number)

@@ -30,11 +30,10 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from slug_lightning import RetainCache, UnlearnModule, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import CostMeter
+from slug_lightning.cost import CostMeter, flop_counter
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.emoji import emoji_pairs, load_drawings
 from slug_lightning.modules import ClipModule, EmbeddedClip
@@ -214,7 +213,7 @@ def released_evaluation(case: Case, data: UnlearnDataModule, splits: list[str], 
     """FLOPs and seconds of one evaluation of a deep copy."""
     start = time.perf_counter()
     module = copy.deepcopy(case.module).to(device).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with torch.no_grad(), flop_counter() as flops:
         for kind in ("forget", "retain"):
             step = module.validation_step if module.forget_metric else getattr(module, f"{kind}_step")
             module.log = lambda *_, **__: None  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.cost import UNAVOIDABLE, CostMeter
+from slug_lightning.cost import UNAVOIDABLE, CostMeter, flop_counter
 
 FLOAT = 4
 lengths = st.integers(1, 50)
@@ -234,3 +234,16 @@ def test_without_counting_the_peak_is_the_memory_of_the_process():
         time.sleep(0.1)
         del block
     assert made.peak_bytes["large"] >= made.peak_bytes["small"] + 200 * 2**20
+
+
+def test_the_fused_layers_of_evaluation_cost_as_much_as_the_same_layers_with_gradients():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 24, batch_first=True).eval()
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    for run in (lambda: layer(x), lambda: attention(x, x, x, need_weights=False)):
+        counted = []
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), flop_counter() as counter:
+                run()
+            counted.append(counter.get_total_flops())
+        assert counted[0] == counted[1] > 0
