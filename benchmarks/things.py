@@ -1,69 +1,138 @@
-"""Forget twenty things, one at a time, from the embedded CLIP; print a table and write JSON.
+"""Forget twenty things from the embedded CLIP in one process, each from the original; print what became of each request.
 
-    python benchmarks/things.py                      # all twenty, into runs/things
+    python benchmarks/things.py                      # twenty things, into runs/things.json
     python benchmarks/things.py --count 3 --seed 1   # other things
 
-Every run is `configs/thing.yaml` with another thing; the things are drawn by a fixed seed from all 234. A thing whose
-report is in the folder already is not run again, so that a stopped benchmark goes on where it was.
+The things are drawn by a fixed seed from all 234. The data to keep are the same for all requests (drawings of none of
+these things), so their gradient is computed once. What a request cannot do without is its own forget pass and its
+evaluation: of search data before the edit, of report data before and after. `ratio` is what the request cost beside that,
+in floating-point operations. Accuracies are those on report data.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pandas
 import torch
+from torch import Tensor
 
-from slug_lightning import UnlearnReport
-from slug_lightning.datamodules.emoji import load_drawings
+from slug_lightning import RetainCache, UnlearnReport
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.cost import flop_counter
+from slug_lightning.datamodules import UnlearnDataModule
+from slug_lightning.datamodules.base import split_indices
+from slug_lightning.datamodules.emoji import Drawings, emoji_pairs, load_drawings
+from slug_lightning.modules import EmbeddedClip
 
-CONFIG = Path(__file__).parent.parent / "configs" / "thing.yaml"
+RENDERINGS = {"train": 16, "val": 16, "test": 64}
+"""Of each of a thing's five drawings, for gradient, search and report: as many as in configs/thing.yaml."""
+BATCH = 32
+KINDS = (("thing", "forget", "thing_accuracy"), ("others", "retain", "thing_accuracy"), ("style", "retain", "style_accuracy"))
 
 
-def row(thing: str, report: UnlearnReport) -> dict:
-    """One line of the table: layer, step, and each metric before and after, on report data."""
-    line = {"thing": thing, "status": report.status, "holds": report.holds, "layer": report.layer, "step": report.relative_step}
-    for kind, name in (("forget", "thing_accuracy"), ("retain", "thing_accuracy"), ("retain", "style_accuracy")):
-        for when, values in (("before", report.before), ("after", report.after)):
-            line[f"{kind} {name.removesuffix('_accuracy')} {when}"] = values[kind][name]
-    return line | {"evaluations": len(report.trace), "seconds": sum(report.cost["seconds"].values())}
+def retain_data(drawings: Drawings, things: Tensor, generator: torch.Generator) -> UnlearnDataModule:
+    """Everything but the things: half of the drawings for the gradient, a quarter for the search, a quarter to report."""
+    others = (~torch.isin(drawings.things, things)).nonzero()[:, 0]
+    rows = {split: others[part] for split, part in split_indices(len(others)).items()}
+    rows["test"] = rows["test"].repeat(4)  # as configs/thing.yaml does
+    train, val, test = (emoji_pairs(drawings, part, generator, thing=True, style=True) for part in rows.values())
+    return UnlearnDataModule(retain=train, retain_val=val, retain_test=test, batch_size=BATCH)
 
 
-def forget(thing: str, folder: Path) -> UnlearnReport:
-    """Run the config for one thing, unless its report is there."""
-    if not (folder / "report.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped; else the next would go beside it
-        command = [sys.executable, "-m", "slug_lightning.cli", "fit", "--config", str(CONFIG), "--output_dir", str(folder)]
-        command += ["--data.thing", thing, "--trainer.enable_progress_bar", "false"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode not in (0, 3):
-            raise SystemExit(f"{thing}: exit code {done.returncode}\n{done.stderr}")
-    report = UnlearnReport.from_json(folder / "report.json")
-    print(f"{thing}: {report.status}", flush=True)
+def forget_data(drawings: Drawings, thing: int, generator: torch.Generator) -> UnlearnDataModule:
+    """Renderings of one thing's drawings, new ones for each part."""
+    rows = (drawings.things == thing).nonzero()[:, 0]
+    sets = [emoji_pairs(drawings, rows.repeat(times), generator, thing=True, style=False) for times in RENDERINGS.values()]
+    return UnlearnDataModule(sets[0], forget_val=sets[1], forget_test=sets[2], batch_size=16)
+
+
+def run(
+    module: EmbeddedClip, name: str, forget: UnlearnDataModule, retain: UnlearnDataModule, cache: RetainCache
+) -> UnlearnReport:
+    """One request; the module is as before afterwards."""
+    callback = UnlearnCallback(
+        forget={name: forget},
+        retain=retain,
+        forget_metric="thing_accuracy",
+        retain_metric=["style_accuracy", "thing_accuracy"],
+        retain_tolerance=0.02,
+        max_evaluations=6,
+        count_cost=True,
+        retain_cache=cache,
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, callbacks=[callback], **quiet)
+    trainer.fit(module, retain)
+    report = callback.report
+    assert report is not None
+    if report.patch is not None:
+        report.patch.revert(module.model)
     return report
+
+
+def evaluation(module: EmbeddedClip, forget: UnlearnDataModule, retain: UnlearnDataModule) -> int:
+    """FLOPs of the evaluation that a request cannot do without: search data once, report data twice."""
+    flops = {}
+    for split in ("val", "test"):
+        module.on_validation_start()  # the prompts count, too
+        with torch.no_grad(), flop_counter() as counter:
+            for loader in (forget.forget_dataloader(split), retain.retain_dataloader(split)):
+                for number, batch in enumerate(loader):
+                    module.scores(batch, number)
+        flops[split] = counter.get_total_flops()
+    return flops["val"] + 2 * flops["test"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="how many things (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which things (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at once, a thread each (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/things"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/things.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
-    names = load_drawings().thing_names
-    drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(arguments.seed))[: arguments.count]
-    things = [names[i] for i in drawn]
-    folders = [arguments.output / thing.replace(" ", "-") for thing in things]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        table = pandas.DataFrame(map(row, things, pool.map(forget, things, folders)))
-    table.to_json(arguments.output / "table.json", orient="records", indent=2)
-    print(table.to_markdown(index=False, floatfmt=".3f"))
+    drawings = load_drawings()
+    generator = torch.Generator().manual_seed(arguments.seed)
+    things = torch.randperm(len(drawings.thing_names), generator=generator)[: arguments.count]
+    retain = retain_data(drawings, things, generator)
+    module, cache, lines = EmbeddedClip(), RetainCache(), []
+    for thing in things.tolist():
+        name, forget = drawings.thing_names[thing], forget_data(drawings, thing, generator)
+        reused = cache.reused
+        report = run(module, name, forget, retain, cache)
+        flops = report.cost["flops"]
+        needed = evaluation(module.eval(), forget, retain)
+        accuracies = {
+            f"{words} {when}": values[kind][metric]
+            for words, kind, metric in KINDS
+            for when, values in (("before", report.before), ("after", report.after))
+        }
+        lines.append(
+            {"thing": name, "status": report.status, "holds": report.holds, "layer": report.layer, "step": report.relative_step}
+            | accuracies
+            | {
+                "front layers": sum(score["on_front"] for score in report.scores),
+                "retain gradient": "reused" if cache.reused > reused else "computed",
+                "forget pass": flops["gradients"],
+                "evaluation": needed,
+                "ratio": sum(flops.values()) / (flops["gradients"] + needed),
+                "seconds": sum(report.cost["seconds"].values()),
+            }
+        )
+        print(json.dumps(lines[-1]), flush=True)
+    table = pandas.DataFrame(lines)
+    print(table.to_markdown(index=False, floatfmt=".3g"))
+    later = table[table["retain gradient"] == "reused"]
     unlearned = table[table.status == "unlearned"]
     print(f"\n{len(unlearned)} of {len(table)} unlearned; of these {int(unlearned.holds.sum())} hold both bounds on report data")
+    print(table[[column for column in table if column.endswith(("before", "after"))]].mean().to_string())
+    print(f"worst thing after: {table['thing after'].max():.4f}")
+    if len(later):
+        saved = 1 - later["forget pass"].mean() / table["forget pass"].iloc[0]
+        print(f"{len(later)} of {len(table)} reused the retain gradient, {saved:.0%} of the gradients' FLOPs")
+        print(f"these cost {later.ratio.mean():.2f} x (forget pass + evaluation), at most {later.ratio.max():.2f}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(lines, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Replay:
         self.places = Places(module)
         self.batches: dict[tuple[str, ...], dict[int, _Recorded]] = {}
         self.device = next(iter(module.parameters())).device
-        self.budget = {where: int(SHARE * _free(where)) if budget is None else budget for where in {self.device, CPU}}
+        self.budget = {where: int(SHARE * _free(where)) if budget is None else budget for where in (self.device, CPU)}
         self.held = dict.fromkeys(self.budget, 0)
         self.most_held = 0
         self.skipped_calls = 0
@@ -235,7 +235,7 @@ class Replay:
     def _run(self, recorded: _Recorded, plan: Plan, step: Attempt) -> dict[tuple[int, int], Any]:
         """Run a batch by a plan, and give the outputs of the outermost calls that were computed."""
         found: dict[tuple[int, int], Any] = {}
-        versions = {at: kept._version for at, kept in recorded.kept.items()}
+        versions = {at: _version(kept) for at, kept in recorded.kept.items()}
 
         def visit(place: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             if place in plan.skipped:
@@ -255,7 +255,7 @@ class Replay:
 
         with self.places.intercepted(visit):
             step()
-        if any(kept._version != versions[at] for at, kept in recorded.kept.items()):
+        if any(_version(kept) != versions[at] for at, kept in recorded.kept.items()):
             recorded.kept.clear()  # somebody wrote into what was lent: right this time, wrong the next
         return found
 
@@ -294,6 +294,11 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; on the host pinned, if it comes from elsewhere."""
     moved = tensor.to(device)
     return moved.pin_memory() if device == CPU and tensor.device.type == "cuda" else moved
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; a tensor made in inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _fingerprint(batch: Any) -> list[Any]:

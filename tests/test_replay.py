@@ -182,6 +182,19 @@ class Detached(nn.Module):
         return self.last(torch.cat([hidden, code], 1))
 
 
+class Inferring(nn.Module):
+    """A part runs in inference mode, whose tensors count no versions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        with torch.inference_mode():
+            hidden = self.first(x)
+        return self.last(self.second(x) + hidden.clone())
+
+
 class Deciding(nn.Module):
     """Which branch is computed depends on a number that has left the tensors."""
 
@@ -276,6 +289,7 @@ ZOO = {
     "overwriting": Overwriting,
     "read afterwards": ReadAfterwards,
     "detached": Detached,
+    "inferring": Inferring,
     "deciding": Deciding,
     "remembering": Remembering,
     "noisy": Noisy,
