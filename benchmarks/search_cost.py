@@ -289,8 +289,8 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL", help=", ".join(MODELS)
     )
-    parser.add_argument("--forget", type=int, default=32, help="samples to forget; the rest follows (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--forget", type=int, default=16, help="samples to forget; the rest follows (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/search_cost.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")

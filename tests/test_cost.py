@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,9 +232,11 @@ def test_without_counting_the_peak_is_the_memory_of_the_process():
     gc.collect()
     with made.phase("large"):
         block = torch.ones(2**26)  # 256 MiB, written to
-        time.sleep(0.1)
+        resident = psutil.Process().memory_info().rss
+        time.sleep(0.2)
         del block
-    assert made.peak_bytes["large"] >= made.peak_bytes["small"] + 200 * 2**20
+    # Memory that others let go of in between may come back, but not 100 MiB of it.
+    assert made.peak_bytes["large"] >= resident - 100 * 2**20
 
 
 def test_the_fused_layers_of_evaluation_cost_as_much_as_the_same_layers_with_gradients():

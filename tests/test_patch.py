@@ -241,7 +241,7 @@ EDIT = '[{"concept": "x", "step": 1, "tensors": ["w"], "details": {}}]'
 ])  # fmt: skip
 def test_a_forged_file_whose_digest_is_right_is_refused_on_loading(text, shape, tmp_path):
     tensors = {"base/w": torch.ones(2), "0/w": torch.ones(shape)}
-    metadata = {"format": patch_module.FORMAT, "patch": text, "sha256": patch_module._digest(tensors, text)}
+    metadata = {"format": patch_module.FORMAT, "patch": text, "sha256": patch_module.digest_of(tensors, text)}
     patch_module.save_file(tensors, tmp_path / "p", metadata=metadata)
     with pytest.raises(PatchError):
         UnlearnPatch.load(tmp_path / "p")
