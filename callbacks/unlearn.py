@@ -299,7 +299,7 @@ class UnlearnCallback(pl.Callback):
         chosen = {score.layer for score in scores if score.on_front}
         return scores, {name: forget[name] for layer in layers if layer.name in chosen for name in layer.parameters}
 
-    def _retain_gradient(self, objective: Objective, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _retain_gradient(self, objective: Objective, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computed, or the one that an earlier request left in the cache."""
 
         def compute() -> dict[str, Tensor]:
@@ -309,7 +309,8 @@ class UnlearnCallback(pl.Callback):
             return compute()
         trainer = objective.module.trainer
         source = trainer.datamodule if self.retain is None else self.retain  # type: ignore[attr-defined]
-        return self.retain_cache.gradient(objective.module, source, trainer.precision, list(parameters), compute)
+        how = trainer.precision, str(objective.module.device), _concept_of(source)
+        return self.retain_cache.gradient(objective.module, source, how, list(parameters), compute)
 
     def _search(
         self,

@@ -82,15 +82,16 @@ class Competition:
                 evaluate = partial(self._forget, score, advance)
                 tried = search_step(evaluate, self._share, self.max_evaluations, start)
                 trials += tried
-                if smallest_step(tried):
-                    gain = smallest_step(tried).step * score.forget_norm**2
-        able = [score for score in front if smallest_step(trials, score.layer)]
+                if (found := smallest_step(tried)) is not None:
+                    gain = found.step * score.forget_norm**2
+        steps = {score.layer: found for score in front if (found := smallest_step(trials, score.layer)) is not None}
+        able = [score for score in front if score.layer in steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
-        able.sort(key=lambda s: smallest_step(trials, s.layer).step * s.forget_norm * s.retain_norm * s.alignment)
+        able.sort(key=lambda s: steps[s.layer].step * s.forget_norm * s.retain_norm * s.alignment)
         best = math.inf
         with recorded(self.objective, "retain", "val", self._of(able)) as before:
             for score in self.progress.track(able, "search, what is kept"):
-                trial = smallest_step(trials, score.layer)
+                trial = steps[score.layer]
                 whole = self._retain(trial, before, best)
                 trials[trials.index(trial)] = whole
                 best = best if whole.damage is None else min(best, whole.damage)
@@ -132,7 +133,7 @@ class Competition:
 
         Infinite where that cannot be told: the model is broken, or no answer is right any more, as after any larger step.
         """
-        at_the_end = self.metric.higher_is_better and value <= 0
+        at_the_end = self.metric.higher_is_better and value <= 0 <= self.target
         return (value - self.before) / (self.target - self.before) if math.isfinite(value) and not at_the_end else math.inf
 
 

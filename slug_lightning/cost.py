@@ -83,7 +83,7 @@ class CostMeter:
             flops = stack.enter_context(flop_counter()) if self.count else None
             start = time.perf_counter()
             yield
-            self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start  # after the device has done what it was given
         self.peak_bytes[name] = memory.peak
         if flops is not None:
             self.flops[name] = flops.get_total_flops()
@@ -152,12 +152,19 @@ class _LiveTensors(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.known | given:
-                self.known.add(key)
+        for storage in _storages(out):
+            if storage._cdata not in self.known | given:
+                self.known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
         return out
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The memory of every dense tensor in a tree; a sparse one's parts are tensors of their own."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf.untyped_storage()

@@ -57,6 +57,9 @@ def mean_gradient(
         >>> mean_gradient(lambda x, i: ((x @ w).mean(), len(x)), batches, {"w": w}).tensors["w"]
         tensor([0.3333, 1.3333])
     """
+    for key, p in parameters.items():
+        if p._post_accumulate_grad_hooks:
+            raise UnlearnError(f"{name}: {key} has a hook that acts on every gradient (a fused optimizer?); remove it first")
     sums = {key: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for key, p in parameters.items()}
     total, samples, seen = 0.0, 0, 0
     weight = [0]

@@ -7,10 +7,11 @@ outputs that other code reads, and gives them back in later evaluations instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from slug_lightning.layers import Layer
 from slug_lightning.patch import same_bits
 from slug_lightning.steps import Attempt
-from slug_lightning.trace import ROOT, UNCHANGEABLE, Output, Places, Plan, Trace
+from slug_lightning.trace import ROOT, UNCHANGEABLE, CannotTrace, Output, Places, Plan, Trace
 
 SHARE = 0.25
 """Of the memory that is free when a run starts, so much may hold recorded outputs."""
@@ -44,15 +45,16 @@ class Absent(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    touched = False
+    """Whether anything has tried to read one: a module may catch what is raised."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Absent:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
+        return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
+        Absent.touched = True
         raise NotKept(f"{func} reads an output that was not kept")
 
 
@@ -126,7 +128,9 @@ class Replay:
         """Batches that were computed whole, since there was no room for what would have spared it."""
         self._before: Trace | None = None
         self._checked: set[tuple[str, str]] = set()
-        self._refused: dict[str, str] = {}
+        compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+        reason = "a part of the module is compiled, and cannot be followed with the bits it has when it is not"
+        self._refused: dict[str, str] = dict.fromkeys(self.layers, reason) if compiled else {}
 
     # ---- the original
 
@@ -140,6 +144,9 @@ class Replay:
             step: runs it.
             layers: names of the layers that will be evaluated.
         """
+        if all(layer in self._refused for layer in layers):
+            step()
+            return
         trace = Trace(self.places, self.candidates, self._before if number else None)
         try:
             fingerprint = _fingerprint(batch)  # first, as a step may write into its batch
@@ -171,7 +178,7 @@ class Replay:
         needed = sum(_storages(outputs.values()).values())
         for device in self.budget:
             if self.held[device] + needed <= self.budget[device]:
-                recorded.kept.update({at: _moved(tensor, device) for at, tensor in outputs.items()})
+                recorded.kept.update({at: _moved(tensor.detach(), device) for at, tensor in outputs.items()})
                 self.held[device] += needed
                 self.most_held = max(self.most_held, sum(self.held.values()))
                 return
@@ -200,7 +207,7 @@ class Replay:
         elif not plan.kept <= recorded.kept.keys():
             self.over_budget += 1
             step()
-        elif recorded.fingerprint != _fingerprint(batch):
+        elif not _is_same_batch(recorded.fingerprint, batch):
             self._refused[layer] = "the loader serves other batches, or in another order, in every pass"
             step()
         elif (where[0], layer) not in self._checked:
@@ -210,8 +217,8 @@ class Replay:
             try:
                 with step.undone(only_if_it_fails=True):
                     self._run(recorded, plan, step)
-            except NotKept as error:
-                self._refused[layer] = str(error)
+            except Exception as error:  # if it was not the replay's fault, the plain run fails too
+                self._refused[layer] = str(error) or type(error).__name__
                 step()
 
     def _check(self, recorded: _Recorded, plan: Plan, step: Attempt, layer: str) -> None:
@@ -225,15 +232,32 @@ class Replay:
                 seen = step.seen()
         except Exception as error:  # if it was not the replay's fault, the plain run fails too
             problem = str(error) or type(error).__name__
-        computed = self._run(recorded, Plan(), step)
-        # What the plan skips is missing in one of the two.
-        if problem is None and not _same([*seen, *replayed.values()], [*step.seen(), *map(computed.get, replayed)]):
-            problem = "its outputs differ from those of a plain evaluation"
+        unchanged: list[bool] = []
+        computed = self._run(recorded, Plan(), step, plan.kept, unchanged)
+        if problem is None:
+            # What nobody reads has no values in one of the two.
+            both = [at for at, leaf in replayed.items() if not isinstance(leaf, Absent)]
+            ours, others = [*seen, *map(replayed.get, both)], [*step.seen(), *map(computed.get, both)]
+            if not all(unchanged) or not _same(ours, others):
+                problem = "its outputs differ from those of a plain evaluation"
         if problem:
             self._refused[layer] = problem
 
-    def _run(self, recorded: _Recorded, plan: Plan, step: Attempt) -> dict[tuple[int, int], Any]:
-        """Run a batch by a plan, and give the outputs of the outermost calls that were computed."""
+    def _run(
+        self,
+        recorded: _Recorded,
+        plan: Plan,
+        step: Attempt,
+        watched: Collection[tuple[int, int]] = (),
+        unchanged: list[bool] | None = None,
+    ) -> dict[tuple[int, int], Any]:
+        """Run a batch by a plan, and give the outputs of the outermost calls that were computed.
+
+        Of those that are `watched`, `unchanged` gets whether they are what was kept.
+
+        Raises:
+            NotKept: if something has read an output that is absent, even if the module has caught that.
+        """
         found: dict[tuple[int, int], Any] = {}
         versions = {at: _version(kept) for at, kept in recorded.kept.items()}
 
@@ -249,12 +273,18 @@ class Replay:
                 # A container of its own: callers may write into it.
                 return tree_unflatten(leaves, recorded.outputs[place].structure)
             out = forward(*args, **kwargs)
-            if self.places.parents[place] == ROOT:
-                found.update({(place, i): leaf for i, leaf in enumerate(tree_leaves(out))})
+            for position, leaf in enumerate(tree_leaves(out)):
+                if self.places.parents[place] == ROOT:
+                    found[place, position] = leaf
+                if unchanged is not None and (place, position) in watched:
+                    unchanged.append(same_bits(recorded.kept[place, position], leaf))
             return out
 
+        Absent.touched = False
         with self.places.intercepted(visit):
             step()
+        if Absent.touched:
+            raise NotKept("an output that was not kept was read")
         if any(_version(kept) != versions[at] for at, kept in recorded.kept.items()):
             recorded.kept.clear()  # somebody wrote into what was lent: right this time, wrong the next
         return found
@@ -301,17 +331,44 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _is_same_batch(fingerprint: list[Any], batch: Any) -> bool:
+    try:
+        return fingerprint == _fingerprint(batch)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+
+
 def _fingerprint(batch: Any) -> list[Any]:
-    """Tells whether two batches hold the same: every leaf, of a tensor its kind and a sum that knows every byte's place."""
-    return [_checksum(v) if isinstance(v, Tensor) else v for v in tree_leaves(batch) if isinstance(v, (Tensor, *UNCHANGEABLE))]
+    """Tells whether two batches hold the same: every leaf, of a tensor its kind and a sum that knows every byte's place.
+
+    Raises:
+        CannotTrace: if something in it is of a kind that nobody here can look into.
+    """
+    found: list[Any] = []
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            found.append(_checksum(leaf))
+        elif isinstance(leaf, UNCHANGEABLE):
+            found.append(leaf)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+            found.append(_checksum(torch.tensor(leaf)))
+        elif isinstance(leaf, Mapping):  # one that the tree of containers does not know
+            found.append([*leaf.keys(), *_fingerprint(list(leaf.values()))])
+        elif is_dataclass(leaf):
+            found.append(_fingerprint(dict(vars(leaf))))
+        else:
+            raise CannotTrace(f"a batch holds a {type(leaf).__name__}, so that two of them cannot be compared")
+    return found
 
 
 def _checksum(tensor: Tensor) -> tuple[torch.Size, torch.dtype, int]:
     content = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = content.view(torch.int64) if content.numel() % 8 == 0 and content.data_ptr() % 8 == 0 else content.to(torch.int64)
-    # An odd factor for every place, pseudo-random: 64-bit arithmetic wraps around.
-    factors = (torch.arange(len(words), device=words.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1
-    return tensor.shape, tensor.dtype, int((words * factors).sum())
+    # A factor for every place, by a mixing function (SplitMix64's constants): 64-bit arithmetic wraps around.
+    factors = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131
+    factors = (factors ^ (factors >> 30)) * -4658895280553007687
+    factors = (factors ^ (factors >> 27)) * -7723592293110705685
+    return tensor.shape, tensor.dtype, int((words * (factors ^ (factors >> 31))).sum())
 
 
 def _same(ours: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torchmetrics
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from slug_lightning.layers import Layer
@@ -187,7 +189,10 @@ class Trace(TorchDispatchMode):
         for number, layer in enumerate(layers):
             for parameter in layer.parameters.values():
                 self._of(parameter).bits |= 1 << number
-        self.escaped = 0
+        # What a module has assigned may be a number, and decide what the next batch does.
+        self.escaped: int = before.escaped if before and before.assigned else 0
+        self.assigned: bool = False
+        self.failed: CannotTrace | None = None
         self.depends: dict[int, int] = {}
         self.outputs: dict[int, Output] = {}
         """By place, each leaf as it was when the call returned."""
@@ -200,20 +205,28 @@ class Trace(TorchDispatchMode):
         Raises:
             CannotTrace: if a tensor has no plain memory.
         """
-        with self.places.intercepted(self._visit), _conversions_seen_by(self._escapes), self:
+        with self.places.intercepted(self._visit), _conversions_seen_by(self._escapes), _assignments_seen_by(self._assign), self:
             step()
+        if self.failed:  # and somebody has caught it
+            raise self.failed
 
     def _of(self, tensor: Tensor) -> _Memory:
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError) as error:
-            raise CannotTrace(f"a tensor without plain memory ({type(tensor).__name__})") from error
+            self.failed = CannotTrace(f"a tensor without plain memory ({type(tensor).__name__})")
+            raise self.failed from error
         if storage._cdata not in self.memory:
             self.memory[storage._cdata] = _Memory(weakref.ref(storage))
         return self.memory[storage._cdata]
 
     def _escapes(self, tensor: Tensor) -> None:
         self.escaped |= self._of(tensor).bits
+
+    def _assign(self) -> None:
+        """A module gets an attribute: what is inside which calls must not be left out, as others may read it."""
+        self.assigned = True
+        self.depends.update(dict.fromkeys(self.places.stack, EVERY))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -243,10 +256,13 @@ class Trace(TorchDispatchMode):
         return out
 
     def _visit(self, place: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        before = _random_states()
         out = forward(*args, **kwargs)
         leaves, structure = tree_flatten(out)
         self.outputs[place] = Output(leaves, structure)
-        bits = self.escaped
+        bits = self.escaped | self.depends.get(place, 0)
+        if _random_states() != before:
+            bits = EVERY  # left out, it would leave its random numbers to others
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 m = self._of(leaf)
@@ -266,6 +282,8 @@ class Trace(TorchDispatchMode):
             held: storages that the caller keeps alive.
         """
         self.outputs.clear()
+        self.reads.clear()
+        self.writes.clear()
         living = [m for key, m in self.memory.items() if m.home is not None and key not in held and m.storage() is not None]
         return [(place, position) for m in living for place, position, _ in m.returned]
 
@@ -304,6 +322,34 @@ def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tens
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[number] if number < len(args) else kwargs.get(argument.name)
             yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+to_numpy = Tensor.numpy  # as it is while nobody listens
+
+
+def _random_states() -> list[Any]:
+    """Where the generators of random numbers stand."""
+    with _disable_current_modes():  # these operations are ours
+        states = [torch.default_generator.get_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+        torch_states = [to_numpy(state).tobytes() for state in states]
+    _, numbers, position, *_ = np.random.get_state(legacy=True)
+    return [*torch_states, random.getstate(), numbers.tobytes(), position]  # type: ignore[union-attr]
+
+
+@contextmanager
+def _assignments_seen_by(spy: Callable[[], None]) -> Iterator[None]:
+    """Inside, `spy` is called whenever a module's attribute is set."""
+    own = nn.Module.__setattr__
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        spy()
+        own(module, name, value)
+
+    try:
+        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign,assignment]
+        yield
+    finally:
+        nn.Module.__setattr__ = own  # type: ignore[method-assign]
 
 
 @contextmanager
