@@ -69,6 +69,8 @@ class UnlearnCallback(pl.Callback):
         count_cost: whether the report's `cost` also counts floating-point operations and the bytes of live tensors, in
             every phase; this slows the run.
         retain_cache: shared by the callbacks of several requests, so that the retain gradient is computed once.
+        offload_gradient: whether the forget gradient waits in the host's memory while the retain gradient is computed, so
+            that a device need not hold both.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -99,6 +101,7 @@ class UnlearnCallback(pl.Callback):
         replay_budget: Optional[int] = None,
         count_cost: bool = False,
         retain_cache: Optional[RetainCache] = None,
+        offload_gradient: bool = False,
     ) -> None:
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance: {retain_tolerance} is no tolerance; give a number of at least 0")
@@ -135,6 +138,7 @@ class UnlearnCallback(pl.Callback):
         self.replay_budget = replay_budget
         self.count_cost = count_cost
         self.retain_cache = retain_cache
+        self.offload_gradient = offload_gradient
         self.report = None
         self._restored: dict[str, Any] = {}
 
@@ -287,6 +291,8 @@ class UnlearnCallback(pl.Callback):
         """Both gradients, the scores, the fronts; of the gradients only what a front layer needs is kept."""
         parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         forget = objective.gradient("forget", parameters).tensors
+        if self.offload_gradient:
+            forget = {name: tensor.cpu() for name, tensor in forget.items()}
         retain = self._retain_gradient(objective, parameters)
         scores = [score for layer in layers if (score := score_layer(layer, forget, retain)) is not None]
         if not scores:

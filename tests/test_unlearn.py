@@ -631,6 +631,15 @@ def test_a_failed_apply_leaves_no_report_behind(monkeypatch):
     assert forgetting.report is None and not changed(model, before)
 
 
+def test_an_offloaded_gradient_leads_to_the_same_edit():
+    found = []
+    for offload in (False, True):
+        forgetting, model = callback(offload_gradient=offload), trained()
+        fit(forgetting, model)
+        found.append((forgetting.report.layer, forgetting.report.step_size, forgetting.report.patch_digest))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("bar", ["rich", "tqdm"])
 def test_bars_and_table_are_shown(bar, capsys):
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
