@@ -118,16 +118,17 @@ def rows(*accuracies):
 
 
 def test_all_layers_forget_first_then_those_that_can_are_measured_once_the_most_promising_first():
-    ways = {"a": forgets_at(0.1), "b": never, "c": forgets_at(0.2), "d": forgets_at(0.1)}
+    ways = {"a": forgets_at(0.1), "b": never, "c": forgets_at(0.2), "d": forgets_at(0.1), "e": forgets_at(0.8)}
     world = World(ways, dict.fromkeys([None, *ways], rows(0.75)))
-    # A step of 0.1 or 0.2 along each: λ·|<g_f, g_r>| is 0.1·3·0.5 for a, 0.2·1·0.5 for c and 0.1·1·0.9 for d.
-    scores = [score_of("a", retain_norm=3.0), score_of("b"), score_of("c"), score_of("d", alignment=0.9)]
+    # λ·|<g_f, g_r>| is 0.1·3·0.5 for a, 0.2·1·0.3 for c, 0.1·1·0.9 for d and 0.8·1·0.25 for e.
+    scores = [score_of("a", retain_norm=3.0), score_of("b")]
+    scores += [score_of(name, alignment=value) for name, value in (("c", 0.3), ("d", 0.9), ("e", 0.25))]
     made, _ = competition(world, scores=scores)
     trials, before = made.run(scores)
     passes = passes_of(world)
     forgetting = [name for kind, name in passes if kind == FORGETTING]
-    assert passes == [(FORGETTING, name) for name in forgetting] + [(KEEPING, name) for name in (None, "d", "c", "a")]
-    assert list(dict.fromkeys(forgetting)) == [None, "a", "b", "c", "d"]
+    assert passes == [(FORGETTING, name) for name in forgetting] + [(KEEPING, name) for name in (None, "c", "d", "a", "e")]
+    assert list(dict.fromkeys(forgetting)) == [None, *"abcde"]
     assert [t.layer for t in trials] == forgetting[1:]  # every trial, in order
     assert before == {"acc": 0.75}
 
@@ -136,7 +137,7 @@ def test_the_prediction_knows_that_a_larger_gradient_needs_a_smaller_step():
     ways = {"a": forgets_at(0.1), "b": forgets_at(0.1)}
     world = World(ways, dict.fromkeys([None, *ways], rows(1.0)))
     # λ = 0.1·‖θ‖/‖g_f‖, so that λ·‖g_f‖·‖g_r‖·cos is 0.1·‖θ‖·‖g_r‖·cos whatever ‖g_f‖.
-    scores = [score_of("a", forget_norm=0.1, weight_norm=1.0, retain_norm=2.0), score_of("b", forget_norm=9.0, retain_norm=1.5)]
+    scores = [score_of("a", forget_norm=9.0, retain_norm=2.0), score_of("b", forget_norm=0.1, retain_norm=1.5)]
     made, _ = competition(world, scores=scores)
     made.run(scores)
     assert [name for kind, name in passes_of(world) if kind == KEEPING] == [None, "b", "a"]
@@ -202,6 +203,16 @@ def test_a_layer_that_may_still_win_is_measured_to_the_end():
     trials, _ = made.run(scores)
     assert not any(t.dropped for t in trials)
     assert best_trial(trials).layer == "a"  # equal damage: the smaller relative step
+
+
+def test_each_layer_is_compared_with_the_best_so_far_and_not_with_the_last():
+    ways = dict.fromkeys("abcd", forgets_at(0.1))
+    # What goes below 0 has no bound, so that b is measured to the end, and c after it; d is between a and c.
+    kept = {"a": rows(1.0, 1.0), "b": rows(-1.0, 1.0), "c": rows(0.0, 1.0), "d": rows(0.5, 1.0)}
+    made, scores = competition(World(ways, {None: rows(1.0, 1.0)} | kept), counts=(2, 2))
+    trials, _ = made.run(scores)
+    assert smallest_step(trials, "b").damage > 1 and smallest_step(trials, "d").dropped
+    assert best_trial(trials).layer == "a"
 
 
 def test_a_metric_without_a_bound_is_measured_to_the_end():

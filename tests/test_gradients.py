@@ -170,7 +170,7 @@ def test_besides_the_sums_about_one_tensors_gradient_is_alive_at_a_time():
     assert sums <= meter.peak_bytes["gradients"] <= sums + 2 * 4 * largest + 100  # not twice the sums
 
 
-def test_the_graph_of_a_batch_is_gone_before_the_next_batch_makes_another():
+def test_what_a_batch_keeps_for_its_backward_pass_is_gone_before_the_next_batch():
     w = torch.ones(3, requires_grad=True)
     graphs = []
 

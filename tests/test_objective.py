@@ -200,6 +200,11 @@ def test_giving_up_after_the_last_batch_is_giving_up_all_the_same():
     assert measuring.measure("retain", "val", stop=lambda _: True) is None
 
 
+def test_what_was_not_logged_by_then_is_no_mistake_of_a_measurement_that_is_given_up():
+    measuring = objective(Scripted([{}, {"acc": 1.0}]), "acc", batches_of(2, 2))
+    assert measuring.measure("retain", "val", stop=lambda _: True) is None
+
+
 @pytest.mark.parametrize(("record", "edited", "expected"), [
     (["a", "b"], None, [("record", 0), ("record", 1)]), ([], "a", [("evaluate", 0), ("evaluate", 1)]), ([], None, []),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -226,6 +226,7 @@ def read(reader: LogReader, entries) -> LogReader:
     return reader
 
 
+@settings(deadline=None)
 @given(logs)
 def test_the_range_is_that_of_the_values_that_count(entries):
     reader = read(LogReader(), entries)
@@ -243,6 +244,7 @@ def test_a_range_with_nan_in_it_is_nan(place):
     assert low.isnan() and high.isnan()
 
 
+@settings(deadline=None)
 @given(before=logs, undone=logs, after=logs)
 def test_what_was_logged_since_is_forgotten_when_the_log_is_restored(before, undone, after):
     reader = read(LogReader(), before)
