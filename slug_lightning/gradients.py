@@ -98,10 +98,11 @@ def _taken(parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Any])
         return hook
 
     before = {key: parameter.grad for key, parameter in parameters.items()}
-    hooks = [parameter.register_post_accumulate_grad_hook(hook_for(key)) for key, parameter in parameters.items()]
+    hooks = []
     try:
-        for parameter in parameters.values():
+        for key, parameter in parameters.items():
             parameter.grad = None
+            hooks.append(parameter.register_post_accumulate_grad_hook(hook_for(key)))
         yield
     finally:
         for hook in hooks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -61,7 +62,7 @@ class Objective:
         self.metrics: dict[str, Metric] = {}
         """Filled by the first measurement: only a step tells what it logs."""
         self.complete: dict[tuple[Kind, str], LogReader] = {}
-        """What the last whole pass over each set has logged."""
+        """What the last pass over each set, unedited, has logged."""
         self.replay: Replay | None = None
         """Spares evaluations what an edit does not change, once it is set."""
         self.forward_samples = 0
@@ -80,7 +81,15 @@ class Objective:
         _same_draws()
         with torch.enable_grad(), only_differentiating(self.module, parameters), read_logs(self.module):
             batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
-            gradient = mean_gradient(loss_of, batches, parameters, kind)
+            try:
+                with warnings.catch_warnings():  # torch only warns, and gives zeros
+                    warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
+                    gradient = mean_gradient(loss_of, batches, parameters, kind)
+            except UserWarning as warning:
+                raise UnlearnError(
+                    f"{kind}: a reentrant checkpoint hides the layers inside it from the gradient; use checkpoint(…, "
+                    "use_reentrant=False)"
+                ) from warning
         self.forward_samples += gradient.samples
         self.backward_samples += gradient.samples
         return gradient
@@ -153,7 +162,8 @@ class Objective:
             self.metrics.setdefault(name, describe_metric(name, self.module, reader.objects.get(name)))
         if stopped:
             return None
-        self.complete[kind, split] = reader
+        if edited is None:
+            self.complete[kind, split] = reader
         return {name: found[name] for name in names}
 
     def measured(self, kind: Kind, split: str, *, record: Sequence[str] = (), edited: str | None = None) -> dict[str, float]:

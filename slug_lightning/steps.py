@@ -104,7 +104,7 @@ class LogReader:
             self.objects[name] = value
             return
         weight = self.samples if batch_size is None else batch_size
-        value = torch.as_tensor(value).detach().squeeze()
+        value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64).detach().squeeze()
         value = value.double() if value.device.type != "mps" else value.float()
         # A batch without a single sample of this kind logs a mean over nothing, which is NaN.
         if weight:

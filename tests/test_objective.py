@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import BinaryAccuracy
 
 from _tiny import FORGET, PlainRunner, blobs, loader, trained
@@ -367,3 +368,19 @@ def test_a_gradient_that_fails_leaves_the_flags_and_the_log_as_they_were():
         measuring.gradient("forget", {"net.6.weight": module.net[6].weight})
     assert {name: p.requires_grad for name, p in module.named_parameters()} == before
     assert "log" not in vars(module) and module.net[6].weight.grad is None
+
+
+def test_a_reentrant_checkpoint_that_hides_its_layers_is_refused():
+    class Hiding(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.words, self.block = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4)
+
+        def training_step(self, batch, batch_idx):
+            hidden = checkpoint(self.block, self.words(batch), use_reentrant=True)
+            return cross_entropy(hidden + self.block.bias, batch)
+
+    module = Hiding()
+    measuring = Objective(module, {"forget": {"train": [torch.arange(4)]}, "retain": {}}, PlainRunner())
+    with pytest.raises(UnlearnError, match="use_reentrant=False"):
+        measuring.gradient("forget", {"block.weight": module.block.weight, "block.bias": module.block.bias})

@@ -86,7 +86,7 @@ class ClipModule(UnlearnModule):
             return encode_text(self.model, tokens)
         kind = tokens.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state = precision, [(p.data_ptr(), p._version) for p in parameters]
+        state = precision, torch.is_inference_mode_enabled(), [(p.data_ptr(), p._version) for p in parameters]
         if name not in self._classes or self._classes[name][0] != state:
             self._classes[name] = state, encode_text(self.model, tokens)
         return self._classes[name][1]
