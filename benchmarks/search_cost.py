@@ -29,7 +29,7 @@ import pandas
 import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 
 from slug_lightning import RetainCache, UnlearnModule, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
@@ -42,19 +42,6 @@ BUDGET = 2**28
 """Bytes that replay may keep."""
 DRAWN = 10
 """Evaluations of a layer in the released procedure."""
-
-
-class Rows(Dataset):
-    """Columns of tensors, as dicts."""
-
-    def __init__(self, **columns: Tensor) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: column[index] for name, column in self.columns.items()}
 
 
 class Case(NamedTuple):
@@ -81,7 +68,7 @@ def random_clip(name: str) -> Case:
         image = contrast * picture + torch.randn(count, 3, pixels, pixels, generator=generator)
         text = torch.randint(*words, (count, 77), generator=generator)
         text[:, 20] = 49407  # where the text ends
-        return Rows(image=image, text=text)
+        return StackDataset(image=image, text=text)
 
     return Case(module, lambda n: pairs(n, (1, 100), 1.0), lambda n: pairs(n, (100, 49000), 0.0), {"rise": 0.05})
 
@@ -123,7 +110,7 @@ def llama() -> Case:
     generator = torch.Generator().manual_seed(1)
 
     def passages(count: int, tokens: tuple[int, int]) -> Dataset:
-        return Rows(input_ids=torch.randint(*tokens, (count, 64), generator=generator))
+        return StackDataset(input_ids=torch.randint(*tokens, (count, 64), generator=generator))
 
     return Case(module, lambda n: passages(n, (0, 64)), lambda n: passages(n, (64, 2048)), {"rise": 0.3})
 
@@ -141,7 +128,7 @@ def resnet() -> Case:
 
     def images(count: int, labels: tuple[int, int]) -> Dataset:
         label = torch.randint(*labels, (count,), generator=generator)
-        return Rows(image=classes[label] + torch.randn(count, 3, 128, 128, generator=generator), label=label)
+        return StackDataset(image=classes[label] + torch.randn(count, 3, 128, 128, generator=generator), label=label)
 
     module = UnlearnModule(resnet18(num_classes=10), loss=loss)
     return Case(module, lambda n: images(n, (0, 1)), lambda n: images(n, (1, 10)), {"rise": 0.5})
@@ -274,14 +261,10 @@ def measure(name: str, forget: int, batch_size: int) -> dict:
         for key in bound:
             cost = bound[key] + layers * DRAWN * once[key]
             figures[f"released on {words} / ours, {key}"] = cost / sum(ours.cost[key].values())
-    candidates = 4 * sum(parameter_count(case.module, score["layer"]) for score in ours.scores)
+    candidates = 4 * sum(case.module.get_parameter(score["layer"]).numel() for score in ours.scores)
     extra = max(ours.cost["peak_bytes"].values()) - plain_pass(case, data, device)
     figures |= {"extra bytes": extra, "candidates' bytes": candidates, "budget": BUDGET, "replay": ours.cost["replay"]}
     return figures | {"extra / (2 x candidates + budget)": extra / (2 * candidates + BUDGET)}
-
-
-def parameter_count(module: nn.Module, name: str) -> int:
-    return module.get_parameter(name).numel()
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ class UnlearnCallback(pl.Callback):
                 scores, gradient = self._measure(objective, layers)
             report.scores = [asdict(score) for score in scores]
             front = [score for score in scores if score.on_front]
-            by_name = {score.layer: next(layer for layer in layers if layer.name == score.layer) for score in front}
+            by_name = {layer.name: layer for layer in layers if layer.name in {score.layer for score in front}}
             if self.replay:
                 objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
             with meter.phase("search"):

@@ -125,6 +125,7 @@ class Objective:
                 f"{kind}_metric: {names} cannot be measured, {type(self.module).__name__} has no validation_step; define "
                 f"one that logs it, or leave {kind}_metric out to use the loss"
             )
+        where = f"{kind}_step" if by_loss else "validation_step", kind, split
         samples = 0
         stopped = False
         _same_draws()
@@ -133,7 +134,6 @@ class Objective:
                 reader.samples = batch_samples(batch)
                 samples += reader.samples
                 step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
-                where = f"{kind}_step" if by_loss else "validation_step", kind, split
                 if self.replay and record:
                     self.replay.record(where, number, batch, step, record)
                 elif self.replay and edited:

@@ -129,6 +129,7 @@ class Replay:
         self._before: Trace | None = None
         self._checked: set[tuple[str, str]] = set()
         compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+        # What is inside a compiled module must not see a wrapper, so that nothing is intercepted.
         reason = "a part of the module is compiled, and cannot be followed with the bits it has when it is not"
         self._refused: dict[str, str] = dict.fromkeys(self.layers, reason) if compiled else {}
 

@@ -49,8 +49,7 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     # In a list: a torchmetrics object's hash changes with its states.
     metrics = [
         (m, {key: _copied(value) for key, value in m.metric_state.items()}, m._update_count, m._computed)
-        for m in module.modules()
-        if isinstance(m, torchmetrics.Metric)
+        for m in _metrics_in(module)
     ]
     python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -71,6 +70,10 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
             torch.cuda.set_rng_state_all(devices)
 
     return restore
+
+
+def _metrics_in(module: nn.Module) -> Iterator[torchmetrics.Metric]:
+    return (m for m in module.modules() if isinstance(m, torchmetrics.Metric))
 
 
 def _copied(state: Any) -> Any:
@@ -142,9 +145,8 @@ def read_logs(module: nn.Module) -> Iterator[LogReader]:
 
     Metric objects of the module start empty.
     """
-    for metric in module.modules():
-        if isinstance(metric, torchmetrics.Metric):
-            metric.reset()
+    for metric in _metrics_in(module):
+        metric.reset()
     reader = LogReader()
     # On the instance, so that the class and every other instance stay as they are.
     own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
@@ -200,8 +202,7 @@ class Attempt:
 
     def seen(self) -> list[Any]:
         """What was logged so far: sums, and the states of metric objects."""
-        states = [m.metric_state for m in self.module.modules() if isinstance(m, torchmetrics.Metric)]
-        return tree_leaves([self.reader.sums, states])
+        return tree_leaves([self.reader.sums, [metric.metric_state for metric in _metrics_in(self.module)]])
 
 
 def loss_in(output: Any) -> Tensor | None:

@@ -86,16 +86,14 @@ class Places:
 
 
 def _interceptable(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose calls can be looked at: not what is scripted or compiled in place, nor metrics, which count."""
+    """Modules whose calls can be looked at: not what is scripted, nor metrics, which count."""
     seen = set() if seen is None else seen
-    closed = isinstance(module, (torch.jit.ScriptModule, torchmetrics.Metric)) or module._compiled_call_impl is not None
-    if id(module) in seen or closed:
+    if id(module) in seen or isinstance(module, (torch.jit.ScriptModule, torchmetrics.Metric)):
         return
     seen.add(id(module))
     yield name or type(module).__name__, module
-    if not hasattr(module, "_orig_mod"):  # what is inside a compiled module must not see a wrapper
-        for child_name, child in module.named_children():
-            yield from _interceptable(child, f"{name}.{child_name}".lstrip("."), seen)
+    for child_name, child in module.named_children():
+        yield from _interceptable(child, f"{name}.{child_name}".lstrip("."), seen)
 
 
 @dataclass(eq=False)
