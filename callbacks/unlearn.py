@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,23 +14,26 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from slug_lightning.compete import Competition, recorded, stepped
-from slug_lightning.cost import CostMeter
+from slug_lightning.cost import CostMeter, joined
 from slug_lightning.datamodules.base import resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
 from slug_lightning.loggers import publish
+from slug_lightning.mailbox import Mailbox
 from slug_lightning.metrics import Metric, damage
 from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.pareto import pareto_front
 from slug_lightning.patch import Edit, UnlearnPatch
+from slug_lightning.processes import Processes
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
 from slug_lightning.report import UnlearnReport
 from slug_lightning.retained import RetainCache
-from slug_lightning.scores import Score, score_layer
+from slug_lightning.scores import Score, score_layers
 from slug_lightning.search import Trial, best_trial
+from slug_lightning.sharded import whole, whole_like
 from slug_lightning.steps import untouched
 from slug_lightning.strategies import Runner, refuse_unsupported
 
@@ -79,9 +83,6 @@ class UnlearnCallback(pl.Callback):
         >>> callback.report is None
         True
     """
-
-    report: Optional[UnlearnReport]
-    """What the run found out; None before it."""
 
     def __init__(
         self,
@@ -139,8 +140,16 @@ class UnlearnCallback(pl.Callback):
         self.count_cost = count_cost
         self.retain_cache = retain_cache
         self.offload_gradient = offload_gradient
-        self.report = None
+        self._report: Optional[UnlearnReport] = None
         self._restored: dict[str, Any] = {}
+        self._mailbox = Mailbox()
+
+    @property
+    def report(self) -> Optional[UnlearnReport]:
+        """What the run found out; None before it."""
+        if self._report is None:
+            self._report = self._mailbox.fetch()
+        return self._report
 
     # ---- Lightning's hooks
 
@@ -164,13 +173,18 @@ class UnlearnCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget: here checkpoint weights are restored, and no batch has been trained on."""
         if self._is_resumed():
-            self.report = UnlearnReport.from_dict(self._restored["report"])
+            self._report = UnlearnReport.from_dict(self._restored["report"])
         else:
-            self.report = None
-            self._keep(trainer, pl_module, self._run(trainer, pl_module))
+            self._report = None
+            runner = Runner(trainer.strategy)
+            try:
+                self._keep(trainer, pl_module, self._run(trainer, pl_module, runner), runner.processes)
+            except Exception as error:
+                runner.processes.fail(error)  # the others wait for what this process finds out
+                raise
         self._restored = {}
-        assert self.report is not None
-        if self.then == "stop" or self.report.status == "infeasible":
+        assert self._report is not None
+        if self.then == "stop" or self._report.status == "infeasible":
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -218,24 +232,25 @@ class UnlearnCallback(pl.Callback):
 
     # ---- the run, in order
 
-    def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> UnlearnReport:
+    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> UnlearnReport:
         """Validate, measure, choose, search, report; the weights are as they were when this returns or raises."""
-        progress = Progress(trainer.progress_bar_callback)
+        progress = Progress(trainer.progress_bar_callback if runner.processes.is_first else None)
         meter = CostMeter(module.device, self.count_cost)
         datamodule = getattr(trainer, "datamodule", None)
         with untouched(module):
-            loaders = resolve_loaders(self.forget, self.retain, datamodule)
+            runner.reshard()
+            loaders = resolve_loaders(self.forget, self.retain, datamodule, runner.prepare)
             layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
             objective = Objective(
                 module,
                 {"forget": loaders.forget, "retain": loaders.retain},
-                Runner(trainer.strategy),
+                runner,
                 self.forget_metric,
                 self.retain_metric,
                 progress.track,
             )
             report = UnlearnReport("infeasible", self.concept or _concept_of(datamodule))
-            report.notes = list(loaders.notes)
+            report.notes = loaders.notes + runner.notes()
             report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
             with meter.phase("validate"):
                 self._validate(objective, report)
@@ -244,21 +259,21 @@ class UnlearnCallback(pl.Callback):
             report.scores = [asdict(score) for score in scores]
             front = [score for score in scores if score.on_front]
             by_name = {layer.name: layer for layer in layers if layer.name in {score.layer for score in front}}
-            if self.replay:
+            if self.replay and not runner.is_sharded:
                 objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
             with meter.phase("search"):
                 trials = self._search(objective, report, front, by_name, gradient, progress)
             best = best_trial(trials)
             with meter.phase("report"):
                 self._conclude(objective, report, by_name[best.layer] if best else None, best, gradient)
-            report.cost = meter.report() | {
+            report.cost = joined(runner.processes.exchange("cost", meter.report())) | {
                 "evaluations": len(trials),
                 "forward_samples": objective.forward_samples,
                 "backward_samples": objective.backward_samples,
             }
             if objective.replay:
-                report.cost["replay"] = objective.replay.report()
-                report.notes += objective.replay.notes()
+                report.cost["replay"] = runner.processes.agreed("replay", objective.replay.report())
+                report.notes += dict.fromkeys(itertools.chain(*runner.processes.exchange("notes", objective.replay.notes())))
         return report
 
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
@@ -272,6 +287,7 @@ class UnlearnCallback(pl.Callback):
             target, reason = getattr(objective.module, "forget_target", None), "the module's own"
         if target is None:
             target, reason = metric.default_target(before)
+        target, reason = objective.processes.agreed("target", (target, reason))
         if metric.reaches(before, target) or self._did_this_before(metric, before):
             raise UnlearnError(
                 f"forget_target: nothing to forget, {name} is {before:.4g} on the search data and meets the target of "
@@ -294,7 +310,8 @@ class UnlearnCallback(pl.Callback):
         if self.offload_gradient:
             forget = {name: tensor.cpu() for name, tensor in forget.items()}
         retain = self._retain_gradient(objective, parameters)
-        scores = [score for layer in layers if (score := score_layer(layer, forget, retain)) is not None]
+        scores = score_layers(layers, forget, retain, objective.processes)
+        del retain  # before the few that are needed are copied
         if not scores:
             raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")
         for tower in {score.tower for score in scores}:
@@ -303,7 +320,8 @@ class UnlearnCallback(pl.Callback):
             for i, on_front in zip(places, front, strict=True):
                 scores[i] = replace(scores[i], on_front=on_front)
         chosen = {score.layer for score in scores if score.on_front}
-        return scores, {name: forget[name] for layer in layers if layer.name in chosen for name in layer.parameters}
+        # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
+        return scores, {name: forget[name].clone() for layer in layers if layer.name in chosen for name in layer.parameters}
 
     def _retain_gradient(self, objective: Objective, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computed, or the one that an earlier request left in the cache."""
@@ -364,30 +382,34 @@ class UnlearnCallback(pl.Callback):
         named = {name.removeprefix(prefix): name for name in layer.parameters}
         report.tensors = list(named)
         details = {"layer": layer.name, "relative_step": best.relative_step, "before": report.before, "after": report.after}
-        report.patch = UnlearnPatch(
-            {short: layer.parameters[name].detach().cpu().clone() for short, name in named.items()},
-            [Edit(report.concept, best.step, {short: gradient[name].cpu() for short, name in named.items()}, details)],
-        )
+        base = {short: whole(layer.parameters[name]).cpu().clone() for short, name in named.items()}
+        directions = {short: whole_like(gradient[name], layer.parameters[name]).cpu() for short, name in named.items()}
+        report.patch = UnlearnPatch(base, [Edit(report.concept, best.step, directions, details)])
         report.patch_digest = report.patch.digest
 
-    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport) -> None:
+    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport, processes: Processes) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
         patch, edited_part = report.patch, own_model(module)
         try:
             if patch is not None:
                 patch.apply(edited_part)
-            self.report = report  # before the checkpoint is written, which holds it
-            publish(report, trainer.loggers)
+                if len(set(processes.exchange("the edit", patch.digest))) > 1:
+                    raise UnlearnError("the processes have found different edits; do they compute on different hardware?")
+            self._report = report  # before the checkpoint is written, which holds it
+            if processes.is_first:
+                publish(report, trainer.loggers)
             asked = self.output_dir or _folder_of(trainer)
-            folder = None if asked is None else fresh_folder(asked)
+            folder = processes.agreed("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
-                save_run(folder, report, trainer, module)
+                save_run(folder, report, trainer, module, processes)
+            if processes.is_first:
+                self._mailbox.leave(report, trainer.strategy)
         except BaseException:
-            self.report = None
+            self._report = None
             if patch is not None:
                 patch.restore(edited_part)
             raise
-        progress = Progress(trainer.progress_bar_callback)
+        progress = Progress(trainer.progress_bar_callback if processes.is_first else None)
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")

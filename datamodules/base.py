@@ -8,13 +8,23 @@ from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+)
 
 from slug_lightning.errors import UnlearnError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Batches = Iterable[Any]
+Prepare = Callable[[pl.LightningDataModule], Any]
 
 
 class UnlearnLoaders(NamedTuple):
@@ -218,7 +228,12 @@ class UnlearnDataModule(pl.LightningDataModule):
         )
 
 
-def resolve_loaders(forget: Any, retain: Any, datamodule: pl.LightningDataModule | None) -> UnlearnLoaders:
+def resolve_loaders(
+    forget: Any,
+    retain: Any,
+    datamodule: pl.LightningDataModule | None,
+    prepare: Prepare = lambda datamodule: datamodule.prepare_data(),
+) -> UnlearnLoaders:
     """Turn whatever a user gave into three parts of forget and retain.
 
     Args:
@@ -228,6 +243,7 @@ def resolve_loaders(forget: Any, retain: Any, datamodule: pl.LightningDataModule
         retain: likewise.
         datamodule: the trainer's own, asked for what is None: an `UnlearnDataModule`, or any datamodule whose
             loaders are dicts with the keys "forget" and "retain".
+        prepare: calls a datamodule's `prepare_data`; of several processes one may do so for all.
 
     Raises:
         UnlearnError: if there is no forget or retain set, if one is empty, or if both are the same data.
@@ -237,7 +253,7 @@ def resolve_loaders(forget: Any, retain: Any, datamodule: pl.LightningDataModule
     notes = []
     for kind, source in named.items():
         source = _of_datamodule(kind, datamodule) if source is None else source
-        parts[kind], note = _three_loaders(kind, source)
+        parts[kind], note = _three_loaders(kind, source, prepare)
         notes.append(note)
         shared = _samples({"val": parts[kind]["val"]}) & _samples({"test": parts[kind]["test"]})
         if shared and min(index for _, index in shared) >= 0:  # streams are known by their source alone
@@ -269,14 +285,14 @@ def _loader_of(datamodule: pl.LightningDataModule, split: Split) -> Any:
     return None if inherited else loader()
 
 
-def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
+def _three_loaders(kind: str, source: Any, prepare: Prepare) -> tuple[dict[Split, Batches], str]:
     if isinstance(source, UnlearnDataModule):
-        source.prepare_data()
+        prepare(source)
         source.setup("fit")
         loaders: dict[Split, Batches] = {split: source._loader(kind, split) for split in SPLITS}
         return loaders, source.notes[kind]
     if isinstance(source, pl.LightningDataModule):
-        source.prepare_data()
+        prepare(source)
         for stage in ("fit", "test"):
             source.setup(stage)
         source = {split: loader for split in SPLITS if (loader := _loader_of(source, split)) is not None}
@@ -286,7 +302,7 @@ def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
         given = {split: _chained(source[split]) for split in SPLITS if split in source}
         if len(given) == len(SPLITS):
             return given, f"{kind}: three loaders were given"
-        parts, note = _three_loaders(kind, source["train"])
+        parts, note = _three_loaders(kind, source["train"], prepare)
         for split in set(given) - {"train"}:  # what was split off for it serves the gradient after all
             parts["train"] = Chained([parts["train"], parts[split]])
             parts[split] = given[split]
@@ -295,7 +311,7 @@ def _three_loaders(kind: str, source: Any) -> tuple[dict[Split, Batches], str]:
     if isinstance(source, (list, tuple)):
         if not source:
             raise UnlearnError(f"{kind}: the list of loaders is empty")
-        each = [_three_loaders(kind, loader) for loader in source]
+        each = [_three_loaders(kind, loader, prepare) for loader in source]
         return {split: Chained(parts[split] for parts, _ in each) for split in SPLITS}, "; ".join(n for _, n in each)
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
         return _split_loader(kind, source)
@@ -337,7 +353,7 @@ def _meant(sampler: Iterable[int], count: int) -> list[int]:
     """Which of `count` samples a sampler means, each once: it may repeat some, and draw them at random."""
     if isinstance(sampler, WeightedRandomSampler):
         return sampler.weights.nonzero()[:, 0].tolist()
-    if isinstance(sampler, RandomSampler):
+    if isinstance(sampler, (RandomSampler, DistributedSampler)):  # the latter serves one process its part
         return list(range(count))
     return sorted({int(i) for i in sampler})
 

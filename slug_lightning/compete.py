@@ -18,6 +18,7 @@ from slug_lightning.patch import edited
 from slug_lightning.progress import Progress
 from slug_lightning.scores import Score
 from slug_lightning.search import START, Trial, search_step
+from slug_lightning.sharded import local, write_local
 from slug_lightning.steps import LogReader
 
 
@@ -175,15 +176,15 @@ def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterat
         >>> layer.parameters["w"].data
         tensor([1., 1.])
     """
-    before = {name: p.detach().clone() for name, p in layer.parameters.items()}
+    before = {name: local(p).clone() for name, p in layer.parameters.items()}
     with torch.no_grad():
         try:
             for name, parameter in layer.parameters.items():
-                parameter.copy_(edited(before[name], [(gradient[name], step)]))
+                write_local(parameter, edited(before[name], [(gradient[name], step)]))
             yield
         finally:
             for name, parameter in layer.parameters.items():
-                parameter.copy_(before[name])
+                write_local(parameter, before[name])
 
 
 @contextmanager
@@ -207,4 +208,4 @@ def _rewrite(layers: Iterable[Layer]) -> None:
     with torch.no_grad():
         for layer in layers:
             for parameter in layer.parameters.values():
-                parameter.copy_(parameter.clone())
+                write_local(parameter, local(parameter).clone())

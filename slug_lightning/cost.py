@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -95,9 +95,34 @@ class CostMeter:
         allocator holds, else (on a CPU) of the resident memory of the whole process.
         """
         figures = {"seconds": self.seconds} | ({"flops": self.flops} if self.count else {})
-        bound = {name: by_phase[UNAVOIDABLE] for name, by_phase in figures.items() if by_phase.get(UNAVOIDABLE)}
-        ratio = {name: sum(figures[name].values()) / value for name, value in bound.items()}
-        return figures | {"peak_bytes": self.peak_bytes, "lower_bound": bound, "ratio": ratio}
+        return _compared(figures, self.peak_bytes)
+
+
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cost of a run in several processes: operations add up, seconds and memory are those of the process with most.
+
+    Example:
+        >>> one = {"seconds": {"search": 1.0}, "flops": {"search": 8}, "peak_bytes": {"search": 5}, "lower_bound": {}, "ratio": {}}
+        >>> two = {**one, "peak_bytes": {"search": 7}}
+        >>> both = joined([one, two])
+        >>> both["flops"], both["peak_bytes"]
+        ({'search': 16}, {'search': 7})
+    """
+    first = reports[0]
+    if len(reports) == 1:
+        return first
+    figures = {
+        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in first[name]}
+        for name in ("seconds", "flops", "peak_bytes")
+        if name in first
+    }
+    return _compared({name: figures[name] for name in figures if name != "peak_bytes"}, figures["peak_bytes"])
+
+
+def _compared(figures: dict[str, Any], peak_bytes: dict[str, int]) -> dict[str, Any]:
+    bound = {name: by_phase[UNAVOIDABLE] for name, by_phase in figures.items() if by_phase.get(UNAVOIDABLE)}
+    ratio = {name: sum(figures[name].values()) / value for name, value in bound.items()}
+    return figures | {"peak_bytes": peak_bytes, "lower_bound": bound, "ratio": ratio}
 
 
 class _Allocated:

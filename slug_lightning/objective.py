@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -19,8 +16,9 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.metrics import Metric, describe_metric
 from slug_lightning.replay import Replay
-from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs
+from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
 from slug_lightning.strategies import Runner
+from slug_lightning.turns import Turn
 
 Kind = Literal["forget", "retain"]
 LOSS = "loss"
@@ -55,6 +53,7 @@ class Objective:
         self.module = module
         self.loaders = loaders
         self.runner = runner
+        self.processes = runner.processes
         self.progress = progress
         forget = forget_metric or getattr(module, "forget_metric", None) or LOSS
         retain = retain_metric or getattr(module, "retain_metric", None) or LOSS
@@ -72,24 +71,25 @@ class Objective:
         """Differentiate the mean loss over the `train` split of `kind`."""
 
         def loss_of(batch: Any, number: int) -> tuple[Tensor | None, int]:
+            same_draws(number)  # again: a batch whose gradient overflows is run a second time
             with self.runner.forward_context():
                 loss = self._loss(kind, batch, number)
             if loss is not None and not loss.requires_grad:
                 raise UnlearnError(f"{kind}: the loss of the step has no graph; return it without detach() or item()")
             return loss, batch_samples(batch)
 
-        _same_draws()
-        with torch.enable_grad(), only_differentiating(self.module, parameters), read_logs(self.module):
-            batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
+        with torch.enable_grad(), self.runner.differentiating(parameters), read_logs(self.module):
+            turns = self.progress(self._turns(kind, "train"), f"gradient, {kind}")
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros
                     warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
-                    gradient = mean_gradient(loss_of, batches, parameters, kind)
+                    gradient = mean_gradient(loss_of, turns, parameters, kind, self.runner.backward)
             except UserWarning as warning:
                 raise UnlearnError(
                     f"{kind}: a reentrant checkpoint hides the layers inside it from the gradient; use checkpoint(…, "
                     "use_reentrant=False)"
                 ) from warning
+        self.runner.reshard()
         self.forward_samples += gradient.samples
         self.backward_samples += gradient.samples
         return gradient
@@ -128,22 +128,29 @@ class Objective:
         where = f"{kind}_step" if by_loss else "validation_step", kind, split
         samples = 0
         stopped = False
-        _same_draws()
-        with torch.no_grad(), self.runner.validating(), read_logs(self.module) as reader:
-            for number, batch in enumerate(self._batches(kind, split)):
-                reader.samples = batch_samples(batch)
-                samples += reader.samples
+        with torch.no_grad(), self.runner.validating(), read_logs(self.module, self.processes) as reader:
+            for number, batch, counts in self._turns(kind, split):
+                reader.number, reader.samples = number, batch_samples(batch)
                 step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
-                if self.replay and record:
+                if not counts:
+                    with step.undone():
+                        step()
+                elif self.replay and record:
                     self.replay.record(where, number, batch, step, record)
                 elif self.replay and edited:
                     self.replay.evaluate(where, number, batch, step, edited)
                 else:
                     step()
-                stopped = stop is not None and stop(reader)
-                if stopped:
-                    break
+                samples += reader.samples * counts
+                if stop is not None:
+                    reader.share()  # all or nobody stops
+                    stopped = stop(reader)
+                    if stopped:
+                        break
+            reader.share()
             found = reader.values()
+        self.runner.reshard()
+        samples = sum(self.processes.exchange("samples", samples, each_share=True))
         self.forward_samples += samples
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
@@ -158,8 +165,9 @@ class Objective:
                 )
             )
             raise UnlearnError(f"{kind}_metric: {problem}; name one that it logs")
-        for name in set(reader.logged()) & {name for names in self.names.values() for name in names}:
-            self.metrics.setdefault(name, describe_metric(name, self.module, reader.objects.get(name)))
+        for name in sorted(set(reader.logged()) & {name for names in self.names.values() for name in names} - set(self.metrics)):
+            described = describe_metric(name, self.module, reader.objects.get(name))
+            self.metrics[name] = self.processes.agreed("a metric", described)
         if stopped:
             return None
         if edited is None:
@@ -196,15 +204,14 @@ class Objective:
         whole = self.complete[kind, split]
         best = {}
         for name in self.names[kind]:
-            total, weight = whole.weights.get(name, 0), reader.weights.get(name, 0)
+            (known, weights), (values, own_weights) = whole.of(name), reader.of(name)
+            total, weight = sum(weights), sum(own_weights)
             if not 0 < weight <= total:
                 continue
-            low = min(float(whole.ranges[name][0]), float(reader.ranges[name][0]))
-            high = max(float(whole.ranges[name][1]), float(reader.ranges[name][1]))
             higher = self.metrics[name].higher_is_better
-            if math.isfinite(low) and math.isfinite(high) and low >= 0 and (high <= 1 or not higher):
+            if all(math.isfinite(v) and v >= 0 and (v <= 1 or not higher) for v in known + values):
                 rest = (total - weight) * (1.0 if higher else 0.0)
-                best[name] = (float(reader.sums[name]) + rest) / total
+                best[name] = (sum(v * w for v, w in zip(values, own_weights, strict=True)) + rest) / total
         return best
 
     def _evaluate(self, kind: Kind, batch: Any, number: int, by_loss: bool, reader: LogReader) -> None:
@@ -220,43 +227,11 @@ class Objective:
         """The metrics of one kind, by name; known after its first measurement."""
         return {name: self.metrics[name] for name in self.names[kind]}
 
-    def _batches(self, kind: Kind, split: str) -> Iterator[Any]:
-        return self.runner.batches(self.loaders[kind][split])
+    def _turns(self, kind: Kind, split: str) -> Iterator[Turn]:
+        return self.runner.turns(self.loaders[kind][split])
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
         return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))
-
-
-@contextmanager
-def only_differentiating(module: LightningModule, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, no graph is built for any other parameter: what lies in front of the first of these is not kept.
-
-    Example:
-        >>> module = LightningModule()
-        >>> module.a, module.b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-        >>> with only_differentiating(module, {"b.weight": module.b.weight}):
-        ...     [name for name, p in module.named_parameters() if p.requires_grad]
-        ['b.weight']
-    """
-    chosen = {id(p) for p in parameters.values()}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
-    for p in others:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in others:
-            p.requires_grad_(True)
-
-
-def _same_draws() -> None:
-    """Every pass draws the same random numbers, so that two steps differ by the step and not by luck.
-
-    The caller's random state is put back by `steps.untouched`.
-    """
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:

@@ -9,7 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slug_lightning.modules.base import own_model
+from slug_lightning.patch import at_once
+from slug_lightning.processes import Processes
 from slug_lightning.report import UnlearnReport
+from slug_lightning.sharded import local, whole
 
 REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES = (
     "report.json",
@@ -47,35 +50,45 @@ def fresh_folder(path: str | Path, *more: str) -> Path:
     return free
 
 
-def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: LightningModule) -> None:
+def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: LightningModule, processes: Processes) -> None:
     """Write report and figures, and where something was unlearned the patch, the checkpoint and the plain weights.
 
-    The plain weights are those of the wrapped model, under its own names, so that its library loads them.
+    The plain weights are those of the wrapped model, under its own names, so that its library loads them. Each file is
+    there whole or not at all, and the report comes last: a folder with a report is whole.
 
     Args:
         folder: where to.
         report: of the run.
         trainer: writes the checkpoint in its own format.
         module: holds the edited model.
+        processes: of which the first writes; the others help to gather what is sharded.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = _first_names(own_model(module)) if report.patch is not None else {}
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if report.patch is not None:
+            report.patch.save(folder / PATCH)
+            with at_once(folder / WEIGHTS) as part:
+                save_file(weights, part)
+        (folder / FIGURES).mkdir(exist_ok=True)
+        for name, figure in report.figures().items():
+            with at_once(folder / FIGURES / f"{name}.png") as part:
+                figure.savefig(part, dpi=150, format="png")
+    processes.exchange("files", None)
     if report.patch is not None:
-        report.patch.save(folder / PATCH)
-        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
-        save_file(_first_names(own_model(module)), folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves what only its owner reads
-    (folder / FIGURES).mkdir(exist_ok=True)
-    for name, figure in report.figures().items():
-        figure.savefig(folder / FIGURES / f"{name}.png", dpi=150)
-    report.to_json(folder / REPORT)  # last: a folder with a report is whole
+        with processes.elsewhere():  # the Trainer has its own ways to wait for the others
+            trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
+    if processes.is_first:
+        with at_once(folder / REPORT) as part:
+            report.to_json(part)
 
 
 def _first_names(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors, tied ones once, under the name that stands first: the one that patches use."""
+    """A model's tensors, whole, tied ones once, under the name that stands first: the one that patches use."""
     found: dict[tuple[int, tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
+        key = (local(tensor).data_ptr(), tuple(tensor.shape))
         if tensor.numel() == 0 or found.setdefault(key, name) == name:
-            tensors[name] = tensor.contiguous()
+            tensors[name] = whole(tensor).contiguous()
     return tensors

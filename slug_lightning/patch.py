@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.sharded import placed, whole
 
 FORMAT = "slug-lightning patch 1"
 
@@ -181,19 +183,11 @@ class UnlearnPatch:
         tensors, text = self._content()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         metadata = {"format": FORMAT, "patch": text, "sha256": digest_of(tensors, text)}
-        try:
-            # Copies: safetensors refuses tensors that share memory.
-            save_file(
-                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-                part,
-                metadata=metadata,
-            )
-            part.chmod(0o644)  # safetensors leaves what only its owner reads
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        # Copies: safetensors refuses tensors that share memory.
+        tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        with at_once(path) as part:
+            save_file(tensors, part, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> UnlearnPatch:
@@ -247,6 +241,29 @@ class UnlearnPatch:
         return tensors, json.dumps(edits, sort_keys=True)
 
 
+@contextmanager
+def at_once(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: inside, under another name.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "report.json"
+        >>> with at_once(path) as part:
+        ...     _ = part.write_text("{}")
+        ...     path.exists()
+        False
+        >>> path.read_text()
+        '{}'
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.chmod(0o644)  # safetensors leaves what only its owner reads
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text."""
     digest = hashlib.sha256(text.encode())
@@ -258,7 +275,7 @@ def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's content as bytes, `[n]`, on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return whole(tensor).cpu().contiguous().flatten().view(torch.uint8)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -298,4 +315,4 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values in: nothing is written unless every value has passed its checks before."""
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(values[name])  # not by `.data`: whoever watches the version must notice
+            target.copy_(placed(values[name], target))  # not by `.data`: whoever watches the version must notice

@@ -7,20 +7,20 @@ outputs that other code reads, and gives them back in later evaluations instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from slug_lightning.fingerprints import fingerprint
 from slug_lightning.layers import Layer
 from slug_lightning.patch import same_bits
 from slug_lightning.steps import Attempt
-from slug_lightning.trace import ROOT, UNCHANGEABLE, CannotTrace, Output, Places, Plan, Trace
+from slug_lightning.trace import ROOT, UNCHANGEABLE, Output, Places, Plan, Trace
 
 SHARE = 0.25
 """Of the memory that is free when a run starts, so much may hold recorded outputs."""
@@ -148,9 +148,9 @@ class Replay:
         if all(layer in self._refused for layer in layers):
             step()
             return
-        trace = Trace(self.places, self.candidates, self._before if number else None)
+        trace = Trace(self.places, self.candidates, self._before if self.batches.get(where) else None)
         try:
-            fingerprint = _fingerprint(batch)  # first, as a step may write into its batch
+            found = fingerprint(batch)  # first, as a step may write into its batch
             with step.undone(only_if_it_fails=True):
                 trace.run(step)
         except Exception as error:  # if it was not the trace's fault, the plain run fails too
@@ -159,7 +159,7 @@ class Replay:
             return
         self._before = trace
         plans = {name: trace.plan(self.layers[name]) for name in layers}
-        recorded = self.batches.setdefault(where, {})[number] = _Recorded(fingerprint, plans)
+        recorded = self.batches.setdefault(where, {})[number] = _Recorded(found, plans)
         # The smallest first: the features of one tower spare as much as all activations of the other.
         for plan in sorted(plans.values(), key=lambda plan: sum(_storages(trace.kept_by(plan).values()).values())):
             self._keep(recorded, {at: t for at, t in trace.kept_by(plan).items() if at not in recorded.kept})
@@ -332,44 +332,11 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_same_batch(fingerprint: list[Any], batch: Any) -> bool:
+def _is_same_batch(before: list[Any], batch: Any) -> bool:
     try:
-        return fingerprint == _fingerprint(batch)
+        return before == fingerprint(batch)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
-
-
-def _fingerprint(batch: Any) -> list[Any]:
-    """Tells whether two batches hold the same: every leaf, of a tensor its kind and a sum that knows every byte's place.
-
-    Raises:
-        CannotTrace: if something in it is of a kind that nobody here can look into.
-    """
-    found: list[Any] = []
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            found.append(_checksum(leaf))
-        elif isinstance(leaf, UNCHANGEABLE):
-            found.append(leaf)
-        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
-            found.append(_checksum(torch.tensor(leaf)))
-        elif isinstance(leaf, Mapping):  # one that the tree of containers does not know
-            found.append([*leaf.keys(), *_fingerprint(list(leaf.values()))])
-        elif is_dataclass(leaf):
-            found.append(_fingerprint(dict(vars(leaf))))
-        else:
-            raise CannotTrace(f"a batch holds a {type(leaf).__name__}, so that two of them cannot be compared")
-    return found
-
-
-def _checksum(tensor: Tensor) -> tuple[torch.Size, torch.dtype, int]:
-    content = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = content.view(torch.int64) if content.numel() % 8 == 0 and content.data_ptr() % 8 == 0 else content.to(torch.int64)
-    # A factor for every place, by a mixing function (SplitMix64's constants): 64-bit arithmetic wraps around.
-    factors = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131
-    factors = (factors ^ (factors >> 30)) * -4658895280553007687
-    factors = (factors ^ (factors >> 27)) * -7723592293110705685
-    return tensor.shape, tensor.dtype, int((words * (factors ^ (factors >> 31))).sum())
 
 
 def _same(ours: Sequence[Any], others: Sequence[Any]) -> bool:

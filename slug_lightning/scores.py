@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slug_lightning.layers import Layer
+from slug_lightning.processes import Processes
+from slug_lightning.sharded import copies, local
 
 CHUNK = 2**20
 
@@ -38,39 +40,56 @@ class Score:
     on_front: bool = False
 
 
-def score_layer(layer: Layer, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]) -> Score | None:
-    """Score one layer, in fp64 from fp32 gradients; a group counts as one long vector.
+def score_layers(
+    layers: Sequence[Layer], forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], processes: Processes | None = None
+) -> list[Score]:
+    """Score layers, in fp64 from fp32 gradients; a group counts as one long vector.
 
     Args:
-        layer: the tensors and their weights.
-        forget: g_f by tensor name.
-        retain: g_r by tensor name.
+        layers: the tensors and their weights.
+        forget: g_f by tensor name; of a sharded tensor this process's part.
+        retain: g_r by tensor name, likewise.
+        processes: that hold the model; products of parts are added up, so that no tensor is gathered.
 
     Returns:
-        The score (SLUG, arXiv 2407.11867), or None where the forget gradient or the weight is zero:
-        such a layer cannot be moved by a relative step.
+        The scores (SLUG, arXiv 2407.11867), without layers whose forget gradient or weight is zero: such a layer cannot
+        be moved by a relative step.
 
     Example:
         >>> import torch
         >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))})
-        >>> score = score_layer(layer, {"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[1.0, 1.0]])})
+        >>> (score,) = score_layers([layer], {"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[1.0, 1.0]])})
         >>> score.importance, round(score.alignment, 4)
         (0.2, 0.7071)
     """
-    names = list(layer.parameters)
-    forget_norm = _norm([forget[n] for n in names])
-    retain_norm = _norm([retain[n] for n in names])
-    weight_norm = _norm([layer.parameters[n].detach() for n in names])
-    if forget_norm == 0 or weight_norm == 0:
-        return None
-    dot = sum(_dot(forget[n], retain[n]) for n in names)
-    # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
-    alignment = min(abs(dot) / (forget_norm * retain_norm), 1.0) if retain_norm else 0.0
-    return Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
+    processes = processes or Processes()
+    parts = [_products(layer, forget, retain, processes.count) for layer in layers]
+    everywhere = processes.exchange("products of gradients", parts)
+    scores = []
+    for layer, of_processes in zip(layers, zip(*everywhere, strict=True), strict=True):
+        forget_square, retain_square, weight_square, dot = (math.fsum(column) for column in zip(*of_processes, strict=True))
+        if forget_square == 0 or weight_square == 0:
+            continue
+        forget_norm, retain_norm, weight_norm = map(math.sqrt, (forget_square, retain_square, weight_square))
+        # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
+        alignment = min(abs(dot) / (forget_norm * retain_norm), 1.0) if retain_norm else 0.0
+        scores.append(
+            Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
+        )
+    return scores
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(_dot(t, t) for t in tensors))
+def _products(
+    layer: Layer, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], processes: int
+) -> tuple[float, float, float, float]:
+    """This process's share of ‖g_f‖², ‖g_r‖², ‖θ‖² and <g_f, g_r>; what several hold is divided among them."""
+    found = [0.0, 0.0, 0.0, 0.0]
+    for name, parameter in layer.parameters.items():
+        f, r, w = forget[name], retain[name], local(parameter)
+        share = 1 / copies(parameter, processes)
+        for place, product in enumerate((_dot(f, f), _dot(r, r), _dot(w, w), _dot(f, r))):
+            found[place] += share * product
+    return found[0], found[1], found[2], found[3]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

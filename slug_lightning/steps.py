@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.processes import Processes
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -80,8 +81,28 @@ def _copied(state: Any) -> Any:
     return [t.detach().clone() for t in state] if isinstance(state, list) else state.detach().clone()
 
 
+class Logged(NamedTuple):
+    """One value that a step has logged.
+
+    Attributes:
+        number: of the batch.
+        name: as logged.
+        value: a mean over samples; a tensor while it may still be on its way on a device.
+        weight: of how many samples.
+    """
+
+    number: int
+    name: str
+    value: Tensor | float
+    weight: int
+
+
 class LogReader:
-    """Stands in for a module's `log` and `log_dict`: keeps what is logged as means weighted by samples.
+    """Stands in for a module's `log` and `log_dict`: keeps what is logged, and makes means weighted by samples.
+
+    Args:
+        metrics: the module's metric objects.
+        processes: that log, too.
 
     Example:
         >>> reader = LogReader()
@@ -92,14 +113,16 @@ class LogReader:
         {'accuracy': 0.25}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Sequence[torchmetrics.Metric] = (), processes: Processes | None = None) -> None:
+        self.number = 0
+        """Of the batch at hand."""
         self.samples = 1
         """Samples of the batch at hand: the weight of what is logged without `batch_size`."""
-        self.sums: dict[str, Tensor] = {}
-        self.weights: dict[str, int] = {}
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
-        """The lowest and the highest value that was logged."""
+        self.entries: list[Logged] = []
         self.objects: dict[str, torchmetrics.Metric] = {}
+        self._metrics = metrics
+        self._processes = processes or Processes()
+        self._shared = 0
 
     def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
         """Take one value as `LightningModule.log` would: a number, a one-element tensor or a torchmetrics object."""
@@ -111,43 +134,87 @@ class LogReader:
         value = value.double() if value.device.type != "mps" else value.float()
         # A batch without a single sample of this kind logs a mean over nothing, which is NaN.
         if weight:
-            low, high = self.ranges.get(name, (value, value))
-            self.sums[name] = self.sums.get(name, 0.0) + value * weight
-            self.weights[name] = self.weights.get(name, 0) + weight
-            self.ranges[name] = torch.minimum(low, value), torch.maximum(high, value)
+            self.entries.append(Logged(self.number, name, value.clone(), weight))
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
         """Take several values at once, also a torchmetrics `MetricCollection`."""
         for name, value in dictionary.items():
             self.log(name, value, *args, batch_size=batch_size, **kwargs)
 
-    def state(self) -> tuple[dict, dict, dict, dict]:
+    def state(self) -> tuple[int, dict[str, torchmetrics.Metric]]:
         """What was logged so far, for `restore`."""
-        return dict(self.sums), dict(self.weights), dict(self.objects), dict(self.ranges)
+        return len(self.entries), dict(self.objects)
 
-    def restore(self, state: tuple[dict, dict, dict, dict]) -> None:
+    def restore(self, state: tuple[int, dict[str, torchmetrics.Metric]]) -> None:
         """Go back to what was logged by then."""
-        self.sums, self.weights, self.objects, self.ranges = map(dict, state)
+        del self.entries[state[0] :]
+        self.objects = dict(state[1])
+
+    def share(self) -> None:
+        """Let every process know what all have logged since the last time, in the order of the batches."""
+        if self._processes.count == 1:
+            return
+        own = [entry._replace(value=float(entry.value)) for entry in self.entries[self._shared :]]
+        # By identity: metric objects make a new one when they are compared.
+        numbers = {id(metric): number for number, metric in enumerate(self._metrics)}
+        if strange := [name for name, metric in self.objects.items() if id(metric) not in numbers]:
+            raise UnlearnError(f"{strange}: the logged metric object is no attribute of the module; make it one")
+        places = {name: numbers[id(metric)] for name, metric in self.objects.items()}
+        found = self._processes.exchange("what is logged", (own, places), each_share=True)
+        # As one device would have logged it, so that the sums have the same bits.
+        self.entries[self._shared :] = sorted((e for entries, _ in found for e in entries), key=lambda entry: entry.number)
+        self._shared = len(self.entries)
+        for _, places in found:
+            self.objects |= {name: self._metrics[place] for name, place in places.items()}
 
     def logged(self) -> list[str]:
         """The names of what was logged so far."""
-        return [*self.sums, *self.objects]
+        return [*dict.fromkeys(entry.name for entry in self.entries), *self.objects]
+
+    def of(self, name: str) -> tuple[list[float], list[int]]:
+        """The values logged under a name, and their weights."""
+        found = [entry for entry in self.entries if entry.name == name]
+        return [float(entry.value) for entry in found], [entry.weight for entry in found]
 
     def values(self) -> dict[str, float]:
-        """What was logged so far, by name."""
-        found = {name: float(total) / self.weights[name] for name, total in self.sums.items()}
-        return found | {name: float(metric.compute()) for name, metric in self.objects.items()}
+        """What was logged so far, by name; of several processes, after `share`."""
+        means = {}
+        for name in dict.fromkeys(entry.name for entry in self.entries):
+            values, weights = self.of(name)
+            means[name] = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+        return means | {name: _computed(metric, self._processes) for name, metric in sorted(self.objects.items())}
+
+
+def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
+    """A metric object's value over the samples of all processes."""
+    if processes.count == 1:
+        return float(metric.compute())
+    updated = processes.exchange("metric objects", metric._update_count > 0, each_share=True)
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        found = processes.exchange("a metric's state", state.cpu(), each_share=True)
+        return [other.to(state.device) for other, any_data in zip(found, updated, strict=True) if any_data]
+
+    own = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
+    before = [(m.dist_sync_fn, m.distributed_available_fn) for m in own]
+    for m in own:
+        m.dist_sync_fn, m.distributed_available_fn = gather, lambda: True
+    try:
+        return float(metric.compute())
+    finally:
+        for m, (sync, available) in zip(own, before, strict=True):
+            m.dist_sync_fn, m.distributed_available_fn = sync, available
 
 
 @contextmanager
-def read_logs(module: nn.Module) -> Iterator[LogReader]:
+def read_logs(module: nn.Module, processes: Processes | None = None) -> Iterator[LogReader]:
     """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops.
 
     Metric objects of the module start empty.
     """
     for metric in _metrics_in(module):
         metric.reset()
-    reader = LogReader()
+    reader = LogReader(list(_metrics_in(module)), processes)
     # On the instance, so that the class and every other instance stay as they are.
     own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     vars(module).update(log=reader.log, log_dict=reader.log_dict)
@@ -172,7 +239,7 @@ class Attempt:
         >>> with step.undone():
         ...     step()
         ...     step.seen()
-        [tensor(1., dtype=torch.float64)]
+        [0, 'loss', tensor(1., dtype=torch.float64), 1]
         >>> step.seen()
         []
     """
@@ -201,8 +268,8 @@ class Attempt:
                 self.reader.restore(log)
 
     def seen(self) -> list[Any]:
-        """What was logged so far: sums, and the states of metric objects."""
-        return tree_leaves([self.reader.sums, [metric.metric_state for metric in _metrics_in(self.module)]])
+        """What was logged so far: values, and the states of metric objects."""
+        return tree_leaves([self.reader.entries, [metric.metric_state for metric in _metrics_in(self.module)]])
 
 
 def loss_in(output: Any) -> Tensor | None:
@@ -247,3 +314,19 @@ def batch_samples(batch: Any) -> int:
         5
     """
     return extract_batch_size(batch)
+
+
+def same_draws(number: int) -> None:
+    """Random numbers that depend on the batch's number alone: two passes differ by the edit, and not by luck.
+
+    The caller's random state is put back by `untouched`.
+
+    Example:
+        >>> with untouched(nn.Identity()):
+        ...     draws = [same_draws(number) or torch.rand(1).item() for number in (3, 4, 3)]
+        >>> draws[0] == draws[2] != draws[1]
+        True
+    """
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp import FSDPModule
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.gradients import DATA, Backward
+from slug_lightning.processes import Processes
+from slug_lightning.turns import Turn, take_turns
+
+
+SINGLE, DDP, MODEL_PARALLEL = "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"
+REFUSED = {
+    "XLA": "the tensors of an XLA device are computed late, and the search would wait for each; forget on a GPU or CPU",
+    "FSDPStrategy": (
+        "it flattens tensors into one, so that a layer has neither a norm nor an edit of its own; use FSDP2: "
+        "strategy=ModelParallelStrategy(…) with fully_shard in configure_model"
+    ),
+    "DeepSpeedStrategy": (
+        "its engine keeps weights and gradients to itself, so that neither can be scored or edited in place; use FSDP2 "
+        "(strategy=ModelParallelStrategy(…)) or 'ddp', and load the checkpoint into DeepSpeed afterwards"
+    ),
+}
 
 
 def refuse_unsupported(strategy: Strategy) -> None:
     """Refuse a strategy under which the result would be wrong, before anything is computed.
 
     Raises:
-        UnlearnError: for anything but one device: elsewhere each process would see its own gradient, or only its
-            shard of a tensor, and the norms and the chosen layer would be wrong.
+        UnlearnError: for anything but one device, DDP and FSDP2.
     """
-    # By name too: a Trainer of the `pytorch_lightning` package has classes of its own.
-    names = {kind.__name__ for kind in type(strategy).__mro__}
-    if not isinstance(strategy, SingleDeviceStrategy) and "SingleDeviceStrategy" not in names:
+    # By name: a Trainer of the `pytorch_lightning` package has classes of its own.
+    names = [kind.__name__ for kind in type(strategy).__mro__]
+    for refused, why in REFUSED.items():
+        if any(refused in name for name in names):
+            raise UnlearnError(f"Trainer(strategy=…): {type(strategy).__name__} is not supported, {why}")
+    if not {SINGLE, DDP, MODEL_PARALLEL} & set(names):
         raise UnlearnError(
-            f"Trainer(strategy=…): {type(strategy).__name__} is not supported, each process would measure another "
-            "gradient; forget on one device (devices=1, strategy='auto') and load the patch or checkpoint elsewhere"
+            f"Trainer(strategy=…): {type(strategy).__name__} is not supported, it is not known how it spreads weights and "
+            "gradients; use one device, 'ddp' or ModelParallelStrategy (FSDP2), and load the patch or checkpoint elsewhere"
         )
 
 
 class Runner:
-    """Brings batches to the device and computes in the trainer's precision.
+    """Brings batches to the device, shares them with the other processes, and computes in the trainer's precision.
 
     Args:
         strategy: the trainer's.
@@ -36,19 +59,68 @@ class Runner:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        module = strategy.lightning_module
+        assert module is not None
+        self.module: Any = module
+        names = {kind.__name__ for kind in type(strategy).__mro__}
+        if SINGLE in names:
+            self.processes = Processes()
+        else:
+            data = strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+            mesh = strategy.device_mesh if MODEL_PARALLEL in names else None  # type: ignore[attr-defined]
+            group = mesh[DATA].get_group() if mesh else None
+            self.processes = Processes(data["rank"], data["num_replicas"], group, in_step=mesh is not None)
+        self.is_sharded = self.processes.in_step
+        averages = self.processes.shares if self.is_sharded else 1
+        self.scaler: GradScaler | None = getattr(strategy.precision_plugin, "scaler", None)
+        self.backward = Backward(self.processes, self.scaler, averages)
 
-    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Read a loader once; its batches arrive converted and on the device."""
-        module: Any = self.strategy.lightning_module
-        for batch in loader:
-            batch = module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(batch))
-            yield self.strategy.batch_to_device(batch)
+    def prepare(self, datamodule: LightningDataModule) -> None:
+        """Let one process of a machine download what a datamodule needs, and the others wait for it."""
+        if self.strategy.local_rank == 0 if hasattr(self.strategy, "local_rank") else True:
+            datamodule.prepare_data()
+        self.processes.exchange("data prepared", None)
+
+    def notes(self) -> list[str]:
+        """Sentences for the report: what the losses saw, what is not done."""
+        notes = []
+        if self.processes.count > 1:
+            notes.append(
+                f"{self.processes.count} processes shared the batches: every loss saw a whole batch of its loader, as on one device"
+            )
+        if self.is_sharded:
+            notes.append("replay: off, as all processes run a sharded model together; every evaluation was computed whole")
+        return notes
+
+    def turns(self, loader: Iterable[Any]) -> Iterator[Turn]:
+        """Read this process's share of a loader once; its batches arrive converted and on the device."""
+        for turn in take_turns(loader, self.processes):
+            batch = self.module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(turn.batch))
+            yield turn._replace(batch=self.strategy.batch_to_device(batch))
+
+    def reshard(self) -> None:
+        """Let go of the whole tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def differentiating(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, only these parameters get gradients; afterwards the scaler is as it was."""
+        state = self.scaler.state_dict() if self.scaler else {}
+        # A sharded model has copies of its parameters that would not notice.
+        only = _dropping_others if self.is_sharded else only_differentiating
+        try:
+            with only(self.module, parameters):
+                yield
+        finally:
+            if self.scaler:
+                self.scaler.load_state_dict(state)
 
     @contextmanager
     def validating(self) -> Iterator[None]:
         """Let the trainer say that it validates, so that a module doesn't augment what it is measured on."""
-        module: Any = self.strategy.lightning_module
-        state = module.trainer.state
+        state = self.module.trainer.state
         stage, state.stage = state.stage, type(state.stage).VALIDATING
         try:
             yield
@@ -58,3 +130,44 @@ class Runner:
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast and default dtype as the trainer's precision wants them."""
         return self.strategy.precision_plugin.forward_context()
+
+
+@contextmanager
+def only_differentiating(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, no graph is built for any other parameter: what lies in front of the first of these is not kept.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> with only_differentiating(module, {"1.weight": module[1].weight}):
+        ...     [name for name, p in module.named_parameters() if p.requires_grad]
+        ['1.weight']
+    """
+    chosen = {id(p) for p in parameters.values()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _dropping_others(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, every other parameter's gradient is dropped as soon as it is there."""
+    chosen = {id(p) for p in parameters.values()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+    before = [p.grad for p in others]
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in others]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in zip(others, before, strict=True):
+            p.grad = gradient

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from slug_lightning.gradients import Backward
+from slug_lightning.processes import Processes
+from slug_lightning.turns import Turn, take_turns
+
 CLASSES = 4
 FORGET = 2
 
@@ -66,8 +70,18 @@ class Classifier(pl.LightningModule):
 class PlainRunner:
     """Takes batches as they come: the place of `slug_lightning.strategies.Runner`, without a trainer."""
 
-    def batches(self, loader: Any) -> Iterator[Any]:
-        return iter(loader)
+    def __init__(self) -> None:
+        self.processes = Processes()
+        self.backward = Backward()
+
+    def turns(self, loader: Any) -> Iterator[Turn]:
+        return take_turns(loader, self.processes)
+
+    def reshard(self) -> None:
+        pass
+
+    def differentiating(self, parameters: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def validating(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -22,7 +22,7 @@ from slug_lightning.objective import LOSS, Objective
 from slug_lightning.patch import edited, same_bits
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
-from slug_lightning.scores import Score, score_layer
+from slug_lightning.scores import Score, score_layers
 from slug_lightning.search import START, Trial, best_trial
 
 FORGETTING, KEEPING = 0, 1
@@ -517,7 +517,7 @@ def compete_for_real(replay):
     objective = Objective(module, loaders, PlainRunner(), retain_metric=["val_acc", "val_loss"])
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     gradients = {kind: objective.gradient(kind, parameters).tensors for kind in ("forget", "retain")}
-    scores = [score_layer(layer, gradients["forget"], gradients["retain"]) for layer in layers]
+    scores = score_layers(layers, gradients["forget"], gradients["retain"])
     if replay:
         objective.replay = Replay(module, layers)
     before = objective.measured("forget", "val")[LOSS]

@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from slug_lightning import gradients
 from slug_lightning.cost import CostMeter
 from slug_lightning.errors import UnlearnError
-from slug_lightning.gradients import mean_gradient
+from slug_lightning.processes import Processes
+from slug_lightning.turns import take_turns
 
 SAMPLES = 12
+
+
+def mean_gradient(loss_of, batches, *args):
+    """The function under test, by one process."""
+    return gradients.mean_gradient(loss_of, take_turns(batches, Processes()), *args)
 
 
 def regression(dtype=torch.float64):

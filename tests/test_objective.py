@@ -19,7 +19,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from _tiny import FORGET, PlainRunner, blobs, loader, trained
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective import Objective, only_differentiating
+from slug_lightning.objective import Objective
 from slug_lightning.steps import LogReader
 
 

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from slug_lightning import scores
 from slug_lightning.cost import CostMeter
 from slug_lightning.layers import Layer
-from slug_lightning.scores import Score, score_layer
+from slug_lightning.scores import Score, score_layers
 
 numbers = st.floats(-100, 100, allow_nan=False, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
 vectors = st.lists(numbers, min_size=6, max_size=6).map(torch.tensor)
 scales = st.floats(1e-3, 1e3)
+
+
+def score_layer(layer: Layer, forget: dict[str, Tensor], retain: dict[str, Tensor]) -> Score | None:
+    return next(iter(score_layers([layer], forget, retain)), None)
 
 
 def score(weight: Tensor, forget: Tensor, retain: Tensor) -> Score | None:

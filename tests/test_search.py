@@ -16,7 +16,7 @@ from torch import nn
 from slug_lightning.gradients import mean_gradient
 from slug_lightning.layers import Layer
 from slug_lightning.patch import edited
-from slug_lightning.scores import score_layer
+from slug_lightning.scores import score_layers
 from slug_lightning.search import FINE, OVERSHOOT, START, Trial, best_trial, search_step
 
 Way = Callable[[float], float]
@@ -207,7 +207,7 @@ def test_on_a_quadratic_loss_it_finds_the_step_known_in_closed_form(seed, factor
     weight = nn.Parameter(torch.randn(4, 1, generator=generator, dtype=torch.float64))
     layer = Layer("w", {"w": weight})
     gradient, loss, _ = mean_gradient(lambda b, _: ((x[b] @ weight - y[b]).square().mean(), len(b)), [range(20)], {"w": weight})
-    score = score_layer(layer, gradient, gradient)
+    (score,) = score_layers([layer], gradient, gradient)
     target = factor * loss
 
     def loss_at(step: float) -> float:

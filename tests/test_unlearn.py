@@ -148,7 +148,7 @@ def test_infeasible_leaves_every_bit_and_says_so():
     [
         "resolve_loaders",
         "find_layers",
-        "score_layer",
+        "score_layers",
         "pareto_front",
         "Competition",
         "Replay",

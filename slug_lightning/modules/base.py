@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from slug_lightning.sharded import shard
+
 
 def own_model(module: nn.Module) -> nn.Module:
     """The model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module.
@@ -50,6 +52,8 @@ class UnlearnModule(pl.LightningModule):
     chance: Any = None
     towers: Optional[dict[str, str]] = None
     """Name of a tower -> pattern of its parameters, for a model whose towers are ranked apart."""
+    methods: tuple[str, ...] = ()
+    """By which the losses call the model, besides `forward`: a sharded model must know."""
 
     def __init__(
         self,
@@ -70,6 +74,11 @@ class UnlearnModule(pl.LightningModule):
         if score is not None:
             self.forget_metric = self.retain_metric = "score"
             self.chance = chance
+
+    def configure_model(self) -> None:
+        """Shard the model, if the trainer has `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"], self.methods)
 
     def forget_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of a forget batch, which the edit raises."""

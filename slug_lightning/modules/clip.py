@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, normalize
 
 from slug_lightning.embedded import CLIP
@@ -43,6 +44,7 @@ class ClipModule(UnlearnModule):
     """
 
     towers = {"vision": "model.vis*", "text": "*"}
+    methods = ("encode_image", "encode_text", "get_image_features", "get_text_features")
 
     def __init__(
         self,
@@ -82,7 +84,9 @@ class ClipModule(UnlearnModule):
         """
         tokens = self.get_buffer(f"{name}_tokens")
         parameters = [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        # A sharded tower is run by all processes together, and its parameters don't tell when they are written to.
+        sharded = any(isinstance(p, DTensor) for p in parameters)
+        if sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             return encode_text(self.model, tokens)
         kind = tokens.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -93,10 +97,9 @@ class ClipModule(UnlearnModule):
 
     def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Zero-shot: whether the nearest prompt of a set is the right one, `[B]`; NaN for a label of -1."""
-        names = [name for name in self.prompts if name in batch and (batch[name] >= 0).any()]
         image = encode_image(self.model, batch["image"])
         found = {}
-        for name in names:
+        for name in [name for name in self.prompts if name in batch]:
             right = (image @ self.class_features(name).T).argmax(1) == batch[name]
             found[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
         return found

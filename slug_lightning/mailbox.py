@@ -1,0 +1,48 @@
+"""Brings a report from the processes that a launcher forks back to the one that called it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any, Optional
+
+from slug_lightning.output import PATCH, REPORT
+from slug_lightning.patch import UnlearnPatch
+from slug_lightning.report import UnlearnReport
+
+
+class Mailbox:
+    """A place in the temporary folder that is known before the processes part.
+
+    With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, Lightning gives the calling process the weights, but no callback's state.
+
+    Example:
+        >>> Mailbox().fetch() is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.gettempdir()) / f"slug-lightning-{uuid.uuid4().hex}"
+
+    def leave(self, report: UnlearnReport, strategy: Any) -> None:
+        """Leave a report, if this process was forked."""
+        launcher = getattr(strategy, "launcher", None)
+        if not any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__):
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(mode=0o700)
+        if report.patch is not None:
+            report.patch.save(self.folder / PATCH)
+        report.to_json(self.folder / REPORT)
+
+    def fetch(self) -> Optional[UnlearnReport]:
+        """Take out what was left, or None."""
+        if not (self.folder / REPORT).exists():
+            return None
+        report = UnlearnReport.from_json(self.folder / REPORT)
+        if (self.folder / PATCH).exists():
+            report.patch = UnlearnPatch.load(self.folder / PATCH)
+        shutil.rmtree(self.folder)
+        return report

@@ -1,0 +1,79 @@
+"""Run a function in several processes, as torchrun starts them, and get what each one gives."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("fork")  # half a second; what a test defines needs no pickling
+
+
+class Ended(RuntimeError):
+    """A process that did not give anything: its exit code (negative: killed by that signal), and what it raised."""
+
+    def __init__(self, code: int | None, message: str) -> None:
+        super().__init__(f"exit code {code}: {message}")
+        self.code = code
+        self.message = message
+
+
+def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` in `count` processes that find each other; one result each, an `Ended` where there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [
+            CONTEXT.Process(target=_child, args=(rank, count, port, Path(folder), function, args), daemon=True)
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0))
+        stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        if stuck:
+            raise TimeoutError(f"processes {stuck} of {count} were still waiting after {timeout} s")
+        return [_result(Path(folder), rank, process.exitcode) for rank, process in enumerate(processes)]
+
+
+def _child(rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with open(folder / f"{rank}.log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        result = function(*args)
+        (folder / f"{rank}.part").write_bytes(pickle.dumps(result))
+        (folder / f"{rank}.part").rename(folder / f"{rank}.result")
+    except BaseException as error:
+        (folder / f"{rank}.error").write_text("".join(traceback.format_exception_only(error)))
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for anybody, as a process that has died of an error
+
+
+def _result(folder: Path, rank: int, code: int | None) -> Any:
+    if (folder / f"{rank}.result").exists():
+        return pickle.loads((folder / f"{rank}.result").read_bytes())  # noqa: S301 (our own, of a moment ago)
+    error = folder / f"{rank}.error"
+    return Ended(code, error.read_text() if error.exists() else "")
