@@ -78,7 +78,7 @@ class Objective:
                 raise UnlearnError(f"{kind}: the loss of the step has no graph; return it without detach() or item()")
             return loss, batch_samples(batch)
 
-        with torch.enable_grad(), self.runner.differentiating(parameters), read_logs(self.module):
+        with torch.enable_grad(), self.runner.differentiating(self.module, parameters), read_logs(self.module):
             turns = self.progress(self._turns(kind, "train"), f"gradient, {kind}")
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros

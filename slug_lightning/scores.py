@@ -73,9 +73,7 @@ def score_layers(
         forget_norm, retain_norm, weight_norm = map(math.sqrt, (forget_square, retain_square, weight_square))
         # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
         alignment = min(abs(dot) / (forget_norm * retain_norm), 1.0) if retain_norm else 0.0
-        scores.append(
-            Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
-        )
+        scores.append(Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm))
     return scores
 
 

@@ -17,7 +17,6 @@ from slug_lightning.gradients import DATA, Backward
 from slug_lightning.processes import Processes
 from slug_lightning.turns import Turn, take_turns
 
-
 SINGLE, DDP, MODEL_PARALLEL = "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"
 REFUSED = {
     "XLA": "the tensors of an XLA device are computed late, and the search would wait for each; forget on a GPU or CPU",
@@ -105,13 +104,13 @@ class Runner:
                 module.reshard()
 
     @contextmanager
-    def differentiating(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    def differentiating(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, only these parameters get gradients; afterwards the scaler is as it was."""
         state = self.scaler.state_dict() if self.scaler else {}
         # A sharded model has copies of its parameters that would not notice.
         only = _dropping_others if self.is_sharded else only_differentiating
         try:
-            with only(self.module, parameters):
+            with only(module, parameters):
                 yield
         finally:
             if self.scaler:

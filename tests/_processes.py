@@ -55,9 +55,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
 def _child(rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with open(folder / f"{rank}.log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w")  # noqa: SIM115 (until the process ends)
     torch.set_num_threads(1)
     code = 0
     try:
@@ -74,6 +72,6 @@ def _child(rank: int, count: int, port: int, folder: Path, function: Callable[..
 
 def _result(folder: Path, rank: int, code: int | None) -> Any:
     if (folder / f"{rank}.result").exists():
-        return pickle.loads((folder / f"{rank}.result").read_bytes())  # noqa: S301 (our own, of a moment ago)
+        return pickle.loads((folder / f"{rank}.result").read_bytes())
     error = folder / f"{rank}.error"
     return Ended(code, error.read_text() if error.exists() else "")

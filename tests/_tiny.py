@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from slug_lightning.gradients import Backward
 from slug_lightning.processes import Processes
+from slug_lightning.strategies import only_differentiating
 from slug_lightning.turns import Turn, take_turns
 
 CLASSES = 4
@@ -80,8 +81,8 @@ class PlainRunner:
     def reshard(self) -> None:
         pass
 
-    def differentiating(self, parameters: Any) -> AbstractContextManager[None]:
-        return nullcontext()
+    def differentiating(self, module: nn.Module, parameters: Any) -> AbstractContextManager[None]:
+        return only_differentiating(module, parameters)
 
     def validating(self) -> AbstractContextManager[None]:
         return nullcontext()

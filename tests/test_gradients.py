@@ -256,7 +256,7 @@ def test_batches_may_be_a_generator_and_are_numbered():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_the_set_and_the_batch(bad):
     w = torch.ones(1, requires_grad=True)
-    with pytest.raises(UnlearnError, match=f"retain: the loss of batch 1 is {bad}"):
+    with pytest.raises(UnlearnError, match=f"retain, batch 1: the loss is {bad}"):
         mean_gradient(lambda x, _: ((x * w).sum(), 1), [torch.ones(1), torch.tensor([bad])], {"w": w}, "retain")
 
 

@@ -21,6 +21,7 @@ from _tiny import FORGET, PlainRunner, blobs, loader, trained
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective import Objective
 from slug_lightning.steps import LogReader
+from slug_lightning.strategies import only_differentiating
 
 
 class Failure(Exception):
@@ -364,7 +365,7 @@ def test_a_gradient_that_fails_leaves_the_flags_and_the_log_as_they_were():
     before = {name: p.requires_grad for name, p in module.named_parameters()}
     bad = [(torch.full((2, 8), math.nan), torch.zeros(2, dtype=torch.long))]
     measuring = Objective(module, {"forget": {"train": bad}, "retain": {}}, PlainRunner())
-    with pytest.raises(UnlearnError, match="forget: the loss of batch 0 is nan"):
+    with pytest.raises(UnlearnError, match="forget, batch 0: the loss is nan"):
         measuring.gradient("forget", {"net.6.weight": module.net[6].weight})
     assert {name: p.requires_grad for name, p in module.named_parameters()} == before
     assert "log" not in vars(module) and module.net[6].weight.grad is None

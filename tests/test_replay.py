@@ -15,6 +15,7 @@ from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
 from slug_lightning import RetainCache
 from slug_lightning import replay as replaying
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.fingerprints import fingerprint
 from slug_lightning.layers import find_layers
 from slug_lightning.replay import Replay
 from slug_lightning.steps import Attempt
@@ -658,7 +659,6 @@ def test_the_retain_gradient_is_used_again_at_the_same_weights_and_only_there():
 
 def test_a_batch_is_known_by_every_byte_and_its_place():
     tokens = torch.tensor([[5, 9, 7, 3], [1, 1, 1, 1], [9, 5, 3, 7]])
-    fingerprint = replaying._fingerprint
     assert fingerprint({"x": tokens, "n": 3}) == fingerprint({"x": tokens.clone(), "n": 3})
     for other in (tokens[[2, 1, 0]], tokens.flip(1), tokens.int(), tokens[:2]):
         assert fingerprint([tokens]) != fingerprint([other])

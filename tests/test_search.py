@@ -18,6 +18,7 @@ from slug_lightning.layers import Layer
 from slug_lightning.patch import edited
 from slug_lightning.scores import score_layers
 from slug_lightning.search import FINE, OVERSHOOT, START, Trial, best_trial, search_step
+from slug_lightning.turns import Turn
 
 Way = Callable[[float], float]
 """How much of the way to the target a relative step goes; the target is 1."""
@@ -206,7 +207,9 @@ def test_on_a_quadratic_loss_it_finds_the_step_known_in_closed_form(seed, factor
     x, y = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((20, 4), (20, 1)))
     weight = nn.Parameter(torch.randn(4, 1, generator=generator, dtype=torch.float64))
     layer = Layer("w", {"w": weight})
-    gradient, loss, _ = mean_gradient(lambda b, _: ((x[b] @ weight - y[b]).square().mean(), len(b)), [range(20)], {"w": weight})
+    gradient, loss, _ = mean_gradient(
+        lambda b, _: ((x[b] @ weight - y[b]).square().mean(), len(b)), [Turn(0, range(20))], {"w": weight}
+    )
     (score,) = score_layers([layer], gradient, gradient)
     target = factor * loss
 

@@ -1,0 +1,190 @@
+"""One request, every way to run it: the same answer from 1, 2 and 3 processes, by DDP and FSDP2, in every precision."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from _processes import in_processes
+from _tiny import trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.datamodules import UnlearnDataModule
+from slug_lightning.datamodules.emoji import emoji_pairs, load_drawings
+from slug_lightning.embedded import CLIP
+from slug_lightning.modules import ClipModule
+from slug_lightning.sharded import shard, whole
+
+WAYS = [("one device", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)]
+PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
+MODELS = ["clip", "lm"]
+SCALE = 2.0**18
+"""Of the 16-bit gradients, at first: some of them overflow."""
+# Of λ, between two ways in one precision: sums of fp32 gradients in another order, and with a 16-bit scaler another scale.
+TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 1e-5, "16-mixed": 1e-3}
+
+
+@functools.cache
+def emoji() -> UnlearnDataModule:
+    """Two pictures to forget in each split (fewer than processes), odd sizes, an uneven last batch."""
+    drawings = load_drawings()
+    blob = (drawings.styles == drawings.style_names.index("blob")).nonzero()[:, 0]
+    others = (drawings.styles != drawings.style_names.index("blob")).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    mixed = others[torch.randperm(len(others), generator=generator)]
+
+    def pairs(rows: Tensor) -> Any:
+        return emoji_pairs(drawings, rows, generator, thing=True, style=True)
+
+    forget = [pairs(rows) for rows in (blob[:2], blob[2:4], blob[4:6])]
+    retain = [pairs(rows) for rows in (mixed[:19], mixed[19:32], mixed[32:45])]
+    return UnlearnDataModule(
+        forget[0], retain[0], forget_val=forget[1], retain_val=retain[1], forget_test=forget[2], retain_test=retain[2], batch_size=8
+    )
+
+
+def clip() -> pl.LightningModule:
+    styles = [f"{style} style" for style in load_drawings().style_names]
+    return ClipModule(f"local-dir:{CLIP}", prompts={"style": styles})
+
+
+class SmallLM(pl.LightningModule):
+    """Somebody's language model: it shards itself, and knows nothing of forgetting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.model(input_ids=batch[0], labels=batch[0]).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@functools.cache
+def sentences() -> Tensor:
+    """Sixty sentences of ten words that a model can only know by heart; the first six are in another language."""
+    words = torch.randint(0, 16, (60, 10), generator=torch.Generator().manual_seed(1))
+    words[:6] += 16
+    return words
+
+
+@functools.cache
+def lm_weights() -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = SmallLM()
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        for _ in range(150):
+            optimizer.zero_grad()
+            module.training_step((sentences(),), 0).backward()
+            optimizer.step()
+    return module.state_dict()
+
+
+def lm() -> pl.LightningModule:
+    module = SmallLM()
+    module.load_state_dict(lm_weights())
+    return module
+
+
+def lm_data() -> UnlearnDataModule:
+    everything = TensorDataset(sentences())
+    parts = [Subset(everything, list(rows)) for rows in (range(2), range(2, 4), range(4, 6), range(6, 33), range(33, 46), range(46, 60))]
+    return UnlearnDataModule(
+        parts[0], parts[3], forget_val=parts[1], forget_test=parts[2], retain_val=parts[4], retain_test=parts[5], batch_size=5
+    )
+
+
+@dataclass
+class Outcome:
+    """What one process has to show."""
+
+    report: dict[str, Any]
+    edited: dict[str, Tensor]
+    all_reduces: int
+    scale: float | None
+
+
+def forget(model: str, way: str, precision: str) -> Outcome:
+    """One run, in a process of its own."""
+    count = int(os.environ["WORLD_SIZE"])
+    sums = 0
+    all_reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal sums
+        sums += args[0].numel() > 1  # one number is a question that Lightning asks
+        return all_reduce(*args, **kwargs)
+
+    module, data = (clip(), emoji()) if model == "clip" else (lm(), lm_data())
+    options: dict[str, Any] = {"max_evaluations": 4} if model == "clip" else {"forget_target": 1.0}
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    # What Lightning makes of precision="16-mixed" on a CPU is bf16.
+    how: dict[str, Any] = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if precision == "16-mixed" else {"precision": precision}
+    strategies = {"one device": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(count, 1)}
+    callback = UnlearnCallback(retain_tolerance=0.2, **options)
+    dist.all_reduce = counted
+    trainer(callback, devices=count, strategy=strategies[way], **how).fit(module, data)
+    report = callback.report
+    assert report is not None
+    named = dict(module.named_parameters())
+    edited = {name: whole(named["model." + name if model == "clip" else name]) for name in report.tensors}
+    return Outcome(report.to_dict(), edited, sums, scaler.get_scale() if precision == "16-mixed" else None)
+
+
+@functools.cache
+def outcomes(model: str, precision: str) -> dict[tuple[str, int], list[Outcome]]:
+    return {way: in_processes(way[1], forget, model, way[0], precision) for way in WAYS}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_way_gives_the_answer_of_one_device(model, precision):
+    found = outcomes(model, precision)
+    alone = found["one device", 1][0]
+    print(f"\n{'model':<6}{'precision':<12}{'way':<12}{'n':<3}{'layer':<52}{'λ':<12}{'error':<10}{'all_reduce a set':<18}")
+    for (way, count), processes in found.items():
+        for process in processes:
+            assert isinstance(process, Outcome), f"{way}, {count} processes: {process}"
+        report = processes[0].report
+        error = abs(report["step_size"] / alone.report["step_size"] - 1)
+        sums = processes[0].all_reduces / 2
+        print(f"{model:<6}{precision:<12}{way:<12}{count:<3}{report['layer']:<52}{report['step_size']:<12.6g}{error:<10.1e}{sums:<18g}")
+        assert report["status"] == "unlearned"
+        assert all(process.report == report for process in processes), "the processes report different things"
+        assert report["layer"] == alone.report["layer"]
+        assert [s["layer"] for s in report["scores"] if s["on_front"]] == [s["layer"] for s in alone.report["scores"] if s["on_front"]]
+        assert error <= TOLERANCE[precision]
+        for name, tensor in processes[0].edited.items():
+            assert all(torch.equal(process.edited[name], tensor) for process in processes)
+            torch.testing.assert_close(tensor, alone.edited[name], rtol=1e-4, atol=1e-5)
+        same = ("bounds", "before", "search_before", "status", "concept", "tensors", "holds")
+        assert {name: report[name] for name in same} == {name: alone.report[name] for name in same}
+        assert [t["layer"] for t in report["trace"]] == [t["layer"] for t in alone.report["trace"]]
+        for count_of in ("backward_samples", "evaluations"):
+            assert report["cost"][count_of] == alone.report["cost"][count_of]
+        assert sums == (1 if way == "ddp" else 0)
+        assert processes[0].scale in (None, SCALE)
+        assert math.isfinite(report["step_size"])
