@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slug_lightning.compete import Competition, recorded, stepped
 from slug_lightning.cost import CostMeter, joined
-from slug_lightning.datamodules.base import resolve_loaders
+from slug_lightning.datamodules.base import as_trainer_limits, resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers
 from slug_lightning.loggers import publish
@@ -65,7 +65,7 @@ class UnlearnCallback(pl.Callback):
         then: "stop" ends the fit before the first training batch; "continue" trains on from the edited weights
             (an infeasible run stops all the same).
         output_dir: folder for report, patch, checkpoint, weights and figures; if it holds a run already, a numbered
-            one beside it. Default: the logger's folder; without a logger nothing is written.
+            one beside it. Default: the logger's folder; without a logger, or with fast_dev_run, nothing is written.
         replay: whether evaluations of an edit compute only what the edit can change (`slug_lightning.replay`). The
             outcome is the same, bit for bit, without it.
         replay_budget: bytes that the outputs kept for that may take, on the device and again on the host. Default: a
@@ -240,6 +240,7 @@ class UnlearnCallback(pl.Callback):
         with untouched(module):
             runner.reshard()
             loaders = resolve_loaders(self.forget, self.retain, datamodule, runner.prepare)
+            loaders = as_trainer_limits(loaders, trainer)
             layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
             objective = Objective(
                 module,
@@ -333,7 +334,8 @@ class UnlearnCallback(pl.Callback):
             return compute()
         trainer = objective.module.trainer
         source = trainer.datamodule if self.retain is None else self.retain  # type: ignore[attr-defined]
-        how = trainer.precision, str(objective.module.device), _concept_of(source)
+        limit = trainer.limit_train_batches
+        how = trainer.precision, str(objective.module.device), _concept_of(source), repr(limit)  # 1 is one batch, 1.0 all
         return self.retain_cache.gradient(objective.module, source, how, list(parameters), compute)
 
     def _search(
@@ -416,8 +418,8 @@ class UnlearnCallback(pl.Callback):
 
 
 def _folder_of(trainer: pl.Trainer) -> str | None:
-    """The folder of the first logger's run, or None without a logger."""
-    if not trainer.loggers:
+    """The folder of the first logger's run, or None without a logger, or with one that writes nothing."""
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     logger = trainer.loggers[0]
     if hasattr(logger, "log_dir"):

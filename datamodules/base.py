@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -52,6 +54,9 @@ class Chained:
         for loader in self.loaders:
             yield from loader
 
+    def __len__(self) -> int:
+        return sum(len(cast(Sized, loader)) for loader in self.loaders)
+
 
 class EveryFourth:
     """The batches of a stream whose number, modulo 4, is one of `turns`: how a stream without indices is split."""
@@ -67,6 +72,28 @@ class EveryFourth:
                 yield batch
         if number < min(self.turns):
             raise UnlearnError(f"a stream has only {number + 1} batches; give at least 4, or a loader for each split")
+
+    def __len__(self) -> int:
+        return sum(number % 4 in self.turns for number in range(len(cast(Sized, self.loader))))
+
+
+class First:
+    """The first so many batches of a loader.
+
+    Example:
+        >>> list(First([1, 2, 3], 2)), len(First([1], 2))
+        ([1, 2], 1)
+    """
+
+    def __init__(self, loader: Batches, count: int) -> None:
+        self.loader = loader
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.count)
+
+    def __len__(self) -> int:
+        return min(self.count, len(cast(Sized, self.loader)))
 
 
 def split_indices(count: int, seed: int = 0) -> dict[Split, list[int]]:
@@ -262,6 +289,73 @@ def resolve_loaders(
     return UnlearnLoaders(parts["forget"], parts["retain"], notes)
 
 
+_USES: dict[Split, str] = {"train": "gradients", "val": "search", "test": "report"}
+
+
+def as_trainer_limits(loaders: UnlearnLoaders, trainer: pl.Trainer) -> UnlearnLoaders:
+    """Read no more batches than the trainer's debugging flags allow, and say so in the notes.
+
+    `limit_train_batches` bounds the gradient's passes, `limit_val_batches` the search's, `limit_test_batches` the report's;
+    `overfit_batches` and `fast_dev_run` as Lightning takes them. A limit of 0 leaves out a loop of Lightning's, but there is
+    no forgetting without search and report: these read the whole set then.
+
+    Args:
+        loaders: of a run.
+        trainer: whose limits count.
+
+    Raises:
+        UnlearnError: if a limit is a share of a loader whose length is not known.
+    """
+    limited: dict[str, dict[Split, Batches]] = {"forget": {}, "retain": {}}
+    notes = list(loaders.notes)
+    for split in SPLITS:
+        name, limit = _limit(trainer, split)
+        sizes = []
+        for kind, parts in (("forget", loaders.forget), ("retain", loaders.retain)):
+            limited[kind][split] = _first(kind, parts[split], name, limit)
+            sizes.append(f"{_count(limited[kind][split])} of {_count(parts[split])} {kind} batches")
+        if limit == 0:
+            notes.append(f"{name}=0: no {split} loop of Lightning's, but the {_USES[split]} read the whole sets")
+        elif not _is_whole(limit):
+            notes.append(f"{name}={limit}: the {_USES[split]} read {' and '.join(sizes)}")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        notes.append("fast_dev_run: so few batches say nothing about the model")
+    return UnlearnLoaders(limited["forget"], limited["retain"], notes)
+
+
+def _limit(trainer: Any, split: Split) -> tuple[str, int | float]:
+    """The limit of one split, under the name of the argument that it was given by."""
+    limit = getattr(trainer, f"limit_{split}_batches")
+    if trainer.overfit_batches and split != "test":
+        return "overfit_batches", limit
+    return "fast_dev_run" if trainer.fast_dev_run else f"limit_{split}_batches", limit
+
+
+def _is_whole(limit: int | float) -> bool:
+    """Whether a limit is none: 1.0 is everything, and 1 a single batch."""
+    return isinstance(limit, float) and limit == 1.0
+
+
+def _first(kind: str, batches: Batches, name: str, limit: int | float) -> Batches:
+    """As many batches as a limit allows, but at least one."""
+    if limit == 0 or _is_whole(limit):
+        return batches
+    if isinstance(limit, int) or limit > 1:
+        return First(batches, int(limit))
+    if (total := sized_len(batches)) is None:
+        raise UnlearnError(
+            f"Trainer({name}={limit}): the length of the {kind} loader is not known; give {name} as a number of batches (int)"
+        )
+    return First(batches, max(1, int(total * limit)))
+
+
+def _count(batches: Batches) -> str:
+    """How many batches there are, as far as is known."""
+    if (total := sized_len(batches)) is not None:
+        return str(total)
+    return f"at most {batches.count}" if isinstance(batches, First) else "an unknown number of"
+
+
 def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
     if isinstance(datamodule, UnlearnDataModule):
         return datamodule
@@ -374,10 +468,7 @@ def _samples(loaders: dict[Split, Batches]) -> set[tuple[int, int]]:
     """Which samples loaders read, as (identity of the dataset, index); streams by identity alone."""
     found: set[tuple[int, int]] = set()
     for batches in loaders.values():
-        each: list[Any] = batches.loaders if isinstance(batches, Chained) else [batches]
-        for loader in each:
-            while isinstance(loader, EveryFourth):
-                loader = loader.loader
+        for loader in _sources(batches):
             dataset = getattr(loader, "dataset", None)
             if dataset is None or isinstance(dataset, IterableDataset):
                 found.add((id(dataset if dataset is not None else loader), -1))
@@ -389,3 +480,14 @@ def _samples(loaders: dict[Split, Batches]) -> set[tuple[int, int]]:
                 dataset = dataset.dataset
             found.update((id(dataset), i) for i in indices)
     return found
+
+
+def _sources(batches: Any) -> Iterator[Any]:
+    """The loaders that batches come from."""
+    if isinstance(batches, Chained):
+        for loader in batches.loaders:
+            yield from _sources(loader)
+    elif isinstance(batches, First):
+        yield from _sources(batches.loader)
+    else:  # a stream is one source, whatever it consists of
+        yield batches.loader if isinstance(batches, EveryFourth) else batches
