@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from slug_lightning.compete import Competition, recorded, stepped
 from slug_lightning.cost import CostMeter, joined
-from slug_lightning.datamodules.base import as_trainer_limits, resolve_loaders
+from slug_lightning.datamodules.base import UnlearnLoaders, as_trainer_limits, resolve_loaders
 from slug_lightning.errors import UnlearnError
-from slug_lightning.layers import Granularity, Layer, find_layers
+from slug_lightning.layers import Granularity, Layer, find_layers, plain_name, refuse_unmovable
 from slug_lightning.loggers import publish
 from slug_lightning.mailbox import Mailbox
-from slug_lightning.metrics import Metric, damage
+from slug_lightning.metrics import damage
 from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.pareto import pareto_front
-from slug_lightning.patch import Edit, UnlearnPatch
+from slug_lightning.patch import Edit, UnlearnPatch, digest_of
 from slug_lightning.processes import Processes
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
@@ -36,6 +35,24 @@ from slug_lightning.search import Trial, best_trial
 from slug_lightning.sharded import whole, whole_like
 from slug_lightning.steps import untouched
 from slug_lightning.strategies import Runner, refuse_unsupported
+from slug_lightning.surroundings import concept_of, folder_of, outdate_checkpoints, refuse_surroundings
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """An edit that was made before: in the last fit, or in the one that wrote the checkpoint.
+
+    Attributes:
+        report: of it.
+        request: what was asked for, as plain data.
+        data: a fingerprint of the forget data; None in checkpoints of earlier versions.
+        weights: a digest of the edited tensors when that fit ended; None for a checkpoint, which brings its weights along.
+    """
+
+    report: UnlearnReport
+    request: dict[str, Any]
+    data: Optional[str]
+    weights: Optional[str] = None
 
 
 class UnlearnCallback(pl.Callback):
@@ -45,13 +62,15 @@ class UnlearnCallback(pl.Callback):
     weights as they are, score every layer; those on the Pareto front of importance and alignment are tried; the step
     that brings `forget_metric` to `forget_target` and costs the retain metrics least, within `retain_tolerance`, is
     kept. It is chosen on search data and reported on data that the search never saw. If no step meets both bounds the
-    weights stay as they are, bit for bit.
+    weights stay as they are, bit for bit. A model that holds this request's edit already, by a checkpoint or by the last fit,
+    is left alone, and `report` is the one of that edit.
 
     Args:
         forget: what to forget: a DataLoader (or any iterable of batches), a list of them, a LightningDataModule, or a
             dict of one of these under the concept's name. Without it, the trainer's datamodule is asked.
         retain: what to keep, likewise.
-        layers: shell-style pattern, or list of patterns, of the tensors that may be edited.
+        layers: shell-style pattern, or list of patterns, of the tensors that may be edited: matrices and kernels that are
+            not frozen, and whatever else is named (see `slug_lightning.layers.find_layers`).
         granularity: what one edit covers: "tensor", "module" (the tensors of one submodule) or "siblings" (those of
             submodules with the same parent, such as q, k and v).
         forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
@@ -141,7 +160,9 @@ class UnlearnCallback(pl.Callback):
         self.retain_cache = retain_cache
         self.offload_gradient = offload_gradient
         self._report: Optional[UnlearnReport] = None
-        self._restored: dict[str, Any] = {}
+        self._data: Optional[str] = None
+        self._last: Optional[_Earlier] = None
+        self._earlier: Optional[_Earlier] = None
         self._mailbox = Mailbox()
 
     @property
@@ -159,49 +180,46 @@ class UnlearnCallback(pl.Callback):
             return
         refuse_unsupported(trainer.strategy)
         refuse_unusable_steps(pl_module)
-        if any(kind.__name__ == "WeightAveraging" for c in trainer.callbacks for kind in type(c).__mro__):  # type: ignore[attr-defined]
-            raise UnlearnError(
-                "Trainer(callbacks=…): weight averaging would put the average over the edit at the end; leave it out"
-            )
-        if trainer.min_epochs or trainer.min_steps:
-            raise UnlearnError("Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out")
-        if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
-            raise UnlearnError(
-                "Trainer(max_epochs=0, max_steps=0 or limit_train_batches=0): the fit would end before the edit; give at least 1"
-            )
+        refuse_surroundings(trainer)
+        self._report = None
+        self._mailbox.fetch()
+        self._earlier = self._last  # unless the checkpoint of this fit says otherwise
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget: here checkpoint weights are restored, and no batch has been trained on."""
-        if self._is_resumed():
-            self._report = UnlearnReport.from_dict(self._restored["report"])
-        else:
-            self._report = None
-            runner = Runner(trainer.strategy)
-            try:
+        runner = Runner(trainer.strategy)
+        with runner.processes.together():
+            if not self._was_done_before(trainer, pl_module, runner):
                 self._keep(trainer, pl_module, self._run(trainer, pl_module, runner), runner.processes)
-            except Exception as error:
-                runner.processes.fail(error)  # the others wait for what this process finds out
-                raise
-        self._restored = {}
+                outdate_checkpoints(trainer)
         assert self._report is not None
         if self.then == "stop" or self._report.status == "infeasible":
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if Lightning left out the training loop, and with it the edit."""
-        if self.report is None:
-            raise UnlearnError(
-                "Trainer(max_epochs=…): the fit ended before the edit, as the checkpoint of ckpt_path had finished its "
-                "training; raise max_epochs, or load the weights instead of passing ckpt_path"
-            )
+        if self._report is None:
+            runner = Runner(trainer.strategy)
+            with runner.processes.together():
+                done = self._was_done_before(trainer, pl_module, runner)
+            if not done:
+                raise UnlearnError(
+                    "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, had "
+                    "finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing ckpt_path"
+                )
+        assert self._report is not None
+        self._last = _Earlier(self._report, self._request(), self._data, _digest_of_edited(pl_module, self._report))
 
     def state_dict(self) -> dict[str, Any]:
-        """Report and request as plain data, so that a checkpoint with an edit says so."""
-        return {} if self.report is None else {"report": self.report.to_dict(), "request": self._request()}
+        """Report, request and what tells its data, as plain data, so that a checkpoint with an edit says so."""
+        if self._report is None:
+            return {}
+        return {"report": self._report.to_dict(), "request": self._request(), "data": self._data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what the checkpoint says; whether it is this callback's own run is known once the weights are there."""
-        self._restored = dict(state_dict)
+        report = UnlearnReport.from_dict(state_dict["report"])
+        self._earlier = _Earlier(report, state_dict["request"], state_dict.get("data"))
 
     def _request(self) -> dict[str, Any]:
         """What this callback was asked to do, as far as plain data can say it."""
@@ -217,40 +235,44 @@ class UnlearnCallback(pl.Callback):
         )
         return {name: getattr(self, name) for name in names}
 
-    def _is_resumed(self) -> bool:
-        """Whether training goes on, from a checkpoint, after the edit that this very request led to.
+    def _was_done_before(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> bool:
+        """Take over the report of an earlier fit, or of the checkpoint, if the model holds the edit that it speaks of.
 
-        With `then="stop"` there is nothing to go on with: the same request again is told that nothing is left to forget.
+        That the same was asked for is not enough, as the data may be others: the forget metric must be where the earlier
+        edit has brought it. Training since may have moved it, which is no reason to edit again; then the data decide.
         """
-        return self.then == "continue" and self._restored.get("request") == self._request()
-
-    def _did_this_before(self, metric: Metric, before: float) -> bool:
-        """Whether the restored checkpoint holds this very request's edit: a target relative to `before` cannot tell."""
-        if self._restored.get("request") != self._request():
+        earlier = self._earlier
+        if earlier is None or earlier.request != self._request() or earlier.report.status != "unlearned":
             return False
-        return metric.reaches(before, self._restored["report"]["bounds"]["forget_target"])
+        progress = Progress.of(trainer)
+        with untouched(module):
+            objective = self._objective(module, self._loaders(trainer, runner), runner, progress)
+            same_data = objective.fingerprint("forget", "val") == earlier.data
+            same_weights = earlier.weights in (None, _digest_of_edited(module, earlier.report))
+            same = runner.processes.agreed("an earlier edit", same_data and same_weights)
+            if not (self.then == "continue" and same):
+                ((name, value),) = objective.measured("forget", "val").items()
+                if not objective.metrics[name].reaches(value, earlier.report.bounds["forget_target"]):
+                    return False
+        self._report, self._data = earlier.report, earlier.data
+        progress.say(
+            f"{earlier.report.concept}: unlearned already, by the edit of {earlier.report.layer}; the weights stay as they are"
+        )
+        return True
 
     # ---- the run, in order
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> UnlearnReport:
         """Validate, measure, choose, search, report; the weights are as they were when this returns or raises."""
-        progress = Progress(trainer.progress_bar_callback if runner.processes.is_first else None)
+        progress = Progress.of(trainer)
         meter = CostMeter(module.device, self.count_cost)
-        datamodule = getattr(trainer, "datamodule", None)
         with untouched(module):
             runner.reshard()
-            loaders = resolve_loaders(self.forget, self.retain, datamodule, runner.prepare)
-            loaders = as_trainer_limits(loaders, trainer)
+            loaders = self._loaders(trainer, runner)
             layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
-            objective = Objective(
-                module,
-                {"forget": loaders.forget, "retain": loaders.retain},
-                runner,
-                self.forget_metric,
-                self.retain_metric,
-                progress.track,
-            )
-            report = UnlearnReport("infeasible", self.concept or _concept_of(datamodule))
+            objective = self._objective(module, loaders, runner, progress)
+            self._data = objective.fingerprint("forget", "val")
+            report = UnlearnReport("infeasible", self.concept or concept_of(getattr(trainer, "datamodule", None)))
             report.notes = loaders.notes + runner.notes()
             report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
             with meter.phase("validate"):
@@ -277,6 +299,21 @@ class UnlearnCallback(pl.Callback):
                 report.notes += dict.fromkeys(itertools.chain(*runner.processes.exchange("notes", objective.replay.notes())))
         return report
 
+    def _loaders(self, trainer: pl.Trainer, runner: Runner) -> UnlearnLoaders:
+        """What a run reads, within the trainer's limits."""
+        datamodule = getattr(trainer, "datamodule", None)
+        return as_trainer_limits(resolve_loaders(self.forget, self.retain, datamodule, runner.prepare), trainer)
+
+    def _objective(self, module: pl.LightningModule, loaders: UnlearnLoaders, runner: Runner, progress: Progress) -> Objective:
+        return Objective(
+            module,
+            {"forget": loaders.forget, "retain": loaders.retain},
+            runner,
+            self.forget_metric,
+            self.retain_metric,
+            progress.track,
+        )
+
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
         """Measure before the edit what decides, settle the target, and refuse what is forgotten already or not finite."""
         report.search_before = {"forget": objective.measured("forget", "val")}
@@ -289,7 +326,7 @@ class UnlearnCallback(pl.Callback):
         if target is None:
             target, reason = metric.default_target(before)
         target, reason = objective.processes.agreed("target", (target, reason))
-        if metric.reaches(before, target) or self._did_this_before(metric, before):
+        if metric.reaches(before, target):
             raise UnlearnError(
                 f"forget_target: nothing to forget, {name} is {before:.4g} on the search data and meets the target of "
                 f"{target:.4g} ({reason}) already; look at the forget data, or give a stricter forget_target"
@@ -314,7 +351,7 @@ class UnlearnCallback(pl.Callback):
         scores = score_layers(layers, forget, retain, objective.processes)
         del retain  # before the few that are needed are copied
         if not scores:
-            raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")
+            refuse_unmovable(layers)
         for tower in {score.tower for score in scores}:
             places = [i for i, score in enumerate(scores) if score.tower == tower]
             front = pareto_front([(scores[i].importance, scores[i].alignment) for i in places])
@@ -335,7 +372,7 @@ class UnlearnCallback(pl.Callback):
         trainer = objective.module.trainer
         source = trainer.datamodule if self.retain is None else self.retain  # type: ignore[attr-defined]
         limit = trainer.limit_train_batches
-        how = trainer.precision, str(objective.module.device), _concept_of(source), repr(limit)  # 1 is one batch, 1.0 all
+        how = trainer.precision, str(objective.module.device), concept_of(source), repr(limit)  # 1 is one batch, 1.0 all
         return self.retain_cache.gradient(objective.module, source, how, list(parameters), compute)
 
     def _search(
@@ -400,7 +437,7 @@ class UnlearnCallback(pl.Callback):
             self._report = report  # before the checkpoint is written, which holds it
             if processes.is_first:
                 publish(report, trainer.loggers)
-            asked = self.output_dir or _folder_of(trainer)
+            asked = self.output_dir or folder_of(trainer)
             folder = processes.agreed("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
                 save_run(folder, report, trainer, module, processes)
@@ -411,27 +448,15 @@ class UnlearnCallback(pl.Callback):
             if patch is not None:
                 patch.restore(edited_part)
             raise
-        progress = Progress(trainer.progress_bar_callback if processes.is_first else None)
+        progress = Progress.of(trainer)
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")
 
 
-def _folder_of(trainer: pl.Trainer) -> str | None:
-    """The folder of the first logger's run, or None without a logger, or with one that writes nothing."""
-    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return None
-    logger = trainer.loggers[0]
-    if hasattr(logger, "log_dir"):
-        return logger.log_dir
-    # Such a logger's save_dir is shared by all its runs, often the working folder.
-    return str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)))
-
-
-def _concept_of(datamodule: Any) -> str:
-    """The name that the data have for what is to be forgotten: `concept` of the datamodule, one word or several."""
-    named = getattr(datamodule, "concept", None) or "the forget set"
-    return named if isinstance(named, str) else ", ".join(map(str, named))
+def _digest_of_edited(module: pl.LightningModule, report: UnlearnReport) -> str:
+    named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
+    return digest_of({name: named[name] for name in report.tensors}, "")
 
 
 def _refuse_infinite(kind: str, values: Mapping[str, float]) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.metrics import Metric, describe_metric
+from slug_lightning.patch import digest_of
 from slug_lightning.replay import Replay
 from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
 from slug_lightning.strategies import Runner
@@ -194,6 +196,13 @@ class Objective:
                     raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
         if not all(name in self.metrics for name in self.names["retain"]):
             self.measure("retain", "val", stop=lambda reader: all(name in reader.logged() for name in self.names["retain"]))
+
+    def fingerprint(self, kind: Kind, split: str) -> str:
+        """What tells these data from others: a digest of the tensors and plain values of the first batch."""
+        same_draws(0)
+        leaves = tree_leaves(next(iter(self.loaders[kind][split]), None))
+        tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        return digest_of(tensors, repr([leaf for leaf in leaves if isinstance(leaf, (str, int, float))]))
 
     def at_best(self, kind: Kind, split: str, reader: LogReader) -> dict[str, float]:
         """What the metrics of a pass can still become at best.

@@ -95,6 +95,15 @@ class Processes:
             self._gather(_Message(self.share, "", None, problem=str(error) or type(error).__name__))
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside fails in all processes."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+
+    @contextmanager
     def elsewhere(self) -> Iterator[None]:
         """Inside, other code than ours makes the processes wait for each other: who fails there tells nobody."""
         try:

@@ -7,13 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from _tiny import loader, part, trained, trainer
+from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
@@ -34,11 +36,11 @@ def forgotten(callback: UnlearnCallback, model: Any = None, **options: Any) -> A
 # Limits
 
 
-def mean_loss(batches: Any) -> float:
-    """The loss that a trained classifier has on them, a mean over samples."""
+def mean_loss(batches: Any, model: Any = None) -> float:
+    """The loss that a classifier, by default one that was not edited, has on them, a mean over samples."""
     x, y = (torch.cat(column) for column in zip(*batches, strict=True))
     with torch.no_grad():
-        return cross_entropy(trained().eval().net(x), y).item()
+        return cross_entropy((model or trained()).eval().net(x), y).item()
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,167 @@ def test_a_limited_loader_is_known_by_its_source():
     data = {"train": loader(True), "val": Chained([loader(True), Chained([loader(False)])])}
     assert _samples({split: First(batches, 1) for split, batches in data.items()}) == _samples(data)
     assert len(_samples(data)) == 240
+
+
+# Checkpoints
+
+
+another_trainer = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")  # no ModelCheckpoint
+
+
+def other_class() -> dict[str, DataLoader]:
+    """Forget class 0, of the data without class 2."""
+    labels = blobs().tensors[1]
+    sets = (
+        Subset(blobs(), ((labels == 0) == forget).logical_and(labels != FORGET).nonzero()[:, 0].tolist()) for forget in (1, 0)
+    )
+    return dict(zip(("forget", "retain"), (DataLoader(chosen, batch_size=4) for chosen in sets), strict=True))
+
+
+def run_with_checkpoints(folder: Path, **options: Any) -> tuple[UnlearnCallback, Path, Path]:
+    """A run that leaves `unlearned.ckpt` and `last.ckpt`."""
+    forgetting = callback(output_dir=str(folder / "run"), **options)
+    keeping = ModelCheckpoint(dirpath=folder / "kept", save_last=True, save_top_k=0)
+    trainer(forgetting, keeping, enable_checkpointing=True).fit(trained(), loader(False), loader(False))
+    return forgetting, folder / "run" / "unlearned.ckpt", folder / "kept" / "last.ckpt"
+
+
+def weights_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def files_in(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_restored_weights_are_edited_once(tmp_path):
+    kept = tmp_path / "trained.ckpt"
+    before = trainer()
+    before.fit(model := trained(), loader(False), loader(False))
+    before.save_checkpoint(kept)
+    restored = snapshot(model)
+    forgetting, fresh = callback(retain_tolerance=20.0), Classifier()
+    trainer(forgetting, max_epochs=2).fit(fresh, loader(False), loader(False), ckpt_path=kept)
+    assert changed(fresh, restored) == set(forgetting.report.tensors) == {forgetting.report.layer}
+    forgetting.report.patch.revert(fresh)
+    assert not changed(fresh, restored)
+
+
+class AtTheFirstBatch(pl.Callback):
+    """Remembers the weights that training starts with."""
+
+    weights: dict[str, torch.Tensor] | None = None
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.weights = snapshot(pl_module)
+
+
+@pytest.mark.parametrize("name", ["unlearned.ckpt", "last.ckpt"])
+@pytest.mark.parametrize("then", ["stop", "continue"])
+@another_trainer
+def test_the_same_request_again_does_nothing(then, name, tmp_path, capsys):
+    first, *checkpoints = run_with_checkpoints(tmp_path, then=then)
+    (path,) = (checkpoint for checkpoint in checkpoints if checkpoint.name == name)
+    written, model, spy = files_in(tmp_path), Classifier(), AtTheFirstBatch()
+    again = callback(then=then, output_dir=str(tmp_path / "run"))
+    made = trainer(again, spy, TQDMProgressBar(), enable_progress_bar=True)
+    made.fit(model, loader(False), loader(False), ckpt_path=path)
+    goes_on = then == "continue" and name == "unlearned.ckpt"  # it was written before the first batch
+    assert (spy.weights is not None) == goes_on
+    restored = weights_in(path)
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in (spy.weights or snapshot(model)).items())
+    assert again.report == first.report and again.report.status == "unlearned"
+    assert "unlearned already" in capsys.readouterr().out
+    assert files_in(tmp_path) == written
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+@another_trainer
+def test_a_report_in_a_checkpoint_answers_for_no_other_data(then, tmp_path):
+    _, path, _ = run_with_checkpoints(tmp_path, then=then, retain_tolerance=20.0)
+    forgetting, model = callback(**other_class(), then=then, retain_tolerance=20.0), Classifier()
+    trainer(forgetting).fit(model, loader(False), loader(False), ckpt_path=path)
+    x, y = blobs().tensors
+    assert (model.eval().net(x[y == 0]).argmax(1) == 0).float().mean() <= 1 / CLASSES
+    assert forgetting.report.before["forget"]["loss"] < 1
+
+
+@pytest.mark.parametrize("option", [{"retain_tolerance": 0.5}, {"forget_target": 9.0}, {"layers": "net.6.*"}])
+@another_trainer
+def test_a_report_in_a_checkpoint_answers_for_no_other_request(option, tmp_path):
+    first, path, _ = run_with_checkpoints(tmp_path, retain_tolerance=0.2)
+    forgetting, model = callback(**{"retain_tolerance": 0.2, "max_evaluations": 2, **option}), Classifier()
+    trainer(forgetting).fit(model, loader(False), loader(False), ckpt_path=path)
+    assert forgetting.report != first.report
+    assert forgetting.report.search_before["forget"] == first.report.search_after["forget"]
+
+
+@another_trainer
+def test_training_that_goes_on_is_not_edited_again_though_the_metric_has_moved(tmp_path):
+    class Relearning(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(blobs().tensors if self.training else batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    keeping = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    model, forgetting = trained(Relearning), callback(then="continue")
+    trainer(forgetting, keeping, enable_checkpointing=True).fit(model, loader(False), loader(False))
+    again = callback(then="continue")
+    trainer(again, max_epochs=2).fit(trained(Relearning), loader(False), loader(False), ckpt_path=tmp_path / "last.ckpt")
+    search = resolve_loaders(forgetting.forget, forgetting.retain, None).forget["val"]
+    assert mean_loss(search, model) < forgetting.report.bounds["forget_target"], "the test's training relearns nothing"
+    assert again.report == forgetting.report
+
+
+# Fitting again
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+def test_a_second_fit_of_the_same_trainer_does_nothing(then, tmp_path):
+    model, forgetting = trained(), callback(then=then, output_dir=str(tmp_path / "run"))
+    made = trainer(forgetting)
+    made.fit(model, loader(False), loader(False))
+    weights, report, written = snapshot(model), forgetting.report, files_in(tmp_path)
+    made.fit(model, loader(False), loader(False))
+    assert not changed(model, weights)
+    assert forgetting.report is report and report.patch is not None
+    assert files_in(tmp_path) == written
+
+
+def test_a_second_fit_with_more_epochs_trains_on_and_edits_nothing():
+    model, forgetting, spy = trained(), callback(then="continue"), AtTheFirstBatch()
+    made = trainer(forgetting, spy)
+    made.fit(model, loader(False), loader(False))
+    weights, report = snapshot(model), forgetting.report
+    made.fit_loop.max_epochs = 2
+    made.fit(model, loader(False), loader(False))
+    assert not [name for name, tensor in spy.weights.items() if not torch.equal(tensor, weights[name])]
+    assert forgetting.report is report and changed(model, weights)
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+@pytest.mark.parametrize("reset", [True, False])
+def test_untouched_weights_are_edited_by_the_same_callback(then, reset):
+    first, forgetting, spy = trained(), callback(then=then), AtTheFirstBatch()
+    trainer(forgetting).fit(first, loader(False), loader(False))
+    report = forgetting.report
+    second = first if reset else Classifier()
+    second.load_state_dict(trained().state_dict())
+    trainer(forgetting, spy).fit(second, loader(False), loader(False))
+    assert forgetting.report is not report
+    expected = trained()
+    report.patch.apply(expected)
+    edited = spy.weights or snapshot(second)
+    assert not changed(expected, edited)
+
+
+def test_a_trainer_that_is_done_edits_no_other_module_and_says_so():
+    forgetting = callback(then="continue")
+    made = trainer(forgetting)
+    made.fit(trained(), loader(False), loader(False))
+    other = trained()
+    with pytest.raises(UnlearnError, match="ended before the edit, as this trainer.*take a new Trainer"):
+        made.fit(other, loader(False), loader(False))
+    assert not changed(other, trained().state_dict()) and forgetting.report is None

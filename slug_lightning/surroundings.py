@@ -1,0 +1,72 @@
+"""What else is in the Trainer: what would undo the edit, what must learn of it, where its files go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from slug_lightning.errors import UnlearnError
+
+AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
+
+
+def refuse_surroundings(trainer: Any) -> None:
+    """Refuse what would leave out the edit, or write over it, before anything is computed.
+
+    Raises:
+        UnlearnError: for limits that end the fit too early or too late, and callbacks that average weights: they write an
+            average, from a copy that was made before the edit, over it when the fit ends.
+    """
+    for callback in trainer.callbacks:
+        # By name: a callback may come from the `pytorch_lightning` package.
+        if AVERAGES & {kind.__name__ for kind in type(callback).__mro__}:
+            raise UnlearnError(
+                f"Trainer(callbacks=…): {type(callback).__name__}'s weight averaging would put an average over the edit that "
+                "nobody has measured; leave it out, and forget in a fit of its own when the averaging is done"
+            )
+    if trainer.min_epochs or trainer.min_steps:
+        raise UnlearnError("Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out")
+    if 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches):
+        raise UnlearnError(
+            "Trainer(max_epochs=0, max_steps=0 or limit_train_batches=0): the fit would end before the edit; give at least 1"
+        )
+    if trainer.precision == "16-true":
+        rank_zero_warn(
+            "Trainer(precision='16-true'): losses and gradients easily leave float16's range, and become 0 or infinite; use "
+            "'bf16-mixed', or 'bf16-true' where weights must be short",
+            stacklevel=3,
+        )
+
+
+def outdate_checkpoints(trainer: Trainer) -> None:
+    """Let each ModelCheckpoint save anew: what it has saved so far, in the training before, is not the edited model.
+
+    Those with `save_last` do so when the fit ends, even without a batch, unless they think that they have saved already.
+    """
+    for checkpoint in trainer.checkpoint_callbacks:
+        vars(checkpoint).update(_last_checkpoint_saved="", _last_global_step_saved=0)
+
+
+def folder_of(trainer: Any) -> str | None:
+    """The folder of the first logger's run, or None without a logger, or with one that writes nothing."""
+    if not trainer.loggers or trainer.fast_dev_run:
+        return None
+    logger = trainer.loggers[0]
+    if hasattr(logger, "log_dir"):
+        return logger.log_dir
+    # Such a logger's save_dir is shared by all its runs, often the working folder.
+    return str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)))
+
+
+def concept_of(datamodule: Any) -> str:
+    """The name that the data have for what is to be forgotten: `concept` of the datamodule, one word or several.
+
+    Example:
+        >>> concept_of(None)
+        'the forget set'
+    """
+    named = getattr(datamodule, "concept", None) or "the forget set"
+    return named if isinstance(named, str) else ", ".join(map(str, named))
