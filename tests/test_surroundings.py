@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -314,3 +314,40 @@ def test_a_trainer_that_is_done_edits_no_other_module_and_says_so():
     with pytest.raises(UnlearnError, match="ended before the edit, as this trainer.*take a new Trainer"):
         made.fit(other, loader(False), loader(False))
     assert not changed(other, trained().state_dict()) and forgetting.report is None
+
+
+# Other callbacks
+
+
+def watched(folder: Path) -> list[pl.Callback]:
+    """EarlyStopping, and one ModelCheckpoint by metric and one by time, each with its last checkpoint."""
+    return [
+        EarlyStopping(monitor="val_loss"),
+        ModelCheckpoint(dirpath=folder / "best", monitor="val_loss", save_last=True),
+        ModelCheckpoint(dirpath=folder / "linked", save_last="link"),
+    ]
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+def test_every_last_checkpoint_holds_the_edit_and_its_report(then, tmp_path):
+    model, forgetting, others = trained(), callback(then=then), watched(tmp_path)
+    trainer(*others, forgetting, enable_checkpointing=True).fit(model, loader(False), loader(False))
+    assert (model.trained_batches == 0) == (then == "stop")
+    for keeping in others[1:]:
+        assert Path(keeping.last_model_path).name == "last.ckpt"
+        kept = torch.load(keeping.last_model_path, weights_only=True)
+        assert not changed(model, kept["state_dict"])
+        (report,) = (state["report"] for name, state in kept["callbacks"].items() if name == "UnlearnCallback")
+        assert report["patch_digest"] == forgetting.report.patch_digest
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_last_checkpoint_of_the_training_before_is_replaced(tmp_path):
+    others = watched(tmp_path)[1:]
+    trainer(*others, enable_checkpointing=True).fit(model := trained(), loader(False), loader(False))
+    paths, before = [keeping.last_model_path for keeping in others], snapshot(model)
+    forgetting = callback(retain_tolerance=20.0)
+    trainer(*others, forgetting, enable_checkpointing=True).fit(model, loader(False), loader(False))
+    assert changed(model, before) and [keeping.last_model_path for keeping in others] == paths
+    for path in paths:
+        assert not changed(model, weights_in(Path(path)))
