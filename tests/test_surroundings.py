@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -351,3 +359,15 @@ def test_a_last_checkpoint_of_the_training_before_is_replaced(tmp_path):
     assert changed(model, before) and [keeping.last_model_path for keeping in others] == paths
     for path in paths:
         assert not changed(model, weights_in(Path(path)))
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "averaging", [WeightAveraging, EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=1e-3, swa_epoch_start=1)]
+)
+def test_weight_averaging_is_refused(averaging, first, then):
+    model, callbacks = trained(), [averaging(), callback(then=then)]
+    with pytest.raises(UnlearnError, match="WeightAveraging's weight averaging.*leave it out"):
+        trainer(*(callbacks if first else callbacks[::-1])).fit(model, loader(False), loader(False))
+    assert not changed(model, trained().state_dict())

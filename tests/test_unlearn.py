@@ -536,14 +536,6 @@ def test_a_fit_that_ends_before_the_edit_says_so(tmp_path):
         trainer(callback()).fit(trained(), loader(False), loader(False), ckpt_path=str(tmp_path / "done.ckpt"))
 
 
-def test_weight_averaging_is_refused():
-    class WeightAveraging(pl.Callback):  # known by its name, as Lightning's own
-        pass
-
-    with pytest.raises(UnlearnError, match="weight averaging"):
-        trainer(callback(), WeightAveraging()).fit(trained(), loader(False), loader(False))
-
-
 def test_steps_may_leave_out_batch_idx_and_hooks_before_the_transfer_are_called():
     class Short(Classifier):
         num_classes = CLASSES
