@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NoReturn
 
 from torch import nn
 
@@ -43,8 +43,10 @@ def find_layers(
 ) -> list[Layer]:
     """List the layers of `module` that may be edited.
 
-    Left out are frozen tensors, vectors (biases, norms), embeddings and logit scales, unless `layers` names one
-    exactly, without a wildcard. A tensor that stands under several names (tied weights) counts once, under the first.
+    Left out are vectors (biases, norms), embeddings and logit scales, unless `layers` names one exactly, without a
+    wildcard; integers, as quantised weights are; and what is frozen, so that of a model with adapters these are the layers.
+    A pattern other than "*" that matches nothing but frozen tensors means these: the base below the adapters. A tensor that
+    stands under several names (tied weights) counts once, under the first.
 
     Args:
         module: any model.
@@ -74,26 +76,34 @@ def find_layers(
     editable = {
         name: p
         for name, p in chosen.items()
-        if name in patterns or (p.ndim >= 2 and id(p) not in embeddings and not NOT_A_LAYER.search(name))
+        if p.is_floating_point()
+        and (name in patterns or (p.ndim >= 2 and id(p) not in embeddings and not NOT_A_LAYER.search(name)))
     }
     if not editable:
         raise UnlearnError(
-            f"layers: {patterns} matches only vectors, embeddings or scales, which are left out; "
+            f"layers: {patterns} matches only vectors, embeddings, scales or integers, which are left out; "
             f"name one exactly to edit it all the same: {_some(chosen)}"
         )
-    trainable = {name: p for name, p in editable.items() if p.requires_grad}
-    if not trainable:
+    meant = {name for pattern in patterns for name in _meant(pattern, editable)}
+    if not meant:
         raise UnlearnError(
-            f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited: "
-            f"{_some(editable)}"
+            f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited, or name "
+            f"them by a pattern: {_some(editable)}"
         )
     groups: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
-    for name, parameter in trainable.items():
-        groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
+    for name, parameter in editable.items():
+        if name in meant:
+            groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
     times = Counter(group for group, _ in groups)
     return [
         Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower) for (group, tower), members in groups.items()
     ]
+
+
+def _meant(pattern: str, editable: Mapping[str, nn.Parameter]) -> list[str]:
+    """What a pattern matches: what is trainable of it, or if nothing is, and it was asked for by name, what is frozen."""
+    matched = [name for name in editable if fnmatchcase(name, pattern)]
+    return [name for name in matched if editable[name].requires_grad] or (matched if pattern != "*" else [])
 
 
 def _group(name: str, granularity: Granularity) -> str:
@@ -116,3 +126,18 @@ def _refuse_unmatched(pattern: str, names: Iterable[str]) -> None:
 def _some(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def refuse_unmovable(layers: Sequence[Layer]) -> NoReturn:
+    """Say why none of these layers can be moved.
+
+    Raises:
+        UnlearnError: always.
+    """
+    zero = [layer.name for layer in layers if not any(p.any() for p in layer.parameters.values())]
+    if zero:
+        raise UnlearnError(
+            f"layers: {_some(zero)} {'hold' if len(zero) > 1 else 'holds'} only zeros, as an adapter does before it is "
+            "trained, so that there is nothing that a relative step could move; train it first, or name other layers"
+        )
+    raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")

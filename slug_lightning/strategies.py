@@ -133,7 +133,9 @@ class Runner:
 
 @contextmanager
 def only_differentiating(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, no graph is built for any other parameter: what lies in front of the first of these is not kept.
+    """Inside, a graph is built for these, also where they are frozen, and for no other parameter.
+
+    What lies in front of the first of them is not kept.
 
     Example:
         >>> module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
@@ -142,14 +144,14 @@ def only_differentiating(module: nn.Module, parameters: Mapping[str, Tensor]) ->
         ['1.weight']
     """
     chosen = {id(p) for p in parameters.values()}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+    others = [p for p in module.parameters() if p.requires_grad != (id(p) in chosen)]
     for p in others:
-        p.requires_grad_(False)
+        p.requires_grad_(id(p) in chosen)
     try:
         yield
     finally:
         for p in others:
-            p.requires_grad_(True)
+            p.requires_grad_(id(p) not in chosen)
 
 
 @contextmanager

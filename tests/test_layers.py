@@ -101,6 +101,22 @@ def test_frozen_tensors_are_left_out():
     assert names(model) == MATRICES[len(BLOCK) :]
 
 
+def test_a_pattern_that_matches_nothing_but_frozen_tensors_means_these():
+    model = Transformer()
+    model.blocks[0].requires_grad_(False)
+    assert names(model, "blocks.0.*") == MATRICES[: len(BLOCK)]
+    assert names(model, "blocks.0.mlp.fc1.weight") == ["blocks.0.mlp.fc1.weight"]
+    assert names(model, "blocks.*") == MATRICES[len(BLOCK) : -1]
+    assert names(model, ["*", "blocks.0.mlp.fc1.*"]) == ["blocks.0.mlp.fc1.weight", *MATRICES[len(BLOCK) :]]
+
+
+def test_integers_are_no_layers():
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnlearnError, match="'weight'.*integers"):
+        names(model, "weight")
+
+
 @pytest.mark.parametrize("name", ["tokens.weight", "positional_embedding", "logit_scale", "blocks.0.norm.weight", "head.weight"])
 def test_a_tensor_named_exactly_counts_whatever_it_is(name):
     assert names(Transformer(), name) == [name]

@@ -371,3 +371,99 @@ def test_weight_averaging_is_refused(averaging, first, then):
     with pytest.raises(UnlearnError, match="WeightAveraging's weight averaging.*leave it out"):
         trainer(*(callbacks if first else callbacks[::-1])).fit(model, loader(False), loader(False))
     assert not changed(model, trained().state_dict())
+
+
+# Language models: adapters, tied weights
+
+
+class Words(pl.LightningModule):
+    """A tiny language model of the transformers library; it knows two kinds of sentence."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        size = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.model: Any = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=8, tie_word_embeddings=tied))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def sentences(forget: bool) -> DataLoader:
+    """Sentences that go round in seven words of their own."""
+    start = torch.arange(14)[:, None] % 7
+    return DataLoader((start + torch.arange(6)) % 7 + (8 if forget else 0), batch_size=2)
+
+
+def reader(**options: Any) -> Words:
+    """A language model that has read them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Words(**options)
+        train(model, steps=60)
+    return model
+
+
+def train(model: Words, steps: int) -> None:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    batch = torch.cat([*sentences(True), *sentences(False)])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+
+
+def forgetting_words(**options: Any) -> UnlearnCallback:
+    return UnlearnCallback(sentences(True), sentences(False), forget_target=1.0, retain_tolerance=1e9, **options)
+
+
+def adapted(trained_steps: int = 5) -> Words:
+    """The same with LoRA adapters, which have read them once more."""
+    from peft import LoraConfig, get_peft_model
+
+    model = reader()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.model = get_peft_model(model.model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
+        train(model, trained_steps)
+    return model
+
+
+by_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@by_peft
+@pytest.mark.parametrize(
+    ("layers", "edited"), [("*", "lora_"), ("*mlp.*base_layer*", "base_layer"), ("*.up_proj.weight", "up_proj")]
+)
+def test_of_a_model_with_adapters_these_are_edited_and_the_base_only_on_request(layers, edited):
+    model, forgetting = adapted(), forgetting_words(layers=layers)
+    before, trainable = snapshot(model), {name for name, p in model.named_parameters() if p.requires_grad}
+    trainer(forgetting).fit(model, sentences(False))
+    assert forgetting.report.status == "unlearned"
+    assert all(edited in score["layer"] for score in forgetting.report.scores)
+    assert changed(model, before) == set(forgetting.report.tensors) == {forgetting.report.layer}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert all("lora_" in name for name in trainable)
+    forgetting.report.patch.revert(model)
+    assert not changed(model, before)
+
+
+@by_peft
+def test_adapters_that_know_nothing_yet_are_refused_by_name():
+    model = adapted(trained_steps=0)
+    with pytest.raises(UnlearnError, match=r"layers: .*lora_B\.default\.weight.* hold only zeros.*train it first"):
+        trainer(forgetting_words()).fit(model, sentences(False))
+
+
+def test_a_base_that_is_frozen_as_a_whole_is_refused_unless_it_is_named():
+    model = reader().requires_grad_(False)
+    with pytest.raises(UnlearnError, match="layers: all 8 candidates are frozen"):
+        trainer(forgetting_words()).fit(model, sentences(False))
+    forgetting = forgetting_words(layers="model.model.*")
+    trainer(forgetting).fit(model, sentences(False))
+    assert forgetting.report.status == "unlearned" and not any(p.requires_grad for p in model.parameters())
