@@ -35,6 +35,16 @@ class Layer:
     tower: str = "model"
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name as it is without `torch.compile`, which puts a module of its own around the one that it compiles.
+
+    Example:
+        >>> plain_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
 def find_layers(
     module: nn.Module,
     layers: str | Sequence[str] = "*",
@@ -66,7 +76,7 @@ def find_layers(
         ['2.weight']
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    named = dict(module.named_parameters())
+    named = {plain_name(name): p for name, p in module.named_parameters()}
     for pattern in patterns:
         _refuse_unmatched(pattern, named)
     embeddings = {

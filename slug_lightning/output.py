@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slug_lightning.layers import plain_name
 from slug_lightning.modules.base import own_model
 from slug_lightning.patch import at_once
 from slug_lightning.processes import Processes
@@ -90,5 +91,5 @@ def _first_names(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         key = (local(tensor).data_ptr(), tuple(tensor.shape))
         if tensor.numel() == 0 or found.setdefault(key, name) == name:
-            tensors[name] = whole(tensor).contiguous()
+            tensors[plain_name(name)] = whole(tensor).contiguous()
     return tensors

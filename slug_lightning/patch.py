@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.layers import plain_name
 from slug_lightning.sharded import placed, whole
 
 FORMAT = "slug-lightning patch 1"
@@ -289,7 +290,8 @@ def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str,
     Where several parts fit by name, it is the one that holds `values`; if none does, the one nearest the root.
     """
     names = list(values)
-    held: Mapping[str, Tensor] = _tensors_of(model) if isinstance(model, nn.Module) else model
+    found: Mapping[str, Tensor] = _tensors_of(model) if isinstance(model, nn.Module) else model
+    held = {plain_name(name): tensor for name, tensor in found.items()}
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
     fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
     for prefix in fitting:

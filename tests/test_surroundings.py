@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from itertools import islice
@@ -20,11 +21,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, snapshot, trained, trainer
-from slug_lightning import UnlearnError
+from slug_lightning import UnlearnError, UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
 from slug_lightning.retained import RetainCache
@@ -467,3 +469,63 @@ def test_a_base_that_is_frozen_as_a_whole_is_refused_unless_it_is_named():
     forgetting = forgetting_words(layers="model.model.*")
     trainer(forgetting).fit(model, sentences(False))
     assert forgetting.report.status == "unlearned" and not any(p.requires_grad for p in model.parameters())
+
+
+def test_tied_weights_are_edited_once_and_stay_tied(tmp_path):
+    model, embedding = reader(tied=True), "model.model.embed_tokens.weight"
+    forgetting = forgetting_words(layers=embedding, output_dir=str(tmp_path))
+    before = snapshot(model)
+    trainer(forgetting).fit(model, sentences(False))
+    assert [score["layer"] for score in forgetting.report.scores] == [embedding] == forgetting.report.tensors
+    assert model.model.lm_head.weight is model.model.model.embed_tokens.weight
+    assert changed(model, before) == {embedding, "model.lm_head.weight"}
+    (edit,) = forgetting.report.patch.edits
+    once = before[embedding] + edit.directions[embedding] * edit.step
+    assert torch.equal(model.model.lm_head.weight, once)
+    fresh = Words(tied=True)
+    assert load_model(fresh, tmp_path / "weights.safetensors") == (set(), [])
+    assert not changed(fresh, model.state_dict()) and fresh.model.lm_head.weight is fresh.model.model.embed_tokens.weight
+
+
+# Compiled networks, late layers
+
+
+class Compiled(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
+def as_compiled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("net.", "net._orig_mod."): tensor for name, tensor in weights.items()}
+
+
+def test_a_compiled_network_is_edited_under_its_plain_names(tmp_path):
+    plain, forgetting = trained(), callback()
+    trainer(forgetting).fit(plain, loader(False), loader(False))
+    model, compiled = Compiled(), callback(output_dir=str(tmp_path), layers="net.[046].weight")
+    model.load_state_dict(as_compiled(trained().state_dict()))
+    made = trainer(compiled)
+    made.fit(model, loader(False), loader(False))
+    report = compiled.report
+    assert report.layer == forgetting.report.layer
+    assert "_orig_mod" not in json.dumps(report.to_dict())
+    assert load_model(fresh := Classifier(), tmp_path / "weights.safetensors") == (set(), [])
+    other = trained()
+    UnlearnPatch.load(tmp_path / "patch.safetensors").apply(other)
+    assert not changed(other, fresh.state_dict()) and not changed(model, as_compiled(fresh.state_dict()))
+    weights = snapshot(model)
+    made.fit(model, loader(False), loader(False))
+    assert compiled.report is report and not changed(model, weights)
+
+
+def test_a_patch_of_a_plain_network_fits_a_compiled_one_and_its_weights():
+    plain, forgetting = trained(), callback()
+    trainer(forgetting).fit(plain, loader(False), loader(False))
+    model, before = Compiled(), as_compiled(snapshot(trained()))
+    model.load_state_dict(before)
+    for target in (model, before):
+        forgetting.report.patch.apply(target)
+    assert not changed(model, as_compiled(plain.state_dict())) and not changed(model, before)
+    forgetting.report.patch.revert(model)
+    assert not changed(model, as_compiled(trained().state_dict()))
