@@ -529,3 +529,44 @@ def test_a_patch_of_a_plain_network_fits_a_compiled_one_and_its_weights():
     assert not changed(model, as_compiled(plain.state_dict())) and not changed(model, before)
     forgetting.report.patch.revert(model)
     assert not changed(model, as_compiled(trained().state_dict()))
+
+
+class Late(Classifier):
+    """Its layers are made in `configure_model`, without memory, and get their weights there or from a checkpoint."""
+
+    def __init__(self, weights: dict[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        del self.net
+        self.weights = weights
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        with torch.device("meta"):
+            self.net = Classifier().net
+        assert self.net[0].weight.is_meta
+        self.to_empty(device="cpu")
+        if self.weights is not None:
+            self.load_state_dict(self.weights)
+
+
+def test_layers_that_are_made_late_are_edited():
+    early, forgetting = trained(), callback()
+    trainer(forgetting).fit(early, loader(False), loader(False))
+    model, late = Late(trained().state_dict()), callback()
+    trainer(late).fit(model, loader(False), loader(False))
+    assert late.report.patch_digest == forgetting.report.patch_digest
+    assert not changed(model, early.state_dict())
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_empty_layers_that_a_checkpoint_fills_are_edited(late, tmp_path):
+    before = trainer()
+    before.fit(kept := trained(), loader(False), loader(False))
+    before.save_checkpoint(tmp_path / "trained.ckpt")
+    forgetting = callback(retain_tolerance=20.0)
+    made = trainer(forgetting, max_epochs=2)
+    with made.init_module(empty_init=True):
+        model = Late() if late else Classifier()
+    made.fit(model, loader(False), loader(False), ckpt_path=tmp_path / "trained.ckpt")
+    assert changed(model, kept.state_dict()) == set(forgetting.report.tensors) == {forgetting.report.layer}
