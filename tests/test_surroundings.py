@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -570,3 +571,29 @@ def test_empty_layers_that_a_checkpoint_fills_are_edited(late, tmp_path):
         model = Late() if late else Classifier()
     made.fit(model, loader(False), loader(False), ckpt_path=tmp_path / "trained.ckpt")
     assert changed(model, kept.state_dict()) == set(forgetting.report.tensors) == {forgetting.report.layer}
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_the_same_layer_is_edited_in_every_precision_and_keeps_its_type(precision, tmp_path):
+    single, forgetting = trained(), callback(retain_tolerance=20.0)
+    trainer(forgetting).fit(single, loader(False), loader(False))
+    types = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    expected = types.get(precision, torch.float32)
+    model, other = trained(), callback(retain_tolerance=20.0, output_dir=str(tmp_path))
+    before = {name: tensor.to(expected) for name, tensor in trained().state_dict().items() if tensor.is_floating_point()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(other, precision=precision).fit(model, loader(False), loader(False))
+    told = [str(warning.message) for warning in caught if "16-true" in str(warning.message)]
+    assert len(told) == (precision == "16-true") and all("use 'bf16-mixed'" in text for text in told)
+    assert other.report.status == "unlearned" and other.report.layer == forgetting.report.layer
+    assert {p.dtype for p in model.parameters()} == {expected}
+    edited = {name for name, tensor in before.items() if not torch.equal(model.state_dict()[name], tensor)}
+    assert edited == set(other.report.tensors)
+    patch = UnlearnPatch.load(tmp_path / "patch.safetensors")
+    assert {tensor.dtype for tensor in patch.base.values()} == {expected}
+    patch.revert(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
