@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import warnings
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
+    RichProgressBar,
     StochasticWeightAveraging,
     TQDMProgressBar,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, snapshot, trained, trainer
-from slug_lightning import UnlearnError, UnlearnPatch
+from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
 from slug_lightning.retained import RetainCache
@@ -367,7 +369,8 @@ def test_a_last_checkpoint_of_the_training_before_is_replaced(tmp_path):
 @pytest.mark.parametrize("then", ["stop", "continue"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
-    "averaging", [WeightAveraging, EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=1e-3, swa_epoch_start=1)]
+    "averaging",
+    [WeightAveraging, EMAWeightAveraging, functools.partial(StochasticWeightAveraging, swa_lrs=1e-3, swa_epoch_start=1)],
 )
 def test_weight_averaging_is_refused(averaging, first, then):
     model, callbacks = trained(), [averaging(), callback(then=then)]
@@ -597,3 +600,67 @@ def test_the_same_layer_is_edited_in_every_precision_and_keeps_its_type(precisio
     assert {tensor.dtype for tensor in patch.base.values()} == {expected}
     patch.revert(model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# Flags, loggers, bars
+
+
+@pytest.fixture
+def _as_torch_was():
+    """Some of Trainer's flags are torch's, for the whole process."""
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = benchmark
+    if workspace is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@functools.cache
+def plainly_forgotten() -> tuple[UnlearnReport, dict[str, torch.Tensor]]:
+    forgetting = callback()
+    model = forgotten(forgetting)
+    return forgetting.report, snapshot(model)
+
+
+FLAGS = [
+    {"accumulate_grad_batches": 3},
+    {"gradient_clip_val": 1e-6},
+    {"deterministic": True},
+    {"benchmark": True},
+    {"inference_mode": False},
+    {"use_distributed_sampler": False},
+    {"logger": True},
+    {"logger": [TensorBoardLogger, CSVLogger]},
+    {"logger": [CSVLogger, TensorBoardLogger]},
+    {"enable_progress_bar": True, "callbacks": [RichProgressBar]},
+    {"enable_progress_bar": True, "callbacks": [TQDMProgressBar]},
+    {"num_sanity_val_steps": 2, "detect_anomaly": True, "val_check_interval": 2, "log_every_n_steps": 1},
+    {"barebones": True},
+]
+
+
+@pytest.mark.usefixtures("_as_torch_was")
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log.*barebones")
+@pytest.mark.parametrize("options", FLAGS, ids=lambda options: ", ".join(options))
+def test_the_outcome_is_that_of_a_plain_trainer(options, tmp_path, capsys):
+    report, weights = plainly_forgotten()
+    options, forgetting, model = dict(options), callback(), trained()
+    if isinstance(options.get("logger"), list):
+        options["logger"] = [kind(tmp_path, name=kind.__name__) for kind in options["logger"]]
+    bars = [kind() for kind in options.pop("callbacks", [])]
+    if "barebones" in options:  # it allows none of what else the tests switch off
+        made = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[forgetting], **options)
+    else:
+        made = trainer(forgetting, *bars, default_root_dir=tmp_path, **options)
+    made.fit(model, loader(False), loader(False))
+    assert (forgetting.report.layer, forgetting.report.step_size) == (report.layer, report.step_size)
+    assert forgetting.report.trace == report.trace and forgetting.report.notes == report.notes
+    assert not changed(model, weights)
+    folders = sorted(path.parent for path in tmp_path.rglob("report.json"))
+    assert [str(folder) for folder in folders] == ([made.loggers[0].log_dir] if made.loggers else [])
+    for logger in made.loggers:
+        kept = list(Path(logger.log_dir).glob("metrics.csv" if isinstance(logger, CSVLogger) else "events.out*"))
+        assert kept and all(path.stat().st_size > 100 for path in kept)
+    assert bool(bars) <= ("relative step" in capsys.readouterr().out)
