@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
 from slug_lightning.retained import RetainCache
 
@@ -664,3 +665,41 @@ def test_the_outcome_is_that_of_a_plain_trainer(options, tmp_path, capsys):
         kept = list(Path(logger.log_dir).glob("metrics.csv" if isinstance(logger, CSVLogger) else "events.out*"))
         assert kept and all(path.stat().st_size > 100 for path in kept)
     assert bool(bars) <= ("relative step" in capsys.readouterr().out)
+
+
+# The same trainer afterwards
+
+
+class Evaluated(Classifier):
+    def test_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        self.log_dict({"loss": cross_entropy(logits, batch[1]), "acc": (logits.argmax(1) == batch[1]).float().mean()})
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+@pytest.mark.parametrize("then", ["stop", "continue"])
+def test_the_trainer_measures_afterwards_what_the_report_says(then):
+    data = UnlearnDataModule(part(True), part(False), batch_size=4)
+    forgetting = UnlearnCallback(
+        forget_metric="val_loss", retain_metric=["val_loss", "val_acc"], retain_tolerance=20.0, then=then
+    )
+    model = trained(Evaluated)
+    made = trainer(forgetting)
+    made.fit(model, data)
+    assert forgetting.report.status == "unlearned"
+    if then == "continue":  # trained on since: what was reported is undone before it is measured
+        model.load_state_dict(trained().state_dict())
+        forgetting.report.patch.apply(model)
+    for split, stated in (("val", forgetting.report.search_after), ("test", forgetting.report.after)):
+        for kind in ("forget", "retain"):
+            batches = data._loader(kind, split)
+            (validated,), (tested,) = (run(model, batches, verbose=False) for run in (made.validate, made.test))
+            for name, value in stated[kind].items():
+                assert validated[name] == pytest.approx(value, rel=1e-5)
+                assert tested[name.removeprefix("val_")] == pytest.approx(value, rel=1e-5)
+            logits = torch.cat(made.predict(model, batches))
+            assert cross_entropy(logits, torch.cat([y for _, y in batches])).item() == pytest.approx(
+                stated[kind]["val_loss"], rel=1e-5
+            )
