@@ -46,7 +46,7 @@ class _Earlier:
         report: of it.
         request: what was asked for, as plain data.
         data: a fingerprint of the forget data; None in checkpoints of earlier versions.
-        weights: a digest of the edited tensors when that fit ended; None for a checkpoint, which brings its weights along.
+        weights: a digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along.
     """
 
     report: UnlearnReport
@@ -192,6 +192,7 @@ class UnlearnCallback(pl.Callback):
             if not self._was_done_before(trainer, pl_module, runner):
                 self._keep(trainer, pl_module, self._run(trainer, pl_module, runner), runner.processes)
                 outdate_checkpoints(trainer)
+        self._remember(pl_module)  # now already, as the training may be broken off
         assert self._report is not None
         if self.then == "stop" or self._report.status == "infeasible":
             trainer.should_stop = True
@@ -207,8 +208,7 @@ class UnlearnCallback(pl.Callback):
                     "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, had "
                     "finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing ckpt_path"
                 )
-        assert self._report is not None
-        self._last = _Earlier(self._report, self._request(), self._data, _digest_of_edited(pl_module, self._report))
+        self._remember(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Report, request and what tells its data, as plain data, so that a checkpoint with an edit says so."""
@@ -234,6 +234,11 @@ class UnlearnCallback(pl.Callback):
             "then",
         )
         return {name: getattr(self, name) for name in names}
+
+    def _remember(self, module: pl.LightningModule) -> None:
+        """Let the next fit know what was done in this one, and to which weights it led."""
+        assert self._report is not None
+        self._last = _Earlier(self._report, self._request(), self._data, _digest_of_edited(module, self._report))
 
     def _was_done_before(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> bool:
         """Take over the report of an earlier fit, or of the checkpoint, if the model holds the edit that it speaks of.

@@ -238,6 +238,22 @@ def test_the_same_request_again_does_nothing(then, name, tmp_path, capsys):
     assert files_in(tmp_path) == written
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("then", ["stop", "continue"])
+def test_a_script_that_is_started_again_from_its_last_checkpoint_finds_nothing_to_do(then, tmp_path):
+    weights, found = [], []
+    for _ in range(3):
+        forgetting, model = callback(then=then, output_dir=str(tmp_path / "run")), trained()
+        keeping = ModelCheckpoint(dirpath=tmp_path / "kept", save_last=True)
+        path = "last" if found else None
+        trainer(keeping, forgetting, enable_checkpointing=True).fit(model, loader(False), loader(False), ckpt_path=path)
+        found.append(sorted(tmp_path.rglob("*")))
+        weights.append(snapshot(model))
+        assert not changed(model, weights[0]) and not changed(model, weights_in(tmp_path / "kept" / "last.ckpt"))
+        assert forgetting.report.status == "unlearned"
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("then", ["stop", "continue"])
 @another_trainer
 def test_a_report_in_a_checkpoint_answers_for_no_other_data(then, tmp_path):
@@ -302,6 +318,23 @@ def test_a_second_fit_with_more_epochs_trains_on_and_edits_nothing():
     made.fit(model, loader(False), loader(False))
     assert not [name for name, tensor in spy.weights.items() if not torch.equal(tensor, weights[name])]
     assert forgetting.report is report and changed(model, weights)
+
+
+def test_a_fit_that_was_broken_off_after_the_edit_is_not_edited_again():
+    class Impatient(Classifier):
+        patient = False
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2 and not self.patient:
+                raise RuntimeError("broken off")
+
+    model, forgetting = trained(Impatient), callback(then="continue")
+    with pytest.raises(RuntimeError, match="broken off"):
+        trainer(forgetting).fit(model, loader(False), loader(False))
+    report, model.patient, spy, weights = forgetting.report, True, AtTheFirstBatch(), snapshot(model)
+    trainer(forgetting, spy).fit(model, loader(False), loader(False))
+    assert forgetting.report is report
+    assert not [name for name, tensor in spy.weights.items() if not torch.equal(tensor, weights[name])]
 
 
 @pytest.mark.parametrize("then", ["stop", "continue"])
