@@ -25,6 +25,7 @@ from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.pareto import pareto_front
 from slug_lightning.patch import Edit, UnlearnPatch, digest_of
+from slug_lightning.precision import close_calls, rounding
 from slug_lightning.processes import Processes
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
@@ -290,8 +291,9 @@ class UnlearnCallback(pl.Callback):
             if self.replay and not runner.is_sharded:
                 objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
             with meter.phase("search"):
-                trials = self._search(objective, report, front, by_name, gradient, progress)
+                trials, error = self._search(objective, report, front, by_name, gradient, progress)
             best = best_trial(trials)
+            report.notes += close_calls(trainer.precision, scores, trials, best, error)
             with meter.phase("report"):
                 self._conclude(objective, report, by_name[best.layer] if best else None, best, gradient)
             report.cost = joined(runner.processes.exchange("cost", meter.report())) | {
@@ -388,8 +390,8 @@ class UnlearnCallback(pl.Callback):
         layers: Mapping[str, Layer],
         gradient: Mapping[str, Tensor],
         progress: Progress,
-    ) -> list[Trial]:
-        """Let the layers of the front compete."""
+    ) -> tuple[list[Trial], float]:
+        """Let the layers of the front compete; gives the trials, and how far off rounding may put their damage."""
         competition = Competition(
             objective,
             layers,
@@ -399,11 +401,12 @@ class UnlearnCallback(pl.Callback):
             tolerance=self.retain_tolerance,
             max_evaluations=self.max_evaluations,
             progress=progress,
+            unit=rounding(objective.module.trainer.precision),
         )
         trials, report.search_before["retain"] = competition.run(front)
         _refuse_infinite("retain", report.search_before["retain"])
         report.trace = [asdict(trial) for trial in trials]
-        return trials
+        return trials, competition.error
 
     def _conclude(
         self, objective: Objective, report: UnlearnReport, layer: Layer | None, best: Trial | None, gradient: Mapping[str, Tensor]

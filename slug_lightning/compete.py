@@ -15,6 +15,7 @@ from slug_lightning.layers import Layer
 from slug_lightning.metrics import damage
 from slug_lightning.objective import LOSS, Kind, Objective
 from slug_lightning.patch import edited
+from slug_lightning.precision import damage_error
 from slug_lightning.progress import Progress
 from slug_lightning.scores import Score
 from slug_lightning.search import START, Trial, search_step
@@ -38,6 +39,7 @@ class Competition:
         tolerance: of the retain metrics.
         max_evaluations: of the forget metric for each layer.
         progress: shows how far it is.
+        unit: unit roundoff of the precision, where it is worse than 32 bits.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Competition:
         tolerance: float,
         max_evaluations: int,
         progress: Progress,
+        unit: float = 0.0,
     ) -> None:
         self.objective = objective
         self.layers = layers
@@ -60,6 +63,9 @@ class Competition:
         self.tolerance = tolerance
         self.max_evaluations = max_evaluations
         self.progress = progress
+        self.unit = unit
+        self.error = 0.0
+        """How far off rounding may put the damage of a trial; known after `run`."""
         (self.name,) = objective.names["forget"]
         self.metric = objective.metrics[self.name]
 
@@ -91,6 +97,7 @@ class Competition:
         able.sort(key=lambda s: steps[s.layer].step * s.forget_norm * s.retain_norm * s.alignment)
         best = math.inf
         with recorded(self.objective, "retain", "val", self._of(able)) as before:
+            self.error = damage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
             for score in self.progress.track(able, "search, what is kept"):
                 trial = steps[score.layer]
                 whole = self._retain(trial, before, best)
@@ -118,7 +125,7 @@ class Competition:
         def hopeless(reader: LogReader) -> bool:
             bounds = self.objective.at_best("retain", "val", reader) if best < math.inf else {}
             known = {name: metric for name, metric in metrics.items() if name in bounds}
-            return bool(known) and damage(known, before, bounds, self.tolerance) > best
+            return bool(known) and damage(known, before, bounds, self.tolerance) > best + self.error
 
         with stepped(self.layers[trial.layer], self.gradient, trial.step):
             after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)

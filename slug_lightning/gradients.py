@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,17 +77,22 @@ class Backward:
                 if self.processes.in_step:
                     raise UnlearnError(f"{name}: the step gives no loss, but a sharded model must run every batch")
                 return 0.0, 0
-            if counts and not torch.isfinite(loss):
-                raise UnlearnError(f"{name}: the loss is {loss.item()}; look at its data or use precision=32")
-            # What the strategy averages cannot be weighted afterwards: it mixes batches of different sizes.
-            inner = samples * counts * self.averages if self.averages > 1 else 1
-            scaled = loss * inner if self.scaler is None else self.scaler.scale(loss * inner)
+            value = loss.item()
+            if counts and not math.isfinite(value):
+                raise UnlearnError(f"{name}: the loss is {value}; look at its data or use precision=32")
+            weight = most = samples * counts
+            if self.averages > 1:
+                # What the strategy averages cannot be weighted afterwards, as it mixes batches of different sizes. Most often
+                # they are equal, and the factor is 1.
+                most = max(self.processes.exchange("samples of a batch", weight))
+                loss = loss * (weight / most)
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            taker.start((1 if self.averages > 1 else samples * counts) / scale, hold=self.scaler is not None)
+            taker.start(most / scale, hold=self.scaler is not None)
             scaled.backward()  # whatever else requires no gradient; `inputs=` would rule out reentrant checkpoints
             if self.scaler is None or not self._overflows(taker):
                 taker.finish()
-                return loss.item(), samples * counts
+                return value, weight
             del loss, scaled  # and the graph, before the same batch makes another
             if scale < SMALLEST_SCALE:
                 raise UnlearnError(f"{name}: the gradient is not finite in 16 bits, whatever the scale; use bf16-mixed or 32")
@@ -183,7 +189,8 @@ class _Taker:
     def __init__(self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor], backward: Backward) -> None:
         self.parameters = parameters
         self.sums = sums
-        self.shares = {key: backward.averages for key, p in parameters.items() if not backward.is_averaged(p)}
+        # An average is a sum already divided; what is not averaged is the batch's own.
+        self.factors = {key: backward.averages if backward.is_averaged(p) else 1 for key, p in parameters.items()}
         self.weight = 0.0
         self.held: dict[str, Tensor] | None = None
 
@@ -204,7 +211,7 @@ class _Taker:
         self.held = None
 
     def _add(self, key: str, gradient: Tensor) -> None:
-        self.sums[key].add_(gradient.to(self.sums[key].dtype), alpha=self.weight / self.shares.get(key, 1))
+        self.sums[key].add_(gradient.to(self.sums[key].dtype), alpha=self.weight * self.factors[key])
 
     def _take(self, key: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

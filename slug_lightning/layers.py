@@ -92,13 +92,13 @@ def find_layers(
     if not editable:
         raise UnlearnError(
             f"layers: {patterns} matches only vectors, embeddings, scales or integers, which are left out; "
-            f"name one exactly to edit it all the same: {_some(chosen)}"
+            f"name one exactly to edit it all the same: {some_of(chosen)}"
         )
     meant = {name for pattern in patterns for name in _meant(pattern, editable)}
     if not meant:
         raise UnlearnError(
             f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited, or name "
-            f"them by a pattern: {_some(editable)}"
+            f"them by a pattern: {some_of(editable)}"
         )
     groups: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     for name, parameter in editable.items():
@@ -130,10 +130,11 @@ def _refuse_unmatched(pattern: str, names: Iterable[str]) -> None:
     names = list(names)
     if not any(fnmatchcase(name, pattern) for name in names):
         near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
-        raise UnlearnError(f"layers: {pattern!r} matches no parameter; near misses: {_some(near)}")
+        raise UnlearnError(f"layers: {pattern!r} matches no parameter; near misses: {some_of(near)}")
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """A few names, for messages, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -147,7 +148,7 @@ def refuse_unmovable(layers: Sequence[Layer]) -> NoReturn:
     zero = [layer.name for layer in layers if not any(p.any() for p in layer.parameters.values())]
     if zero:
         raise UnlearnError(
-            f"layers: {_some(zero)} {'hold' if len(zero) > 1 else 'holds'} only zeros, as an adapter does before it is "
+            f"layers: {some_of(zero)} {'hold' if len(zero) > 1 else 'holds'} only zeros, as an adapter does before it is "
             "trained, so that there is nothing that a relative step could move; train it first, or name other layers"
         )
     raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")

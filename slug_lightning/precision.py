@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from slug_lightning.layers import some_of
 from slug_lightning.metrics import Metric
 from slug_lightning.pareto import pareto_front
 from slug_lightning.scores import Score
@@ -50,10 +51,12 @@ def close_calls(precision: str, scores: Sequence[Score], trials: Sequence[Trial]
     notes = []
     near = [t.layer for t in trials if best and t.layer != best.layer and t.feasible and t.damage - best.damage <= error]  # type: ignore[operator]
     if near:
-        notes.append(f"precision: in {precision}, what {_some(near)} would cost cannot be told from what the edited layer costs")
+        notes.append(
+            f"precision: in {precision}, what {some_of(near)} would cost cannot be told from what the edited layer costs"
+        )
     edge = [score.layer for score in scores if not score.on_front and _reaches_front(score, scores, unit)]
     if edge:
-        notes.append(f"precision: in {precision}, it cannot be told whether {_some(edge)} should have been tried, too")
+        notes.append(f"precision: in {precision}, it cannot be told whether {some_of(edge)} should have been tried, too")
     return notes
 
 
@@ -62,8 +65,3 @@ def _reaches_front(score: Score, scores: Sequence[Score], unit: float) -> bool:
     others = [s for s in scores if s.tower == score.tower and s.on_front]
     better = score.importance * (1 + 2 * unit), max(score.alignment - 2 * unit, 0.0)
     return pareto_front([better, *((s.importance, s.alignment) for s in others)])[0]
-
-
-def _some(layers: Sequence[str], most: int = 3) -> str:
-    more = len(layers) - most
-    return ", ".join(layers[:most]) + (f" and {more} more" if more > 0 else "")

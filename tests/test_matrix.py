@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from _processes import in_processes
-from _tiny import trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from _tiny import trainer
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.emoji import emoji_pairs, load_drawings
@@ -31,8 +31,8 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 MODELS = ["clip", "lm"]
 SCALE = 2.0**18
 """Of the 16-bit gradients, at first: some of them overflow."""
-# Of λ, between two ways in one precision: sums of fp32 gradients in another order, and with a 16-bit scaler another scale.
-TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 1e-5, "16-mixed": 1e-3}
+# Of λ, between two ways in one precision: its unit roundoff, and that of a few sums in another order.
+TOLERANCE = {"32-true": 1e-6, "bf16-mixed": 2.0**-8, "16-mixed": 2.0**-11}
 
 
 @functools.cache
@@ -50,7 +50,13 @@ def emoji() -> UnlearnDataModule:
     forget = [pairs(rows) for rows in (blob[:2], blob[2:4], blob[4:6])]
     retain = [pairs(rows) for rows in (mixed[:19], mixed[19:32], mixed[32:45])]
     return UnlearnDataModule(
-        forget[0], retain[0], forget_val=forget[1], retain_val=retain[1], forget_test=forget[2], retain_test=retain[2], batch_size=8
+        forget[0],
+        retain[0],
+        forget_val=forget[1],
+        retain_val=retain[1],
+        forget_test=forget[2],
+        retain_test=retain[2],
+        batch_size=8,
     )
 
 
@@ -111,7 +117,10 @@ def lm() -> pl.LightningModule:
 
 def lm_data() -> UnlearnDataModule:
     everything = TensorDataset(sentences())
-    parts = [Subset(everything, list(rows)) for rows in (range(2), range(2, 4), range(4, 6), range(6, 33), range(33, 46), range(46, 60))]
+    parts = [
+        Subset(everything, list(rows))
+        for rows in (range(2), range(2, 4), range(4, 6), range(6, 33), range(33, 46), range(46, 60))
+    ]
     return UnlearnDataModule(
         parts[0], parts[3], forget_val=parts[1], forget_test=parts[2], retain_val=parts[4], retain_test=parts[5], batch_size=5
     )
@@ -142,7 +151,9 @@ def forget(model: str, way: str, precision: str) -> Outcome:
     options: dict[str, Any] = {"max_evaluations": 4} if model == "clip" else {"forget_target": 1.0}
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     # What Lightning makes of precision="16-mixed" on a CPU is bf16.
-    how: dict[str, Any] = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if precision == "16-mixed" else {"precision": precision}
+    how: dict[str, Any] = (
+        {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if precision == "16-mixed" else {"precision": precision}
+    )
     strategies = {"one device": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(count, 1)}
     callback = UnlearnCallback(retain_tolerance=0.2, **options)
     dist.all_reduce = counted
@@ -171,11 +182,15 @@ def test_every_way_gives_the_answer_of_one_device(model, precision):
         report = processes[0].report
         error = abs(report["step_size"] / alone.report["step_size"] - 1)
         sums = processes[0].all_reduces / 2
-        print(f"{model:<6}{precision:<12}{way:<12}{count:<3}{report['layer']:<52}{report['step_size']:<12.6g}{error:<10.1e}{sums:<18g}")
+        print(
+            f"{model:<6}{precision:<12}{way:<12}{count:<3}{report['layer']:<52}{report['step_size']:<12.6g}{error:<10.1e}{sums:<18g}"
+        )
         assert report["status"] == "unlearned"
         assert all(process.report == report for process in processes), "the processes report different things"
         assert report["layer"] == alone.report["layer"]
-        assert [s["layer"] for s in report["scores"] if s["on_front"]] == [s["layer"] for s in alone.report["scores"] if s["on_front"]]
+        assert [s["layer"] for s in report["scores"] if s["on_front"]] == [
+            s["layer"] for s in alone.report["scores"] if s["on_front"]
+        ]
         assert error <= TOLERANCE[precision]
         for name, tensor in processes[0].edited.items():
             assert all(torch.equal(process.edited[name], tensor) for process in processes)
