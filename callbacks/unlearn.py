@@ -463,8 +463,9 @@ class UnlearnCallback(pl.Callback):
 
 
 def _digest_of_edited(module: pl.LightningModule, report: UnlearnReport) -> str:
+    """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
     named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
-    return digest_of({name: named[name] for name in report.tensors}, "")
+    return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")
 
 
 def _refuse_infinite(kind: str, values: Mapping[str, float]) -> None:

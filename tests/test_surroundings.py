@@ -33,6 +33,7 @@ from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
+from slug_lightning.modules import ClassifierModule
 from slug_lightning.retained import RetainCache
 
 
@@ -351,6 +352,15 @@ def test_untouched_weights_are_edited_by_the_same_callback(then, reset):
     report.patch.apply(expected)
     edited = spy.weights or snapshot(second)
     assert not changed(expected, edited)
+
+
+def test_the_same_callback_edits_a_module_with_other_names():
+    forgetting, other = callback(), ClassifierModule(trained().net, num_classes=CLASSES)
+    other.forget_metric = other.retain_metric = "loss"  # what the other module is measured by
+    for model in (trained(), other):
+        trainer(forgetting).fit(model, loader(False), loader(False))
+    assert forgetting.report.tensors == ["6.weight"]
+    assert not torch.equal(other.model[6].weight, trained().net[6].weight)
 
 
 def test_a_trainer_that_is_done_edits_no_other_module_and_says_so():
