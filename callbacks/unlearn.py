@@ -206,8 +206,9 @@ class UnlearnCallback(pl.Callback):
                 done = self._was_done_before(trainer, pl_module, runner)
             if not done:
                 raise UnlearnError(
-                    "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, had "
-                    "finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing ckpt_path"
+                    "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, "
+                    "had finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing "
+                    "ckpt_path"
                 )
         self._remember(pl_module)
 

@@ -102,7 +102,7 @@ def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The cost of a run in several processes: operations add up, seconds and memory are those of the process with most.
 
     Example:
-        >>> one = {"seconds": {"search": 1.0}, "flops": {"search": 8}, "peak_bytes": {"search": 5}, "lower_bound": {}, "ratio": {}}
+        >>> one = {"seconds": {"search": 1.0}, "flops": {"search": 8}, "peak_bytes": {"search": 5}}
         >>> two = {**one, "peak_bytes": {"search": 7}}
         >>> both = joined([one, two])
         >>> both["flops"], both["peak_bytes"]

@@ -49,10 +49,11 @@ def close_calls(precision: str, scores: Sequence[Score], trials: Sequence[Trial]
     if not unit:
         return []
     notes = []
-    near = [t.layer for t in trials if best and t.layer != best.layer and t.feasible and t.damage - best.damage <= error]  # type: ignore[operator]
+    rivals = [t for t in trials if best and t.layer != best.layer and t.feasible]
+    near = [t.layer for t in rivals if t.damage - best.damage <= error]  # type: ignore[operator,union-attr]
     if near:
         notes.append(
-            f"precision: in {precision}, what {some_of(near)} would cost cannot be told from what the edited layer costs"
+            f"precision: in {precision}, what an edit of {some_of(near)} would cost cannot be told from what this one costs"
         )
     edge = [score.layer for score in scores if not score.on_front and _reaches_front(score, scores, unit)]
     if edge:

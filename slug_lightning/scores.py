@@ -80,7 +80,7 @@ def score_layers(
 def _products(
     layer: Layer, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], processes: int
 ) -> tuple[float, float, float, float]:
-    """This process's share of ‖g_f‖², ‖g_r‖², ‖θ‖² and <g_f, g_r>; what several hold is divided among them."""
+    """The share of this process in of ‖g_f‖², ‖g_r‖², ‖θ‖² and <g_f, g_r>; what several hold is divided among them."""
     found = [0.0, 0.0, 0.0, 0.0]
     for name, parameter in layer.parameters.items():
         f, r, w = forget[name], retain[name], local(parameter)

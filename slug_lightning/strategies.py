@@ -85,7 +85,8 @@ class Runner:
         notes = []
         if self.processes.count > 1:
             notes.append(
-                f"{self.processes.count} processes shared the batches: every loss saw a whole batch of its loader, as on one device"
+                f"{self.processes.count} processes shared the batches: every loss saw a whole batch of its loader, as on one "
+                "device"
             )
         if self.is_sharded:
             notes.append("replay: off, as all processes run a sharded model together; every evaluation was computed whole")

@@ -1,0 +1,37 @@
+"""What is refused, and that it says why and what to do instead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.errors import UnlearnError
+from slug_lightning.strategies import refuse_unsupported
+
+
+def named(name: str, base: type = Strategy) -> Strategy:
+    """A strategy whose library or hardware is not here."""
+    return type(name, (base,), {}).__new__(type(name, (base,), {}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy(), "FSDPStrategy is not supported.*neither a norm.*ModelParallelStrategy"),
+        (named("DeepSpeedStrategy", DDPStrategy), "DeepSpeedStrategy is not supported.*engine.*FSDP2"),
+        (named("SingleDeviceXLAStrategy", SingleDeviceStrategy), "XLA.*not supported.*forget on a GPU or CPU"),
+        (named("XLAStrategy", DDPStrategy), "XLA.*not supported"),
+        (named("SomebodysStrategy"), "SomebodysStrategy is not supported, it is not known.*'ddp'"),
+    ],
+)
+def test_a_strategy_under_which_the_answer_would_be_wrong_is_refused_in_setup(strategy, message):
+    with pytest.raises(UnlearnError, match=message):
+        UnlearnCallback().setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), ModelParallelStrategy()])
+def test_one_device_ddp_and_fsdp2_are_supported(strategy):
+    refuse_unsupported(strategy)
