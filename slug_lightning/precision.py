@@ -57,7 +57,7 @@ def close_calls(precision: str, scores: Sequence[Score], trials: Sequence[Trial]
         )
     edge = [score.layer for score in scores if not score.on_front and _reaches_front(score, scores, unit)]
     if edge:
-        notes.append(f"precision: in {precision}, it cannot be told whether {some_of(edge)} should have been tried, too")
+        notes.append(f"precision: in {precision}, it cannot be told whether {some_of(edge, 3)} belong to the front, too")
     return notes
 
 

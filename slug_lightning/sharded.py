@@ -41,7 +41,7 @@ def whole_like(part: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return part
     stride = torch.empty(like.shape, device="meta").stride()
-    parts = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride)
+    parts = DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride)
     return whole(parts)
 
 

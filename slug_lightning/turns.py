@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from slug_lightning.datamodules.base import Chained
+from slug_lightning.datamodules.base import Chained, First
 from slug_lightning.errors import UnlearnError
 from slug_lightning.fingerprints import fingerprint
 from slug_lightning.processes import Processes
@@ -53,7 +53,9 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
     start = 0
     for part in loader.loaders if isinstance(loader, Chained) else [loader]:
         count = 0
-        for turn in _of_indices(part, processes) if processes.shares > 1 and _has_indices(part) else _of_stream(part, processes):
+        source, most = (part.loader, part.count) if isinstance(part, First) else (part, None)
+        by_index = processes.shares > 1 and _has_indices(source)
+        for turn in _of_indices(source, processes, most) if by_index else _of_stream(part, processes):
             yield turn._replace(number=start + turn.number)
             count = max(count, turn.number + 1)
         start += max(processes.exchange("batches read", count))
@@ -64,12 +66,12 @@ def _has_indices(loader: Any) -> bool:
     return type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
 
 
-def _of_indices(loader: DataLoader, processes: Processes) -> Iterator[Turn]:
+def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> Iterator[Turn]:
     """Of a dataset with indices, a process reads only its own batches."""
     same_draws(0)
     # As the loader does before it asks its sampler: one that draws must draw as it does on one device.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    batches = _index_batches(loader)
+    batches = _index_batches(loader)[:most]
     _refuse_different(processes, [len(cast(Sized, loader.dataset)), batches])
     numbers = range(processes.share, _up_to(len(batches), processes.shares), processes.shares)
     turns = [Turn(number, None, number < len(batches)) for number in numbers]
