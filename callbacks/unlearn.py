@@ -5,26 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from slug_lightning.compete import Competition, recorded, stepped
 from slug_lightning.cost import CostMeter, joined
 from slug_lightning.datamodules.base import UnlearnLoaders, as_trainer_limits, resolve_loaders
+from slug_lightning.earlier import Earlier, digest_of_edited
 from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import Granularity, Layer, find_layers, plain_name, refuse_unmovable
 from slug_lightning.loggers import publish
 from slug_lightning.mailbox import Mailbox
-from slug_lightning.metrics import damage
+from slug_lightning.metrics import damage, refuse_infinite
 from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
-from slug_lightning.pareto import pareto_front
-from slug_lightning.patch import Edit, UnlearnPatch, digest_of
+from slug_lightning.patch import Edit, UnlearnPatch
 from slug_lightning.precision import close_calls, rounding
 from slug_lightning.processes import Processes
 from slug_lightning.progress import Progress
@@ -33,27 +34,10 @@ from slug_lightning.report import UnlearnReport
 from slug_lightning.retained import RetainCache
 from slug_lightning.scores import Score, score_layers
 from slug_lightning.search import Trial, best_trial
-from slug_lightning.sharded import whole, whole_like
+from slug_lightning.sharded import local, whole, whole_like, write_local
 from slug_lightning.steps import untouched
 from slug_lightning.strategies import Runner, refuse_unsupported
 from slug_lightning.surroundings import concept_of, folder_of, outdate_checkpoints, refuse_surroundings
-
-
-@dataclass(frozen=True)
-class _Earlier:
-    """An edit that was made before: in the last fit, or in the one that wrote the checkpoint.
-
-    Attributes:
-        report: of it.
-        request: what was asked for, as plain data.
-        data: a fingerprint of the forget data; None in checkpoints of earlier versions.
-        weights: a digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along.
-    """
-
-    report: UnlearnReport
-    request: dict[str, Any]
-    data: Optional[str]
-    weights: Optional[str] = None
 
 
 class UnlearnCallback(pl.Callback):
@@ -98,6 +82,7 @@ class UnlearnCallback(pl.Callback):
 
     Example:
         >>> import lightning.pytorch as pl
+    import torch
         >>> from slug_lightning.callbacks import UnlearnCallback
         >>> callback = UnlearnCallback(retain_tolerance=0.02, layers="encoder.*")
         >>> callback.report is None
@@ -162,8 +147,8 @@ class UnlearnCallback(pl.Callback):
         self.offload_gradient = offload_gradient
         self._report: Optional[UnlearnReport] = None
         self._data: Optional[str] = None
-        self._last: Optional[_Earlier] = None
-        self._earlier: Optional[_Earlier] = None
+        self._last: Optional[Earlier] = None
+        self._earlier: Optional[Earlier] = None
         self._mailbox = Mailbox()
 
     @property
@@ -221,7 +206,7 @@ class UnlearnCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what the checkpoint says; whether it is this callback's own run is known once the weights are there."""
         report = UnlearnReport.from_dict(state_dict["report"])
-        self._earlier = _Earlier(report, state_dict["request"], state_dict.get("data"))
+        self._earlier = Earlier(report, state_dict["request"], state_dict.get("data"))
 
     def _request(self) -> dict[str, Any]:
         """What this callback was asked to do, as far as plain data can say it."""
@@ -240,7 +225,7 @@ class UnlearnCallback(pl.Callback):
     def _remember(self, module: pl.LightningModule) -> None:
         """Let the next fit know what was done in this one, and to which weights it led."""
         assert self._report is not None
-        self._last = _Earlier(self._report, self._request(), self._data, _digest_of_edited(module, self._report))
+        self._last = Earlier(self._report, self._request(), self._data, digest_of_edited(module, self._report))
 
     def _was_done_before(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> bool:
         """Take over the report of an earlier fit, or of the checkpoint, if the model holds the edit that it speaks of.
@@ -255,7 +240,7 @@ class UnlearnCallback(pl.Callback):
         with untouched(module):
             objective = self._objective(module, self._loaders(trainer, runner), runner, progress)
             same_data = objective.fingerprint("forget", "val") == earlier.data
-            same_weights = earlier.weights in (None, _digest_of_edited(module, earlier.report))
+            same_weights = earlier.weights in (None, digest_of_edited(module, earlier.report))
             same = runner.processes.agreed("an earlier edit", same_data and same_weights)
             if not (self.then == "continue" and same):
                 ((name, value),) = objective.measured("forget", "val").items()
@@ -272,7 +257,7 @@ class UnlearnCallback(pl.Callback):
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> UnlearnReport:
         """Validate, measure, choose, search, report; the weights are as they were when this returns or raises."""
         progress = Progress.of(trainer)
-        meter = CostMeter(module.device, self.count_cost)
+        meter = CostMeter(module.device, self.count_cost and not runner.is_sharded)
         with untouched(module):
             runner.reshard()
             loaders = self._loaders(trainer, runner)
@@ -325,7 +310,7 @@ class UnlearnCallback(pl.Callback):
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
         """Measure before the edit what decides, settle the target, and refuse what is forgotten already or not finite."""
         report.search_before = {"forget": objective.measured("forget", "val")}
-        _refuse_infinite("forget", report.search_before["forget"])
+        refuse_infinite("forget", report.search_before["forget"])
         ((name, before),) = report.search_before["forget"].items()
         metric = objective.metrics[name]
         target, reason = self.forget_target, "given"
@@ -360,11 +345,6 @@ class UnlearnCallback(pl.Callback):
         del retain  # before the few that are needed are copied
         if not scores:
             refuse_unmovable(layers)
-        for tower in {score.tower for score in scores}:
-            places = [i for i, score in enumerate(scores) if score.tower == tower]
-            front = pareto_front([(scores[i].importance, scores[i].alignment) for i in places])
-            for i, on_front in zip(places, front, strict=True):
-                scores[i] = replace(scores[i], on_front=on_front)
         chosen = {score.layer for score in scores if score.on_front}
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         return scores, {name: forget[name].clone() for layer in layers if layer.name in chosen for name in layer.parameters}
@@ -405,7 +385,7 @@ class UnlearnCallback(pl.Callback):
             unit=rounding(objective.module.trainer.precision),
         )
         trials, report.search_before["retain"] = competition.run(front)
-        _refuse_infinite("retain", report.search_before["retain"])
+        refuse_infinite("retain", report.search_before["retain"])
         report.trace = [asdict(trial) for trial in trials]
         return trials, competition.error
 
@@ -437,10 +417,12 @@ class UnlearnCallback(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport, processes: Processes) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
-        patch, edited_part = report.patch, own_model(module)
+        patch = report.patch
+        named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
+        before = {name: local(named[name]).clone() for name in report.tensors}
         try:
             if patch is not None:
-                patch.apply(edited_part)
+                patch.apply(own_model(module))
                 if len(set(processes.exchange("the edit", patch.digest))) > 1:
                     raise UnlearnError("the processes have found different edits; do they compute on different hardware?")
             self._report = report  # before the checkpoint is written, which holds it
@@ -454,22 +436,11 @@ class UnlearnCallback(pl.Callback):
                 self._mailbox.leave(report, trainer.strategy)
         except BaseException:
             self._report = None
-            if patch is not None:
-                patch.restore(edited_part)
+            with torch.no_grad():  # by what this process holds: the others may not be there to help
+                for name, values in before.items():
+                    write_local(named[name], values)
             raise
         progress = Progress.of(trainer)
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")
-
-
-def _digest_of_edited(module: pl.LightningModule, report: UnlearnReport) -> str:
-    """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
-    named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
-    return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")
-
-
-def _refuse_infinite(kind: str, values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")

@@ -111,6 +111,17 @@ def damage(metrics: Mapping[str, Metric], before: Mapping[str, float], after: Ma
     return max(lost - slack, 0.0) / (tolerance + slack) if lost > 0 else lost / (tolerance or 1.0)
 
 
+def refuse_infinite(kind: str, values: Mapping[str, float]) -> None:
+    """Refuse to go on from a metric that is not a number.
+
+    Raises:
+        UnlearnError: if a value is NaN or infinite.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")
+
+
 def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
     """Find out which way a metric is better and where chance lies.
 

@@ -139,10 +139,6 @@ class UnlearnPatch:
                 raise PatchError(f"{name}: nothing to revert at strength {strength:g}: {reason}")
         _write(targets, self.base)
 
-    def restore(self, model: nn.Module | MutableMapping[str, Tensor]) -> None:
-        """Put the tensors back whatever they are now, as after an `apply` that was interrupted."""
-        _write(_locate(self.base, model), self.base)
-
     @staticmethod
     def combine(patches: Sequence[UnlearnPatch]) -> UnlearnPatch:
         """Make one patch of several that were made on the same base; edits of one tensor add up.

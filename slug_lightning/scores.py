@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from slug_lightning.layers import Layer
+from slug_lightning.pareto import pareto_front
 from slug_lightning.processes import Processes
 from slug_lightning.sharded import copies, local
 
@@ -52,8 +53,8 @@ def score_layers(
         processes: that hold the model; products of parts are added up, so that no tensor is gathered.
 
     Returns:
-        The scores (SLUG, arXiv 2407.11867), without layers whose forget gradient or weight is zero: such a layer cannot
-        be moved by a relative step.
+        The scores (SLUG, arXiv 2407.11867), with the front of each tower, and without layers whose forget gradient or
+        weight is zero: such a layer cannot be moved by a relative step.
 
     Example:
         >>> import torch
@@ -74,6 +75,11 @@ def score_layers(
         # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
         alignment = min(abs(dot) / (forget_norm * retain_norm), 1.0) if retain_norm else 0.0
         scores.append(Score(layer.name, layer.tower, forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm))
+    for tower in {score.tower for score in scores}:
+        places = [i for i, score in enumerate(scores) if score.tower == tower]
+        front = pareto_front([(scores[i].importance, scores[i].alignment) for i in places])
+        for i, on_front in zip(places, front, strict=True):
+            scores[i] = replace(scores[i], on_front=on_front)
     return scores
 
 

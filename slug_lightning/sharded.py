@@ -40,8 +40,8 @@ def whole_like(part: Tensor, like: Tensor) -> Tensor:
     """All of a tensor of which `part` is what this process holds, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return part
-    stride = torch.empty(like.shape, device="meta").stride()
-    parts = DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride)
+    how = {"shape": like.shape, "stride": torch.empty(like.shape, device="meta").stride()}
+    parts = DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False, **how)
     return whole(parts)
 
 

@@ -89,7 +89,9 @@ class Runner:
                 "device"
             )
         if self.is_sharded:
-            notes.append("replay: off, as all processes run a sharded model together; every evaluation was computed whole")
+            notes.append(
+                "a sharded model is run by all processes together: every evaluation was computed whole, and no operations counted"
+            )
         return notes
 
     def turns(self, loader: Iterable[Any]) -> Iterator[Turn]:

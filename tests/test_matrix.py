@@ -205,6 +205,8 @@ def test_every_way_gives_the_answer_of_one_device(model, precision):
 def test_every_precision_chooses_the_layer_of_fp32_or_says_why_not(model, precision):
     reference, report = (outcomes(model, p)["one device", 1][0].report for p in ("32-true", precision))
     doubts = [note for note in report["notes"] if note.startswith("precision:")]
-    print(f"\n{model:<6}{precision:<12}{report['layer']:<52}{report['relative_step']:.4f}, in fp32 {reference['relative_step']:.4f}")
+    print(
+        f"\n{model:<6}{precision:<12}{report['layer']:<52}{report['relative_step']:.4f}, in fp32 {reference['relative_step']:.4f}"
+    )
     print(*doubts, sep="\n")
     assert report["layer"] == reference["layer"] or doubts

@@ -31,7 +31,7 @@ def score(weight: Tensor, forget: Tensor, retain: Tensor) -> Score | None:
 def test_the_closed_form():
     found = score(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.eye(2))
     alignment = pytest.approx(3 / (5 * math.sqrt(2)))
-    assert found == Score("w", "tower", 2.5, alignment, 5.0, 2.0, pytest.approx(math.sqrt(2)), on_front=False)
+    assert found == Score("w", "tower", 2.5, alignment, 5.0, 2.0, pytest.approx(math.sqrt(2)), on_front=True)
 
 
 @settings(deadline=None, max_examples=60)

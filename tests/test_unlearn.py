@@ -149,7 +149,7 @@ def test_infeasible_leaves_every_bit_and_says_so():
         "resolve_loaders",
         "find_layers",
         "score_layers",
-        "pareto_front",
+        "close_calls",
         "Competition",
         "Replay",
         "damage",
