@@ -26,7 +26,7 @@ from slug_lightning.modules.base import own_model
 from slug_lightning.objective import Objective, refuse_unusable_steps
 from slug_lightning.output import fresh_folder, save_run
 from slug_lightning.patch import Edit, UnlearnPatch
-from slug_lightning.precision import close_calls, rounding
+from slug_lightning.precision import close_calls, rounding, rounding_errors
 from slug_lightning.processes import Processes
 from slug_lightning.progress import Progress
 from slug_lightning.replay import Replay
@@ -269,6 +269,10 @@ class UnlearnCallback(pl.Callback):
             report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
             with meter.phase("validate"):
                 self._validate(objective, report)
+            errors = {}
+            if trainer.precision.endswith("-mixed"):
+                with meter.phase("rounding"):
+                    errors = _rounding_errors(objective, layers)
             with meter.phase("gradients"):
                 scores, gradient = self._measure(objective, layers)
             report.scores = [asdict(score) for score in scores]
@@ -279,7 +283,7 @@ class UnlearnCallback(pl.Callback):
             with meter.phase("search"):
                 trials, error = self._search(objective, report, front, by_name, gradient, progress)
             best = best_trial(trials)
-            report.notes += close_calls(trainer.precision, scores, trials, best, error)
+            report.notes += close_calls(trainer.precision, scores, errors, trials, best, error)
             with meter.phase("report"):
                 self._conclude(objective, report, by_name[best.layer] if best else None, best, gradient)
             report.cost = joined(runner.processes.exchange("cost", meter.report())) | {
@@ -444,3 +448,14 @@ class UnlearnCallback(pl.Callback):
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")
+
+
+def _rounding_errors(objective: Objective, layers: list[Layer]) -> dict[str, tuple[float, float]]:
+    """How far off a mixed precision puts the scores, on half a batch."""
+    parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+
+    def scores(exact: bool) -> list[Score]:
+        gradients = [objective.sample_gradient(kind, parameters, exact) for kind in objective.names]
+        return score_layers(layers, *gradients, objective.processes)
+
+    return rounding_errors(scores(exact=True), scores(exact=False))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
@@ -71,17 +73,39 @@ class Objective:
 
     def gradient(self, kind: Kind, parameters: Mapping[str, Tensor]) -> Gradient:
         """Differentiate the mean loss over the `train` split of `kind`."""
+        turns = self.progress(self._turns(kind, "train"), f"gradient, {kind}")
+        return self._differentiated(kind, parameters, turns, self.runner.forward_context)
 
+    def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
+        """Differentiate the mean loss of half a batch, which in 32 bits needs no more memory than all of it in 16.
+
+        Args:
+            kind: "forget" or "retain".
+            parameters: by name.
+            exact: without the autocasting of the trainer's precision.
+        """
+        turns = (
+            Turn(turn.number, _first_half(turn.batch), counts=turn.number == 0)
+            for turn in itertools.islice(self._turns(kind, "train"), 1)
+        )
+        return self._differentiated(kind, parameters, turns, nullcontext if exact else self.runner.forward_context).tensors
+
+    def _differentiated(
+        self,
+        kind: Kind,
+        parameters: Mapping[str, Tensor],
+        turns: Iterable[Turn],
+        forward: Callable[[], AbstractContextManager[None]],
+    ) -> Gradient:
         def loss_of(batch: Any, number: int) -> tuple[Tensor | None, int]:
             same_draws(number)  # again: a batch whose gradient overflows is run a second time
-            with self.runner.forward_context():
+            with forward():
                 loss = self._loss(kind, batch, number)
             if loss is not None and not loss.requires_grad:
                 raise UnlearnError(f"{kind}: the loss of the step has no graph; return it without detach() or item()")
             return loss, batch_samples(batch)
 
         with torch.enable_grad(), self.runner.differentiating(self.module, parameters), read_logs(self.module):
-            turns = self.progress(self._turns(kind, "train"), f"gradient, {kind}")
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros
                     warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
@@ -241,6 +265,16 @@ class Objective:
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
         return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))
+
+
+def _first_half(batch: Any) -> Any:
+    """The first half of the samples, rounded up; what is no tensor with a place for each sample stays."""
+    count = batch_samples(batch)
+
+    def half(leaf: Any) -> Any:
+        return leaf[: -(-count // 2)] if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else leaf
+
+    return tree_map(half, batch)
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:

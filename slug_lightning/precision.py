@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from slug_lightning.layers import some_of
 from slug_lightning.metrics import Metric
@@ -35,34 +36,60 @@ def damage_error(metrics: Mapping[str, Metric], before: Mapping[str, float], tol
     return max(errors) / (tolerance or 1.0)
 
 
-def close_calls(precision: str, scores: Sequence[Score], trials: Sequence[Trial], best: Trial | None, error: float) -> list[str]:
-    """Sentences for the report: layers that another precision might have chosen, or let take part.
+def rounding_errors(exact: Sequence[Score], rounded: Sequence[Score]) -> dict[str, tuple[float, float]]:
+    """How far off a precision puts each layer's score, as seen on a sample computed both ways.
+
+    Args:
+        exact: scores in 32 bits.
+        rounded: the same in the trainer's precision.
+
+    Returns:
+        By layer the relative error of the importance and the error of the alignment: its own, or the median of all if that
+        is larger, as one sample may be right by luck.
+    """
+    before = {score.layer: score for score in exact}
+    pairs = [(before[score.layer], score) for score in rounded if score.layer in before]
+    importance = {old.layer: abs(new.importance / old.importance - 1) for old, new in pairs}
+    alignment = {old.layer: abs(new.alignment - old.alignment) for old, new in pairs}
+    usual = (median(importance.values()), median(alignment.values())) if pairs else (0.0, 0.0)
+    return {layer: (max(importance[layer], usual[0]), max(alignment[layer], usual[1])) for layer in importance}
+
+
+def close_calls(
+    precision: str,
+    scores: Sequence[Score],
+    errors: Mapping[str, tuple[float, float]],
+    trials: Sequence[Trial],
+    best: Trial | None,
+    error: float,
+) -> list[str]:
+    """Sentences for the report: where another precision might have chosen another layer.
 
     Args:
         precision: the trainer's name for it.
         scores: of all layers.
+        errors: of the scores, as `rounding_errors` gives them.
         trials: of the search.
         best: the chosen one.
         error: of the damage, as `damage_error` gives it.
     """
-    unit = rounding(precision)
-    if not unit:
-        return []
     notes = []
     rivals = [t for t in trials if best and t.layer != best.layer and t.feasible]
-    near = [t.layer for t in rivals if t.damage - best.damage <= error]  # type: ignore[operator,union-attr]
+    near = [t.layer for t in rivals if t.damage - best.damage < error]  # type: ignore[operator,union-attr]
     if near:
         notes.append(
-            f"precision: in {precision}, what an edit of {some_of(near)} would cost cannot be told from what this one costs"
+            f"precision: in {precision}, what an edit of {some_of(near, 3)} would cost cannot be told from what this one costs"
         )
-    edge = [score.layer for score in scores if not score.on_front and _reaches_front(score, scores, unit)]
+    edge = [score.layer for score in scores if score.layer in errors and _may_change_sides(score, scores, errors[score.layer])]
     if edge:
-        notes.append(f"precision: in {precision}, it cannot be told whether {some_of(edge, 3)} belong to the front, too")
+        edge.sort(key=lambda layer: best is None or layer != best.layer)  # the edited one first
+        notes.append(f"precision: in {precision}, it cannot be told whether these belong to the front: {some_of(edge, 3)}")
     return notes
 
 
-def _reaches_front(score: Score, scores: Sequence[Score], unit: float) -> bool:
-    """Whether a layer would be on its front if rounding had been to its disadvantage, and to the others' advantage."""
-    others = [s for s in scores if s.tower == score.tower and s.on_front]
-    better = score.importance * (1 + 2 * unit), max(score.alignment - 2 * unit, 0.0)
-    return pareto_front([better, *((s.importance, s.alignment) for s in others)])[0]
+def _may_change_sides(score: Score, scores: Sequence[Score], error: tuple[float, float]) -> bool:
+    """Whether a layer would be off its front, or on it, if its score were off by its error."""
+    others = [(s.importance, s.alignment) for s in scores if s.tower == score.tower and s.layer != score.layer]
+    sign = -1 if score.on_front else 1
+    moved = score.importance * (1 + sign * error[0]), max(score.alignment - sign * error[1], 0.0)
+    return pareto_front([moved, *others])[0] != score.on_front

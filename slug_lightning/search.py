@@ -9,7 +9,8 @@ from dataclasses import dataclass
 START = 0.1
 """First relative step λ‖g_f‖/‖θ‖ (SLUG, arXiv 2407.11867)."""
 FINE = 0.05
-"""The search ends when the bracket is this narrow, relative to its upper end,"""
+"""The search ends when the bracket is this narrow, relative to its upper end (but for rounding),"""
+ROUNDING = 1e-6
 OVERSHOOT = 0.05
 """or when the metric is no further beyond the target than this share of the whole way."""
 
@@ -86,7 +87,7 @@ def search_step(
             # At most doubled, as the step may do anything beyond; less where the target is near.
             step *= min(max(1.1 / point[1], 1.2), 2.0) if point[1] > 0 else 2.0
             continue
-        if high[1] <= 1 + OVERSHOOT or high[0] - low[0] <= FINE * high[0]:
+        if high[1] <= 1 + OVERSHOOT or high[0] - low[0] <= FINE * (1 + ROUNDING) * high[0]:
             break
         halve = not halve and high[0] - low[0] > width / 2
         step = (low[0] + high[0]) / 2 if halve else _interpolated(low, high)

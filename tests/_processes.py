@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -35,7 +36,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         processes = [
-            CONTEXT.Process(target=_child, args=(rank, count, port, Path(folder), function, args), daemon=True)
+            CONTEXT.Process(target=_child, args=(rank, count, port, Path(folder), timeout, function, args), daemon=True)
             for rank in range(count)
         ]
         for process in processes:
@@ -48,14 +49,18 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
             process.kill()
             process.join()
         if stuck:
-            raise TimeoutError(f"processes {stuck} of {count} were still waiting after {timeout} s")
+            where = "".join(log.read_text()[-3000:] for log in sorted(Path(folder).glob("*.log")))
+            raise TimeoutError(f"processes {stuck} of {count} were still waiting after {timeout} s:\n{where}")
         return [_result(Path(folder), rank, process.exitcode) for rank, process in enumerate(processes)]
 
 
-def _child(rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int, count: int, port: int, folder: Path, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w")  # noqa: SIM115 (until the process ends)
+    faulthandler.dump_traceback_later(timeout - 1, file=sys.stderr)
     torch.set_num_threads(1)
     code = 0
     try:

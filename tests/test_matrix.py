@@ -35,6 +35,9 @@ SCALE = 2.0**18
 TOLERANCE = {"32-true": 1e-6, "bf16-mixed": 2.0**-8, "16-mixed": 2.0**-11}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+
+
 @functools.cache
 def emoji() -> UnlearnDataModule:
     """Two pictures to forget in each split (fewer than processes), odd sizes, an uneven last batch."""
@@ -164,7 +167,7 @@ def front(report: dict[str, Any]) -> list[str]:
 
 @functools.cache
 def outcomes(model: str, precision: str) -> dict[tuple[str, int], list[Outcome]]:
-    return {way: in_processes(way[1], forget, model, way[0], precision) for way in WAYS}
+    return {way: in_processes(way[1], forget, model, way[0], precision, timeout=60) for way in WAYS}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
