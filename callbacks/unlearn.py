@@ -455,7 +455,7 @@ def _rounding_errors(objective: Objective, layers: list[Layer]) -> dict[str, tup
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
 
     def scores(exact: bool) -> list[Score]:
-        gradients = [objective.sample_gradient(kind, parameters, exact) for kind in objective.names]
-        return score_layers(layers, *gradients, objective.processes)
+        forget, retain = (objective.sample_gradient(kind, parameters, exact) for kind in objective.names)
+        return score_layers(layers, forget, retain, objective.processes)
 
     return rounding_errors(scores(exact=True), scores(exact=False))

@@ -20,7 +20,7 @@ def local(tensor: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     with torch.no_grad():  # else it would be a node of a graph
-        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def write_local(tensor: Tensor, values: Tensor) -> None:
@@ -33,15 +33,21 @@ def write_local(tensor: Tensor, values: Tensor) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered where it is sharded; then every process must call this."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole_like(part: Tensor, like: Tensor) -> Tensor:
     """All of a tensor of which `part` is what this process holds, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return part
-    how = {"shape": like.shape, "stride": torch.empty(like.shape, device="meta").stride()}
-    parts = DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False, **how)
+    parts = DTensor.from_local(
+        part.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=torch.empty(like.shape, device="meta").stride(),
+    )
     return whole(parts)
 
 

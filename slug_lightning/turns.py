@@ -54,16 +54,15 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
     for part in loader.loaders if isinstance(loader, Chained) else [loader]:
         count = 0
         source, most = (part.loader, part.count) if isinstance(part, First) else (part, None)
-        by_index = processes.shares > 1 and _has_indices(source)
-        for turn in _of_indices(source, processes, most) if by_index else _of_stream(part, processes):
+        # A subclass may do anything while it is read.
+        if processes.shares > 1 and type(source) is DataLoader and not isinstance(source.dataset, IterableDataset):
+            turns = _of_indices(source, processes, most)
+        else:
+            turns = _of_stream(part, processes)
+        for turn in turns:
             yield turn._replace(number=start + turn.number)
             count = max(count, turn.number + 1)
         start += max(processes.exchange("batches read", count))
-
-
-def _has_indices(loader: Any) -> bool:
-    # A subclass may do anything while it is read.
-    return type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
 
 
 def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> Iterator[Turn]:
@@ -79,7 +78,7 @@ def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> I
     mine = [batches[turn.number if turn.counts else turn.number - processes.share] for turn in turns]
     how = {"batch_size": None, "sampler": mine} if loader.batch_sampler is None else {"batch_sampler": mine}
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-    own = DataLoader(loader.dataset, **how, **{name: getattr(loader, name) for name in kept})  # type: ignore[arg-type]
+    own = DataLoader(loader.dataset, **how, **{name: getattr(loader, name) for name in kept})
     for turn, batch in zip(turns, _drawing_anew(own, [turn.number for turn in turns]), strict=True):
         yield turn._replace(batch=batch)
 
