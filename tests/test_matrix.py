@@ -181,7 +181,8 @@ def test_every_way_gives_the_answer_of_one_device(model, precision):
             assert isinstance(process, Outcome), f"{way}, {count} processes: {process}"
         report = processes[0].report
         error = abs(report["step_size"] / alone.report["step_size"] - 1)
-        sums = processes[0].all_reduces / 2
+        # Forget and retain; of a mixed precision also both on half a batch, in fp32 and as it is.
+        sums = processes[0].all_reduces / (2 if precision == "32-true" else 6)
         print(
             f"{model:<6}{precision:<12}{way:<12}{count:<3}{report['layer']:<52}{report['step_size']:<12.6g}{error:<10.1e}{sums:<18g}"
         )
