@@ -8,16 +8,23 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from _processes import in_processes
+from _simulated import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from slug_lightning import gradients
 from slug_lightning.cost import CostMeter
 from slug_lightning.errors import UnlearnError
 from slug_lightning.processes import Processes
-from slug_lightning.turns import take_turns
+from slug_lightning.sharded import shard, whole_like
+from slug_lightning.turns import Turn, take_turns
 
 SAMPLES = 12
 
@@ -272,3 +279,313 @@ def test_an_empty_set_and_a_set_without_losses_are_told_apart():
         mean_gradient(lambda x, _: (w.sum(), 1), [], {"w": w})
     with pytest.raises(UnlearnError, match="retain: the step returns no loss for any batch"):
         mean_gradient(lambda x, _: (None, 1), [0, 1], {"w": w}, "retain")
+
+
+# ---- 16 bits: a batch that overflows is run again
+
+
+class Half(torch.autograd.Function):
+    """The identity, whose gradient goes through float16, as that of a half-precision layer does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.half().to(gradient.dtype)
+
+
+def scaled(scale=2.0**16, processes=None, averages=1, interval=2000):
+    scaler = GradScaler("cpu", init_scale=scale, growth_interval=interval)
+    return gradients.Backward(processes, scaler, averages)
+
+
+class ThroughHalf:
+    """A mean over samples x of w·x, whose gradient passes 16 bits on its way to w; remembers each run and its scale."""
+
+    def __init__(self, w, backward):
+        self.w, self.backward, self.runs = w, backward, []
+
+    def __call__(self, x, number):
+        self.runs.append((number, self.backward.scaler.get_scale()))
+        return (Half.apply(self.w) * x).sum() / len(x), len(x)
+
+
+def factors(*values):
+    return [torch.tensor(batch).view(-1, 1) for batch in values]
+
+
+def test_a_batch_that_overflows_is_run_again_with_half_the_scale():
+    w = torch.ones(1, requires_grad=True)
+    backward = scaled(2.0**16)
+    loss_of = ThroughHalf(w, backward)
+    # 65536 · 0.5 fits into 16 bits; 65536 · 1 does not, nor does 32768 · 5, 16384 · 5; 8192 · 5 does.
+    batches = factors([0.5], [1.0], [5.0], [0.25, 0.75])
+    found = gradients.mean_gradient(loss_of, take_turns(batches, Processes()), {"w": w}, backward=backward)
+    scales = [(0, 16), (1, 16), (1, 15), (2, 15), (2, 14), (2, 13), (3, 13)]
+    assert loss_of.runs == [(number, 2.0**scale) for number, scale in scales]
+    assert found.tensors["w"].item() == (0.5 + 1 + 5 + 0.25 + 0.75) / 5
+    assert found.samples == 5 and found.loss == (0.5 + 1 + 5 + 2 * 0.5) / 5
+    assert w.grad is None and not w._post_accumulate_grad_hooks
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    batches=st.lists(st.lists(st.integers(-64, 64).map(float), min_size=1, max_size=3), min_size=1, max_size=5),
+    scale=st.integers(-3, 20),
+)
+def test_whatever_the_scale_the_gradient_is_that_without_one(batches, scale):
+    w, untouched = torch.ones(1, requires_grad=True), torch.ones(2, requires_grad=True)
+    backward = scaled(2.0**scale)
+    loss_of = ThroughHalf(w, backward)
+    parameters = {"w": w, "untouched": untouched}
+    found = gradients.mean_gradient(loss_of, take_turns(factors(*batches), Processes()), parameters, backward=backward)
+    values = [value for batch in batches for value in batch]
+    assert found.tensors["w"].item() == pytest.approx(sum(values) / len(values), rel=1e-3, abs=1e-3 * 64)
+    assert found.loss == pytest.approx(sum(values) / len(values), abs=1e-5) and found.samples == len(values)
+    assert torch.equal(found.tensors["untouched"], torch.zeros(2))
+    assert [number for number, _ in dict.fromkeys(loss_of.runs)] == sorted(number for number, _ in loss_of.runs)
+    wanted = 2.0**scale
+    for number, batch in enumerate(batches):
+        own = [used for n, used in loss_of.runs if n == number]
+        assert own[0] == wanted and own == [wanted / 2**i for i in range(len(own))]
+        wanted = own[-1]
+        largest = abs(torch.tensor(batch).sum() / len(batch)).item()
+        assert largest * own[-1] < 65520 and all(largest * used > 65500 for used in own[:-1])
+
+
+def test_of_an_overflowing_batch_no_tensors_gradient_is_added_not_even_those_that_are_finite():
+    small, large = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    backward = scaled(2.0**16)
+    runs = []
+
+    def loss_of(x, number):
+        runs.append(number)
+        return (small * x + Half.apply(large) * 8 * x).sum(), 1
+
+    batches = [torch.tensor([1.0]), torch.tensor([3.0])]
+    parameters = {"small": small, "large": large}
+    found = gradients.mean_gradient(loss_of, take_turns(batches, Processes()), parameters, backward=backward)
+    assert (found.tensors["small"].item(), found.tensors["large"].item()) == (2.0, 16.0)
+    assert runs == [0] * 5 + [1] * 2  # 2^16 · 8 … 2^12 · 8 fits; 2^12 · 24 does not, 2^11 · 24 does
+    assert found.loss == pytest.approx(18) and found.samples == 2
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 1.0])
+def test_a_gradient_that_is_finite_at_no_scale_ends_with_the_remedy(scale):
+    w = torch.zeros(1, requires_grad=True)
+    backward = scaled(scale)
+    runs = []
+
+    def loss_of(x, number):
+        runs.append(number)
+        return w.sqrt().sum(), 1
+
+    with pytest.raises(UnlearnError, match=r"retain, batch 0: the gradient is not finite in 16 bits.*bf16-mixed or 32"):
+        gradients.mean_gradient(loss_of, take_turns([None], Processes()), {"w": w}, "retain", backward)
+    assert 14 <= len(runs) <= 40
+    assert w.grad is None and not w._post_accumulate_grad_hooks
+
+
+def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale():
+    w = torch.ones(1, requires_grad=True)
+    backward = scaled()
+    with pytest.raises(UnlearnError, match="batch 0: the loss is inf"):
+        gradients.mean_gradient(
+            lambda x, _: ((w * x).sum(), 1), take_turns([torch.inf], Processes()), {"w": w}, backward=backward
+        )
+    assert backward.scaler.get_scale() == 2.0**16
+
+
+def test_the_scale_never_grows_between_batches():
+    w = torch.ones(1, requires_grad=True)
+    backward = scaled(2.0**10, interval=1)
+    loss_of = ThroughHalf(w, backward)
+    gradients.mean_gradient(loss_of, take_turns(factors([1.0], [1.0], [1.0]), Processes()), {"w": w}, backward=backward)
+    assert {scale for _, scale in loss_of.runs} == {2.0**10}
+
+
+def test_where_parts_of_a_gradient_lie_elsewhere_all_run_the_batch_again():
+    """One process's part overflows; the other's would have been finite."""
+    runs = {0: [], 1: []}
+
+    def run(processes):
+        w = torch.ones(1, requires_grad=True)
+        runs[processes.share] = []
+        backward = scaled(2.0**16, processes)
+
+        def loss_of(x, number):
+            runs[processes.share].append(backward.scaler.get_scale())
+            return (Half.apply(w) * x * (3 if processes.share else 0.5)).sum(), 1
+
+        turns = [Turn(processes.share, torch.ones(1))]
+        return gradients.mean_gradient(loss_of, turns, {"w": w}, backward=backward).tensors["w"].item()
+
+    assert simulate(2, run, in_step=True) == [1.75, 1.75]
+    assert runs[0] == runs[1] == [2.0**16, 2.0**15, 2.0**14]
+    assert simulate(2, run) == [1.75, 1.75]
+    assert runs[0] == [2.0**16] and runs[1] == [2.0**16, 2.0**15, 2.0**14]
+
+
+# ---- several processes
+
+
+@settings(deadline=None, max_examples=15)
+@given(cuts=st.sets(st.integers(1, SAMPLES - 1)), shares=st.integers(1, 4), scale=st.sampled_from([None, 2.0**3]))
+def test_however_many_processes_share_the_batches_it_is_one_gradient(cuts, shares, scale):
+    x, y, w = regression()
+    edges = [0, *sorted(cuts), SAMPLES]
+    batches = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(edges)]
+
+    def run(processes):
+        scaler = None if scale is None else GradScaler("cpu", init_scale=scale)
+        backward = gradients.Backward(processes, scaler)
+        found = gradients.mean_gradient(mse_of(w), take_turns(batches, processes), {"w": w}, backward=backward)
+        return found, processes.sums
+
+    whole = mean_gradient(mse_of(w), [(x, y)], {"w": w})
+    for found, sums in simulate(shares, run):
+        torch.testing.assert_close(found.tensors["w"], whole.tensors["w"], rtol=1e-12, atol=1e-14)
+        assert (found.loss, found.samples) == (pytest.approx(whole.loss, rel=1e-12), SAMPLES)
+        assert sums == (shares > 1)
+
+
+def test_sets_without_losses_and_without_batches_are_told_apart_by_all_processes():
+    w = torch.ones(1, requires_grad=True)
+
+    def run(batches, loss):
+        def one(processes):
+            backward = gradients.Backward(processes)
+            return gradients.mean_gradient(lambda x, _: (loss, 1), take_turns(batches, processes), {"w": w}, backward=backward)
+
+        return [str(error) for error in simulate(2, one)]
+
+    assert all("the set is empty" in message for message in run([], None))
+    assert all("no loss for any batch" in message for message in run([0], None))
+
+
+def test_a_loss_that_is_not_finite_in_a_stand_in_is_nobodys_concern():
+    w = torch.ones(1, requires_grad=True)
+
+    def run(processes):
+        backward = gradients.Backward(processes)
+        turns = [Turn(0, 2.0, processes.share == 0), Turn(2, 4.0 if processes.share == 0 else torch.inf, processes.share == 0)]
+        return gradients.mean_gradient(lambda x, _: ((w * x).sum(), 1), turns, {"w": w}, backward=backward).tensors["w"].item()
+
+    assert simulate(2, run) == [3.0, 3.0]
+
+
+class Net(nn.Module):
+    """fp64 and fp32 tensors, and one that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.wide, self.narrow, self.unused = nn.Linear(3, 5).double(), nn.Linear(5, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.narrow(torch.tanh(self.wide(x)).float()).square().mean()
+
+
+def data():
+    return torch.randn(17, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def by_ddp(batch_size):
+    dist.init_process_group("gloo")
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    calls = []
+    all_reduce, dist.all_reduce = dist.all_reduce, lambda tensor, **how: (calls.append(tensor.dtype), all_reduce(tensor, **how))
+    net = Net()
+    turns = take_turns(DataLoader(data(), batch_size=batch_size), processes)
+    backward = gradients.Backward(processes)
+    found = gradients.mean_gradient(lambda x, _: (net(x), len(x)), turns, dict(net.named_parameters()), backward=backward)
+    return found, calls
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_three_processes_give_the_gradient_of_autograd_by_one_sum_for_each_kind_of_number(batch_size):
+    net = Net()
+    expected = dict(
+        zip(
+            dict(net.named_parameters()),
+            torch.autograd.grad(net(data()), list(net.parameters()), allow_unused=True, materialize_grads=True),
+            strict=True,
+        )
+    )
+    found = in_processes(3, by_ddp, batch_size)
+    for gradient, calls in found:
+        assert sorted(map(str, calls)) == ["torch.float32", "torch.float64"]
+        assert gradient.samples == 17
+        assert gradient.loss == pytest.approx(net(data()).item())
+        for name, tensor in expected.items():
+            assert gradient.tensors[name].dtype == tensor.dtype
+            torch.testing.assert_close(gradient.tensors[name], tensor, rtol=1e-5, atol=1e-7)
+            assert torch.equal(gradient.tensors[name], found[0][0].tensors[name])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks = nn.ModuleList([nn.Linear(3, 7), nn.Linear(7, 3), nn.Linear(3, 2, bias=False)])
+        self.scale = nn.Parameter(torch.tensor(1.5))  # stays whole: a number cannot be sharded
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x)) * self.scale
+        return x.square().mean()
+
+
+def rows(sizes):
+    return torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(6)).split(sizes)
+
+
+def by_fsdp(sizes, half):
+    dist.init_process_group("gloo")
+    count = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count,), mesh_dim_names=(gradients.DATA,))
+    net = Block()
+    shard(net, mesh)
+    processes = Processes(dist.get_rank(), count, mesh.get_group(), in_step=True)
+    scaler = GradScaler("cpu", init_scale=2.0**17) if half else None
+    backward = gradients.Backward(processes, scaler, averages=count)
+    parameters = dict(net.named_parameters())
+    runs = []
+
+    def loss_of(x, number):
+        runs.append(number)
+        loss = net(x)
+        return (Half.apply(loss) if half else loss), len(x)
+
+    turns = take_turns(list(rows(sizes)), processes)
+    found = gradients.mean_gradient(loss_of, turns, parameters, backward=backward)
+    tensors = {name: whole_like(found.tensors[name], parameters[name]) for name in parameters}
+    return tensors, found.loss, found.samples, processes.sums, len(runs)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("count", "sizes"), [(2, (4, 1, 3)), (2, (5,)), (3, (1, 6, 2, 2)), (2, (3, 3))])
+def test_what_a_sharded_model_averages_is_the_mean_over_the_samples(count, sizes, half):
+    net, everything = Block(), torch.cat(rows(sizes))
+    expected = dict(zip(dict(net.named_parameters()), torch.autograd.grad(net(everything), list(net.parameters())), strict=True))
+    found = in_processes(count, by_fsdp, sizes, half)
+    rounds = -(-len(sizes) // count)
+    for tensors, loss, samples, sums, runs in found:
+        assert samples == sum(sizes) and loss == pytest.approx(net(everything).item(), rel=1e-5)
+        assert sums == 1, "of what stays whole; the rest is summed by FSDP"
+        assert runs == (rounds + 2 if half else rounds)  # 2^17 and 2^16 overflow; 2^15 doesn't, and stays
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=2e-3 if half else 1e-5, atol=1e-4 if half else 1e-7)
+            assert torch.equal(tensors[name], found[0][0][name])
+
+
+def test_a_sharded_model_refuses_a_step_without_a_loss():
+    w = torch.ones(1, requires_grad=True)
+
+    def run(processes):
+        backward = gradients.Backward(processes, averages=2)
+        return gradients.mean_gradient(lambda x, _: (None, 1), take_turns([1, 2], processes), {"w": w}, backward=backward)
+
+    assert all("a sharded model must run every batch" in str(error) for error in simulate(2, run, in_step=True))
