@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from _processes import in_processes
+from _simulated import Simulated, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.processes import Processes
 from slug_lightning.steps import Attempt, LogReader, batch_samples, loss_in, read_logs, untouched
 
 PREDICTED, TRUE = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 0])
@@ -372,3 +375,253 @@ def test_anything_else_is_refused_by_what_it_is(output, said):
 @pytest.mark.parametrize("batch", [torch.ones(5, 2), [torch.ones(5), torch.ones(5, 3)], {"image": torch.ones(5, 3, 2, 2)}])
 def test_samples_are_counted_along_the_first_dimension(batch):
     assert batch_samples(batch) == 5
+
+
+# ---- what several processes log is what one would have logged
+
+entries = st.lists(
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), st.floats(-1e6, 1e6, width=32), st.integers(0, 5)), max_size=3),
+    max_size=8,
+)
+
+
+def fill(reader, number, batch):
+    reader.number = number
+    for name, value, weight in batch:
+        reader.log(name, torch.tensor(value), batch_size=weight)
+
+
+def some_or_none(reader):
+    """Values to the last bit, which tells 0 from -0, too."""
+    return {name: value.hex() for name, value in reader.values().items()}, reader.logged(), reader.entries_as_told()
+
+
+class Told(LogReader):
+    def entries_as_told(self):
+        return [(entry.number, entry.name, float(entry.value), entry.weight) for entry in self.entries]
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches=entries, shares=st.integers(1, 4), every=st.integers(1, 9))
+def test_shared_logs_are_those_of_one_process_to_the_last_bit(batches, shares, every):
+    """However often they are shared on the way, and with stand-ins for those who have nothing left."""
+    alone = Told()
+    for number, batch in enumerate(batches):
+        fill(alone, number, batch)
+
+    def run(processes):
+        reader = Told(processes=processes)
+        told = []
+        for place, first in enumerate(range(0, len(batches), shares)):
+            number = first + processes.share
+            if number < len(batches):
+                fill(reader, number, batches[number])
+            if place % every == 0:
+                reader.share()
+                so_far = Told()
+                for known, batch in enumerate(batches[: first + shares]):
+                    fill(so_far, known, batch)
+                told.append(some_or_none(reader) == some_or_none(so_far))
+        reader.share()
+        return told, some_or_none(reader)
+
+    for told, found in simulate(shares, run):
+        assert all(told)
+        assert found == some_or_none(alone)
+
+
+def test_what_is_shared_once_is_not_sent_again():
+    sent = []
+
+    class Watching(Simulated):
+        def exchange(self, what, item, each_share=False):
+            sent.append(len(item[0]))
+            return super().exchange(what, item, each_share)
+
+    def run(processes):
+        processes.__class__ = Watching
+        sent.clear()
+        reader = LogReader(processes=processes)
+        for number in range(3):
+            fill(reader, 2 * number + processes.share, [("a", 1.0, 1)])
+            reader.share()
+        return len(reader.entries)
+
+    assert simulate(2, run) == [6, 6]
+    assert sent == [1, 1, 1]
+
+
+class ListMetric(torchmetrics.Metric):
+    """A median, which no mean over processes could give."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("seen", default=[], dist_reduce_fx="cat")
+
+    def update(self, values):
+        self.seen.append(values)
+
+    def compute(self):
+        return torchmetrics.utilities.dim_zero_cat(self.seen).median()
+
+
+class Nested(torchmetrics.Metric):
+    """A metric that holds others, as wrappers and compositions do."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ListMetric()
+        self.mean = torchmetrics.MeanMetric()
+
+    def update(self, values):
+        self.inner.update(values)
+        self.mean.update(values)
+
+    def compute(self):
+        return self.inner.compute() + self.mean.compute()
+
+
+class WithMetrics(nn.Module):
+    def __init__(self, names=("mean", "maximum", "total", "median", "cat", "accuracy", "f1", "nested")) -> None:
+        super().__init__()
+        every = {
+            "mean": torchmetrics.MeanMetric(),
+            "maximum": torchmetrics.MaxMetric(),
+            "total": torchmetrics.SumMetric(),
+            "median": ListMetric(),
+            "cat": torchmetrics.CatMetric(),
+            "accuracy": MulticlassAccuracy(3, average="macro"),
+            "f1": MulticlassF1Score(3),
+            "nested": Nested(),
+        }
+        self.metrics = nn.ModuleDict({name: every[name] for name in names})
+
+    def step(self, reader, values, classes):
+        for name, metric in self.metrics.items():
+            metric.update(*((classes, classes.flip(0)) if name in ("accuracy", "f1") else (values,)))
+            if name != "cat":  # many values
+                reader.log(name, metric)
+
+
+def batches_of(sizes):
+    generator = torch.Generator().manual_seed(len(sizes))
+    return [(torch.randn(n, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+
+
+@settings(deadline=None, max_examples=12)
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), shares=st.integers(2, 4))
+def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, shares):
+    """Also where a process has not updated them at all."""
+
+    def run(processes, names):
+        module = WithMetrics(names)
+        with read_logs(module, processes) as reader:
+            for number, batch in enumerate(batches_of(sizes)):
+                if number % processes.shares == processes.share:
+                    module.step(reader, *batch)
+            reader.share()
+            return reader.values(), reader.logged()
+
+    names = ("mean", "maximum", "total", "median", "accuracy", "f1", "nested")
+    expected, logged = run(Processes(), names)
+    assert sorted(expected) == sorted(names)
+    found = simulate(shares, lambda processes: run(processes, names))
+    for result in found:
+        if isinstance(result, Exception):
+            raise result
+        assert result[0] == pytest.approx(expected, rel=1e-6) and sorted(result[1]) == sorted(logged)
+    assert all(result == found[0] for result in found)
+
+
+def two_steps_of_metrics():
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    module = WithMetrics(("mean", "median", "accuracy"))
+    before = [(metric.dist_sync_fn, metric.distributed_available_fn) for metric in module.metrics.values()]
+    found = []
+    with read_logs(module, Processes(rank, 3)) as reader:
+        for number, batch in enumerate(batches_of([3, 2, 4, 1])):
+            if number % 3 == rank and rank < 2:
+                module.step(reader, *batch)
+            if number == 2:
+                reader.share()
+                found.append(reader.values())
+        reader.share()
+        found.append(reader.values())
+        held = float(module.metrics["mean"].weight)
+    after = [(metric.dist_sync_fn, metric.distributed_available_fn) for metric in module.metrics.values()]
+    return found, held, before == after
+
+
+def test_metric_objects_of_real_processes_are_shared_and_go_on_with_their_own():
+    module = WithMetrics(("mean", "median", "accuracy"))
+    expected = []
+    with read_logs(module) as reader:
+        for number, batch in enumerate(batches_of([3, 2, 4, 1])):
+            if number % 3 < 2:
+                module.step(reader, *batch)
+            if number >= 2:
+                for metric in module.metrics.values():
+                    metric._computed = None
+                expected.append(reader.values())
+    found = in_processes(3, two_steps_of_metrics)
+    for place, (values, held, restored) in enumerate(found):
+        assert values == [pytest.approx(wanted, rel=1e-6) for wanted in expected]
+        assert held == [4, 2, 0][place], "its own samples, not those of all"
+        assert restored
+
+
+class Unusual(nn.Module):
+    """Objects that share their states, that others are made of, or that would not be shared by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = torchmetrics.MetricCollection({"accuracy": MulticlassAccuracy(3), "f1": MulticlassF1Score(3)})
+        self.accuracy = MulticlassAccuracy(3)
+        self.error = 1 - self.accuracy
+        self.own = torchmetrics.MeanMetric(sync_on_compute=False)
+
+    def step(self, reader, values, classes):
+        self.both.update(classes, classes.flip(0))
+        self.accuracy.update(classes, classes.flip(0))
+        self.own.update(values)
+        reader.log_dict(self.both)
+        reader.log("error", self.error)
+        reader.log("own", self.own)
+
+
+def test_unusual_metric_objects_are_shared_too():
+    def run(processes):
+        module = Unusual()
+        with read_logs(module, processes) as reader:
+            for number, batch in enumerate(batches_of([5, 4, 6, 2])):
+                if number % processes.shares == processes.share:
+                    module.step(reader, *batch)
+            reader.share()
+            return reader.values()
+
+    expected = run(Processes())
+    assert sorted(expected) == ["accuracy", "error", "f1", "own"]
+    for found in simulate(2, run):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_metric_object_that_is_no_attribute_is_refused_by_its_name():
+    def run(processes):
+        module = WithMetrics(("mean",))
+        with read_logs(module, processes) as reader:
+            reader.log("hidden", torchmetrics.MeanMetric())
+            reader.share()
+
+    for error in simulate(2, run):
+        assert isinstance(error, UnlearnError)
+        assert "'hidden'" in str(error) and "no attribute of the module" in str(error)
+    reader = LogReader()
+    reader.log("hidden", metric := torchmetrics.MeanMetric())
+    metric.update(3.0)
+    reader.share()
+    assert reader.values() == {"hidden": 3.0}  # alone, there is nothing to share
