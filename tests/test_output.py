@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from slug_lightning import patch as patch_module
 from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS, fresh_folder
+from slug_lightning.patch import at_once
 
 KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS]
 
@@ -90,3 +91,47 @@ def test_a_patch_that_cannot_be_saved_leaves_the_one_that_was_there_and_nothing_
         patch.save(tmp_path / PATCH)
     assert (tmp_path / PATCH).read_bytes() == content
     assert not clean or [p.name for p in tmp_path.iterdir()] == [PATCH]
+
+
+def test_inside_the_file_has_another_name_and_outside_only_its_own(tmp_path):
+    with at_once(tmp_path / "report.json") as part:
+        part.write_text("new")
+        assert part.parent == tmp_path and part.name != "report.json"
+        assert not (tmp_path / "report.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("written", [None, "half"])
+def test_a_failure_while_writing_leaves_what_was_there_and_no_half_file(error, before, written, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    if before is not None:
+        path.write_text(before)
+
+    def write() -> None:
+        with at_once(path) as part:
+            if written is not None:
+                part.write_text(written)
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
+
+
+def test_what_replaces_a_file_may_be_read_by_everybody(tmp_path):
+    for name in ("a", "b"):
+        with at_once(tmp_path / name) as part:
+            part.write_text(name)
+            part.chmod(0o600)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+
+
+def test_the_part_of_a_run_that_was_killed_is_no_obstacle(tmp_path):
+    (tmp_path / "report.json.part").write_text("half")
+    with at_once(tmp_path / "report.json") as part:
+        part.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "whole"
