@@ -52,12 +52,13 @@ def fit(args: Optional[Sequence[str]] = None) -> int:
     sys.path.append(str(Path.cwd()))  # a config may name classes of a module in the working folder
     from slug_lightning.errors import UnlearnError
     from slug_lightning.lightning_cli import UnlearnCLI
+    from slug_lightning.processes import OtherProcessError
 
     try:
         report = UnlearnCLI.run(args)
     except UnlearnError as error:
         print(f"slug-lightning: {error}", file=sys.stderr)
-        return USAGE
+        return FAILURE if isinstance(error, OtherProcessError) else USAGE  # what it was, the other process says
     return UNLEARNED if report.status == "unlearned" else INFEASIBLE
 
 

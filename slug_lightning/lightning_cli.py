@@ -24,16 +24,22 @@ TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config to the folder of the run, whatever logger there is."""
+    """Writes the resolved config to the folder of the run, whatever logger there is; of several processes, the first does."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero:
+            return
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=False, multifile=False)
 
 
 class UnlearnCLI(LightningCLI):
-    """LightningCLI for one run: `output_dir` is where report, patch, weights, events and config go."""
+    """LightningCLI for one run: `output_dir` is where report, patch, weights, events and config go.
+
+    Of several processes each settles the folder for itself, and perhaps on another one, as when each machine has disks of
+    its own; only the first writes (the callback asks it where), so that its folder is that of the run.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the folder of the run."""
@@ -78,5 +84,8 @@ class UnlearnCLI(LightningCLI):
         )
         report = next(c.report for c in cli.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
         assert report is not None
-        print(f"{report.status}: {Path(cli.config.fit.output_dir).resolve()}")
+        if cli.trainer.is_global_zero:
+            print(f"{report.status}: {Path(cli.config.fit.output_dir).resolve()}", flush=True)
+        # A launcher ends all processes as soon as one has ended with an exit code that isn't 0.
+        cli.trainer.strategy.barrier("the result is printed")
         return report
