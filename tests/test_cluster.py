@@ -71,12 +71,12 @@ def command(folder: Path, *args: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def fit(config: Path, *args: str, at: dict[str, Path] | None = None) -> list[Any]:
+def fit(config: Path, *args: str, at: dict[str, Path] | None = None, timeout: float = 90) -> list[Any]:
     def in_one() -> tuple[int, str, str]:
         folder = (at or {}).get(os.environ["RANK"], config.parent)
         return command(folder, "fit", "--config", str(config), *HERE, *args)
 
-    return in_processes(2, in_one, timeout=60)
+    return in_processes(2, in_one, timeout=timeout)
 
 
 def lines(out: str) -> list[str]:
@@ -84,21 +84,21 @@ def lines(out: str) -> list[str]:
 
 
 def test_two_processes_leave_one_folder_and_say_one_line(tiny):
-    for name in ("run", "run-2"):
-        (first, out, _), (second, other, _) = fit(tiny / "tiny.yaml", "--output_dir", "run")
-        folder = tiny / name
-        assert (first, second) == (0, 0)
-        assert (lines(out), lines(other)) == ([f"unlearned: {folder}"], [])
-        events = [path.name for path in folder.glob("events.out.tfevents.*")]
-        # The second event file is that of the hyperparameters.
-        assert {path.name for path in folder.iterdir()} - set(events) - {"hparams.yaml"} == FILES
-        assert len({event.split(".")[4] for event in events}) == 1, "the event files come from one host"
-        assert len({event.split(".")[5] for event in events}) == 1, "the event files come from one process"
-        assert yaml.safe_load((folder / "config.yaml").read_text())["output_dir"] == name
-        assert json.loads((folder / "report.json").read_text())["status"] == "unlearned"
-        (edited,) = UnlearnPatch.load(folder / "patch.safetensors").base
-        saved = torch.load(folder / "unlearned.ckpt", weights_only=True)["state_dict"]
-        assert torch.equal(load_file(folder / "weights.safetensors")[edited], saved[edited])
+    (tiny / "run").mkdir()
+    (tiny / "run" / "report.json").touch()  # of another run
+    (first, out, _), (second, other, _) = fit(tiny / "tiny.yaml", "--output_dir", "run")
+    folder = tiny / "run-2"
+    assert (first, second) == (0, 0)
+    assert (lines(out), lines(other)) == ([f"unlearned: {folder}"], [])
+    events = [path.name for path in folder.glob("events.out.tfevents.*")]
+    assert {path.name for path in folder.iterdir()} - set(events) - {"hparams.yaml"} == FILES
+    # Names end with host, process and number: of one process there may be two, as the hyperparameters have a writer of their own.
+    assert len({event.removeprefix("events.out.tfevents.").split(".")[-2] for event in events}) == 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["output_dir"] == "run-2"
+    assert json.loads((folder / "report.json").read_text())["status"] == "unlearned"
+    (edited,) = UnlearnPatch.load(folder / "patch.safetensors").base
+    saved = torch.load(folder / "unlearned.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(load_file(folder / "weights.safetensors")[edited], saved[edited])
     assert sorted(path.name for path in tiny.iterdir() if path.name.startswith("run")) == ["run", "run-2"]
 
 
@@ -140,7 +140,7 @@ def test_the_config_for_clusters_forgets_in_two_processes(tmp_path):
     callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "retain_tolerance": 2.0}
     made["trainer"]["enable_progress_bar"] = False
     (tmp_path / CONFIG.name).write_text(yaml.safe_dump(made))
-    (first, out, _), (second, other, _) = fit(tmp_path / CONFIG.name, "--output_dir", "run")
+    (first, out, _), (second, other, _) = fit(tmp_path / CONFIG.name, "--output_dir", "run", timeout=280)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert first == second == {"unlearned": 0, "infeasible": 3}[report["status"]]
     assert (lines(out), lines(other)) == ([f"{report['status']}: {tmp_path / 'run'}"], [])
