@@ -263,6 +263,8 @@ class UnlearnCallback(pl.Callback):
             loaders = self._loaders(trainer, runner)
             layers = find_layers(module, self.layers, self.granularity, getattr(module, "towers", None))
             objective = self._objective(module, loaders, runner, progress)
+            self._refuse_different(objective, layers)
+            objective.refuse_different_data()
             self._data = objective.fingerprint("forget", "val")
             report = UnlearnReport("infeasible", self.concept or concept_of(getattr(trainer, "datamodule", None)))
             report.notes = loaders.notes + runner.notes()
@@ -310,6 +312,14 @@ class UnlearnCallback(pl.Callback):
             self.retain_metric,
             progress.track,
         )
+
+    def _refuse_different(self, objective: Objective, layers: list[Layer]) -> None:
+        """Refuse, in all processes, that one of them was asked for something else: later they would wait for each other."""
+        own = self._request() | {"max_evaluations": self.max_evaluations, "replay": self.replay, "metrics": objective.names}
+        own["layers that may be edited"] = [layer.name for layer in layers]
+        asked = objective.processes.exchange("the request", own)
+        if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
+            raise UnlearnError(f"{', '.join(different)}: the processes were asked for different things; give the same in each")
 
     def _validate(self, objective: Objective, report: UnlearnReport) -> None:
         """Measure before the edit what decides, settle the target, and refuse what is forgotten already or not finite."""
@@ -438,6 +448,7 @@ class UnlearnCallback(pl.Callback):
                 save_run(folder, report, trainer, module, processes)
             if processes.is_first:
                 self._mailbox.leave(report, trainer.strategy)
+            processes.exchange("all is written", None)  # else the others would keep an edit that the first takes back
         except BaseException:
             self._report = None
             with torch.no_grad():  # by what this process holds: the others may not be there to help

@@ -22,7 +22,7 @@ from slug_lightning.patch import digest_of
 from slug_lightning.replay import Replay
 from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
 from slug_lightning.strategies import Runner
-from slug_lightning.turns import Turn
+from slug_lightning.turns import DIFFERENT_BATCHES, Turn
 
 Kind = Literal["forget", "retain"]
 LOSS = "loss"
@@ -220,6 +220,19 @@ class Objective:
                     raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
         if not all(name in self.metrics for name in self.names["retain"]):
             self.measure("retain", "val", stop=lambda reader: all(name in reader.logged() for name in self.names["retain"]))
+
+    def refuse_different_data(self) -> None:
+        """Compare the first batch of every set between the processes, as each reads its own share of it.
+
+        Raises:
+            UnlearnError: if it differs, as where the files are listed in another order.
+        """
+        if self.processes.count == 1:
+            return
+        for kind, splits in self.loaders.items():
+            for split in splits:
+                if len(set(self.processes.exchange("the first batch", self.fingerprint(kind, split)))) > 1:
+                    raise UnlearnError(f"{kind}: {DIFFERENT_BATCHES}")
 
     def fingerprint(self, kind: Kind, split: str) -> str:
         """What tells these data from others: a digest of the tensors and plain values of the first batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Optional
 
 import torch.distributed as dist
@@ -92,7 +92,8 @@ class Processes:
     def fail(self, error: Exception) -> None:
         """Tell the others, who wait in `exchange`, that this process cannot go on."""
         if not (isinstance(error, OtherProcessError) or self.in_step or self._broken):
-            self._gather(_Message(self.share, "", None, problem=str(error) or type(error).__name__))
+            with suppress(RuntimeError):  # where the others are gone: this process's own error says more
+                self._gather(_Message(self.share, "", None, problem=str(error) or type(error).__name__))
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -200,7 +201,9 @@ def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
     for m in own:
         m.dist_sync_fn, m.distributed_available_fn = gather, lambda: True
     try:
-        return float(metric.compute())
+        with warnings.catch_warnings():  # torchmetrics doesn't know that other processes have seen samples
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            return float(metric.compute())
     finally:
         for m, (sync, available) in zip(own, before, strict=True):
             m.dist_sync_fn, m.distributed_available_fn = sync, available

@@ -16,6 +16,12 @@ from slug_lightning.processes import Processes
 from slug_lightning.steps import same_draws
 from slug_lightning.trace import CannotTrace
 
+DIFFERENT_BATCHES = (
+    "the processes do not read the same batches, so that samples would be lost or counted twice; give a loader that serves "
+    "everything, in the same order, in every process (without split_by_node, or a seed of its own for each): the callback "
+    "shares out the batches itself"
+)
+
 
 class Turn(NamedTuple):
     """One batch that this process runs.
@@ -134,8 +140,4 @@ def _refuse_different(processes: Processes, content: Any) -> None:
     except CannotTrace:
         return
     if len(set(processes.exchange("what is read", told))) > 1:
-        raise UnlearnError(
-            "forget, retain: the processes do not read the same batches, so that samples would be lost or counted twice; give "
-            "a loader that serves everything, in the same order, in every process (without split_by_node, "
-            "or a seed of its own for each): the callback shares out the batches itself"
-        )
+        raise UnlearnError(f"forget, retain: {DIFFERENT_BATCHES}")
