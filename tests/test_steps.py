@@ -485,7 +485,7 @@ class Nested(torchmetrics.Metric):
         return self.inner.compute() + self.mean.compute()
 
 
-class WithMetrics(nn.Module):
+class ManyMetrics(nn.Module):
     def __init__(self, names=("mean", "maximum", "total", "median", "cat", "accuracy", "f1", "nested")) -> None:
         super().__init__()
         every = {
@@ -518,7 +518,7 @@ def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, s
     """Also where a process has not updated them at all."""
 
     def run(processes, names):
-        module = WithMetrics(names)
+        module = ManyMetrics(names)
         with read_logs(module, processes) as reader:
             for number, batch in enumerate(batches_of(sizes)):
                 if number % processes.shares == processes.share:
@@ -540,7 +540,7 @@ def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, s
 def two_steps_of_metrics():
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    module = WithMetrics(("mean", "median", "accuracy"))
+    module = ManyMetrics(("mean", "median", "accuracy"))
     before = [(metric.dist_sync_fn, metric.distributed_available_fn) for metric in module.metrics.values()]
     found = []
     with read_logs(module, Processes(rank, 3)) as reader:
@@ -558,7 +558,7 @@ def two_steps_of_metrics():
 
 
 def test_metric_objects_of_real_processes_are_shared_and_go_on_with_their_own():
-    module = WithMetrics(("mean", "median", "accuracy"))
+    module = ManyMetrics(("mean", "median", "accuracy"))
     expected = []
     with read_logs(module) as reader:
         for number, batch in enumerate(batches_of([3, 2, 4, 1])):
@@ -612,7 +612,7 @@ def test_unusual_metric_objects_are_shared_too():
 
 def test_a_metric_object_that_is_no_attribute_is_refused_by_its_name():
     def run(processes):
-        module = WithMetrics(("mean",))
+        module = ManyMetrics(("mean",))
         with read_logs(module, processes) as reader:
             reader.log("hidden", torchmetrics.MeanMetric())
             reader.share()
