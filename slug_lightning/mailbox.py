@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import uuid
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from slug_lightning.output import PATCH, REPORT
-from slug_lightning.patch import UnlearnPatch
+from slug_lightning.patch import UnlearnPatch, at_once
 from slug_lightning.report import UnlearnReport
 
 
@@ -35,7 +36,8 @@ class Mailbox:
         self.folder.mkdir(mode=0o700)
         if report.patch is not None:
             report.patch.save(self.folder / PATCH)
-        report.to_json(self.folder / REPORT)
+        with at_once(self.folder / REPORT) as part:
+            part.write_text(json.dumps(report.to_dict()))  # not by `to_json`, which knows no infinity
 
     def fetch(self) -> Optional[UnlearnReport]:
         """Take out what was left, or None."""

@@ -75,7 +75,7 @@ def close_calls(
     """
     notes = []
     rivals = [t for t in trials if best and t.layer != best.layer and t.feasible]
-    near = [t.layer for t in rivals if t.damage - best.damage < error]  # type: ignore[operator,union-attr]
+    near = list(dict.fromkeys(t.layer for t in rivals if t.damage - best.damage < error))  # type: ignore[operator,union-attr]
     if near:
         notes.append(
             f"precision: in {precision}, what an edit of {some_of(near, 3)} would cost cannot be told from what this one costs"

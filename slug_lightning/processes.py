@@ -92,6 +92,7 @@ class Processes:
     def fail(self, error: Exception) -> None:
         """Tell the others, who wait in `exchange`, that this process cannot go on."""
         if not (isinstance(error, OtherProcessError) or self.in_step or self._broken):
+            self._broken = True  # told once
             with suppress(RuntimeError):  # where the others are gone: this process's own error says more
                 self._gather(_Message(self.share, "", None, problem=str(error) or type(error).__name__))
 

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,23 +191,24 @@ def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
     """A metric object's value over the samples of all processes."""
     if processes.count == 1:
         return float(metric.compute())
-    updated = processes.exchange("metric objects", metric._update_count > 0, each_share=True)
-
-    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
-        found = processes.exchange("a metric's state", state.cpu(), each_share=True)
-        return [other.to(state.device) for other, any_data in zip(found, updated, strict=True) if any_data]
-
     own = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
-    before = [(m.dist_sync_fn, m.distributed_available_fn) for m in own]
-    for m in own:
-        m.dist_sync_fn, m.distributed_available_fn = gather, lambda: True
+    updated = processes.exchange("metric objects", [m._update_count > 0 for m in own], each_share=True)
+
+    def gather(any_data: Sequence[bool], state: Tensor, group: Any = None) -> list[Tensor]:
+        found = processes.exchange("a metric's state", state.cpu(), each_share=True)
+        return [other.to(state.device) for other, has in zip(found, any_data, strict=True) if has or not any(any_data)]
+
+    before = [(m.dist_sync_fn, m.distributed_available_fn, m._to_sync) for m in own]
+    for m, any_data in zip(own, zip(*updated, strict=True), strict=True):
+        m.dist_sync_fn, m.distributed_available_fn, m._to_sync = partial(gather, any_data), lambda: True, True
+        m._computed = None  # one that remembers its value would leave the others waiting
     try:
         with warnings.catch_warnings():  # torchmetrics doesn't know that other processes have seen samples
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             return float(metric.compute())
     finally:
-        for m, (sync, available) in zip(own, before, strict=True):
-            m.dist_sync_fn, m.distributed_available_fn = sync, available
+        for m, (sync, available, to_sync) in zip(own, before, strict=True):
+            m.dist_sync_fn, m.distributed_available_fn, m._to_sync = sync, available, to_sync
 
 
 @contextmanager

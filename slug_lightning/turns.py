@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from slug_lightning.datamodules.base import Chained, First
 from slug_lightning.errors import UnlearnError
@@ -61,23 +62,23 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
         count = 0
         source, most = (part.loader, part.count) if isinstance(part, First) else (part, None)
         # A subclass may do anything while it is read.
-        if processes.shares > 1 and type(source) is DataLoader and not isinstance(source.dataset, IterableDataset):
+        if type(source) is DataLoader and not isinstance(source.dataset, IterableDataset):
             turns = _of_indices(source, processes, most)
         else:
             turns = _of_stream(part, processes)
         for turn in turns:
             yield turn._replace(number=start + turn.number)
-            count = max(count, turn.number + 1)
+            count = turn.number + 1 if turn.counts else count  # a stand-in's number may lie beyond the last
         start += max(processes.exchange("batches read", count))
 
 
 def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> Iterator[Turn]:
-    """Of a dataset with indices, a process reads only its own batches."""
+    """Of a dataset with indices, a process reads only its own batches; one alone goes the same way, for the same draws."""
     same_draws(0)
     # As the loader does before it asks its sampler: one that draws must draw as it does on one device.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     batches = _index_batches(loader)[:most]
-    _refuse_different(processes, [len(cast(Sized, loader.dataset)), batches])
+    _refuse_different(processes, [len(loader.dataset) if isinstance(loader.dataset, Sized) else None, batches])
     numbers = range(processes.share, _up_to(len(batches), processes.shares), processes.shares)
     turns = [Turn(number, None, number < len(batches)) for number in numbers]
     # A stand-in is the round's first batch: small, and there for certain.
@@ -95,8 +96,9 @@ def _index_batches(loader: DataLoader) -> list[Any]:
         return list(loader.sampler)
     sampler, size = getattr(loader.batch_sampler, "sampler", None), getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(sampler, DistributedSampler) and size:
-        everything = range(len(cast(Sized, loader.dataset)))
-        return [list(everything[i : i + size]) for i in range(0, len(everything), size)]
+        alone: DistributedSampler[Any] = DistributedSampler(sampler.dataset, 1, 0, sampler.shuffle, sampler.seed)
+        alone.set_epoch(sampler.epoch)
+        return list(BatchSampler(alone, size, getattr(loader.batch_sampler, "drop_last", False)))
     return list(loader.batch_sampler)
 
 
@@ -104,7 +106,7 @@ def _of_stream(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
     """Whatever else can be iterated: every process reads all of it, and keeps its own batches."""
     same_draws(0)
     batches = enumerate(_drawing_anew(loader, itertools.count()))
-    first = True
+    first, read = True, 0
     while group := list(itertools.islice(batches, processes.shares)):
         if first:
             _refuse_different(processes, group[0][1])
@@ -112,6 +114,8 @@ def _of_stream(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
         number, batch = group[min(processes.share, len(group) - 1)]
         same_draws(number)
         yield Turn(number, batch, processes.share < len(group))
+        read += len(group)
+    _refuse_different(processes, read)
 
 
 def _drawing_anew(loader: Iterable[Any], numbers: Iterable[int]) -> Iterator[Any]:
@@ -136,7 +140,7 @@ def _refuse_different(processes: Processes, content: Any) -> None:
     if processes.shares == 1:
         return
     try:
-        told = repr(fingerprint(content))
+        told = hashlib.sha256(repr(fingerprint(content)).encode()).hexdigest()
     except CannotTrace:
         return
     if len(set(processes.exchange("what is read", told))) > 1:
