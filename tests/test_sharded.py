@@ -300,7 +300,7 @@ def patched(count: int, dtype: torch.dtype) -> Any:
     patch.apply(model)
     digest = digest_of(dict(model.named_parameters()), "")
     own = {name: tensor.clone() for name, tensor in patch.base.items()}
-    patch.restore(model)
+    patch.revert(model)
     return states, digest, all(same_bits(own[name], dict(model.named_parameters())[name]) for name in own)
 
 
