@@ -82,7 +82,6 @@ class UnlearnCallback(pl.Callback):
 
     Example:
         >>> import lightning.pytorch as pl
-    import torch
         >>> from slug_lightning.callbacks import UnlearnCallback
         >>> callback = UnlearnCallback(retain_tolerance=0.02, layers="encoder.*")
         >>> callback.report is None
