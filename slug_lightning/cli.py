@@ -129,6 +129,8 @@ def _rewrite(options: argparse.Namespace, what: str) -> None:
     _refuse_existing(options.output)
     patch = UnlearnPatch.load(options.patch)
     act = getattr(patch, what)
+    if options.weights.is_dir():
+        raise UnlearnError(f"weights: {options.weights} is a folder of shards; take the weights.safetensors beside it")
     if not options.weights.is_file():
         raise FileNotFoundError(f"no weights at {options.weights}")
     if options.weights.suffix == ".safetensors":

@@ -96,6 +96,10 @@ class UnlearnPatch:
     base: dict[str, Tensor]
     edits: Sequence[Edit]
 
+    def __repr__(self) -> str:
+        concepts = ", ".join(edit.concept for edit in self.edits)
+        return f"UnlearnPatch({concepts!r}, {', '.join(self.base)}, digest {self.digest[:12]})"
+
     @property
     def digest(self) -> str:
         """SHA-256 over base, edits and details; stored in the file and checked on loading."""

@@ -240,7 +240,7 @@ class Replay:
             both = [at for at, leaf in replayed.items() if not isinstance(leaf, Absent)]
             ours, others = [*seen, *map(replayed.get, both)], [*step.seen(), *map(computed.get, both)]
             if not all(unchanged) or not _same(ours, others):
-                problem = "its outputs differ from those of a plain evaluation"
+                problem = "spared of calls, it gives other bits than a plain evaluation (a fused kernel?)"
         if problem:
             self._refused[layer] = problem
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,12 +106,13 @@ class UnlearnReport:
             console.print(f"edited: {self.layer}, relative step {self.relative_step:.4f}")
         seconds = self.cost.get("seconds", {})
         total = sum(seconds.values()) or 1.0
-        phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f} %)" for phase, spent in seconds.items())
-        console.print(f"{len(self.trace)} evaluations; {phases}" if phases else f"{len(self.trace)} evaluations")
+        phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f}%)" for phase, spent in seconds.items())
+        console.print(f"{len(self.trace)} evaluations" + (f"; {phases}" if phases else ""))
         for unit, ratio in self.cost.get("ratio", {}).items():
-            console.print(f"whole run: {ratio:.2f} x the {unit} of the gradients, which nothing can avoid")
+            console.print(f"whole run: {ratio:.2f} x the {unit} of its gradient passes")
         for note in self.notes:
-            console.print(note)
+            for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
+                console.print(line)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")
 
@@ -122,9 +124,12 @@ class UnlearnReport:
         forgot = [t for t in self.trace if t.get("damage") is not None]  # measured only where the step forgets
         if forgot:
             near = min(forgot, key=lambda t: t["damage"])
+            kept = ", ".join(
+                f"{name} {_number(value)} (bound {self._bound('retain', name, self.search_before['retain'][name])})"
+                for name, value in (near["retain"] or {}).items()
+            )
             return (
-                f"{verdict} Nearest: {near['layer']} forgets at relative step {near['relative_step']:.4f}, but what is kept "
-                f"loses {near['damage']:.3g} times retain_tolerance."
+                f"{verdict} Nearest: {near['layer']} forgets at relative step {near['relative_step']:.4f}, but keeps only {kept}."
             )
         return f"{verdict} None forgets: raise max_evaluations, or give a forget_target that can be reached."
 

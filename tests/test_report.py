@@ -126,7 +126,7 @@ def test_the_table_shows_each_metric_before_and_after_with_its_bound():
 def test_the_table_shows_layer_step_and_cost():
     lines = unlearned().to_text().splitlines()
     assert "edited: a.weight, relative step 0.2000" in lines
-    assert any(line.startswith("4 evaluations; ") and "search 3.0 s (75 %)" in line for line in lines)
+    assert any(line.startswith("4 evaluations; ") and "search 3.0 s (75%)" in line for line in lines)
 
 
 def test_the_bound_of_a_loss_to_forget_is_from_below():
@@ -150,7 +150,7 @@ def test_an_infeasible_run_says_how_near_it_came():
         trial | {"damage": None, "forgotten": False},
     ]
     text = " ".join(replace(infeasible(), trace=trace).to_text(width=300).split())
-    assert "Nearest: a.weight forgets at relative step 0.1250, but what is kept loses 3 times retain_tolerance." in text
+    assert "Nearest: a.weight forgets at relative step 0.1250, but keeps only acc 0.5000 (bound ≥ 0.8800)." in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
