@@ -18,6 +18,7 @@ from slug_lightning.cost import CostMeter, joined
 from slug_lightning.datamodules.base import UnlearnLoaders, as_trainer_limits, resolve_loaders
 from slug_lightning.earlier import Earlier, digest_of_edited
 from slug_lightning.errors import UnlearnError
+from slug_lightning.gradients import NoLossError
 from slug_lightning.layers import Granularity, Layer, find_layers, plain_name, refuse_unmovable
 from slug_lightning.loggers import publish
 from slug_lightning.mailbox import Mailbox
@@ -167,7 +168,8 @@ class UnlearnCallback(pl.Callback):
         refuse_unusable_steps(pl_module)
         refuse_surroundings(trainer)
         self._report = None
-        self._mailbox.fetch()
+        if trainer.is_global_zero:
+            self._mailbox.fetch()  # what nobody has asked for
         self._earlier = self._last  # unless the checkpoint of this fit says otherwise
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,6 +179,8 @@ class UnlearnCallback(pl.Callback):
             if not self._was_done_before(trainer, pl_module, runner):
                 self._keep(trainer, pl_module, self._run(trainer, pl_module, runner), runner.processes)
                 outdate_checkpoints(trainer)
+            if runner.processes.is_first and self._report is not None:
+                self._mailbox.leave(self._report, trainer.strategy)
         self._remember(pl_module)  # now already, as the training may be broken off
         assert self._report is not None
         if self.then == "stop" or self._report.status == "infeasible":
@@ -275,13 +279,13 @@ class UnlearnCallback(pl.Callback):
             errors = {}
             if trainer.precision.endswith("-mixed"):
                 with meter.phase("rounding"):
-                    errors = _rounding_errors(objective, layers)
+                    errors = self._rounding_errors(objective, layers, report)
             with meter.phase("gradients"):
                 scores, gradient = self._measure(objective, layers)
             report.scores = [asdict(score) for score in scores]
             front = [score for score in scores if score.on_front]
             by_name = {layer.name: layer for layer in layers if layer.name in {score.layer for score in front}}
-            if self.replay and not runner.is_sharded:
+            if self.replay and not runner.processes.in_step:
                 objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
             with meter.phase("search"):
                 trials, error = self._search(objective, report, front, by_name, gradient, progress)
@@ -316,7 +320,8 @@ class UnlearnCallback(pl.Callback):
 
     def _refuse_different(self, objective: Objective, layers: list[Layer]) -> None:
         """Refuse, in all processes, that one of them was asked for something else: later they would wait for each other."""
-        own = self._request() | {"max_evaluations": self.max_evaluations, "replay": self.replay, "metrics": objective.names}
+        own = self._request() | {"metrics": objective.names}
+        own |= {name: getattr(self, name) for name in ("max_evaluations", "replay", "count_cost", "offload_gradient")}
         own["layers that may be edited"] = [layer.name for layer in layers]
         asked = objective.processes.exchange("the request", own)
         if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
@@ -348,6 +353,28 @@ class UnlearnCallback(pl.Callback):
             "retain_tolerance": self.retain_tolerance,
             "higher_is_better": {m.name: m.higher_is_better for m in objective.metrics.values()},
         }
+
+    def _rounding_errors(
+        self, objective: Objective, layers: list[Layer], report: UnlearnReport
+    ) -> dict[str, tuple[float, float]]:
+        """How far off a mixed precision puts the scores, on half a batch; where that cannot be told, a note says so."""
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+
+        def scores(exact: bool) -> list[Score]:
+            forget = objective.sample_gradient("forget", parameters, exact)
+            if self.offload_gradient:
+                forget = {name: tensor.cpu() for name, tensor in forget.items()}
+            retain = objective.sample_gradient("retain", parameters, exact)
+            return score_layers(layers, forget, retain, objective.processes)
+
+        try:
+            return rounding_errors(scores(exact=True), scores(exact=False))
+        except Exception as error:
+            # What fails in one of several processes must fail in all.
+            if objective.processes.count > 1 and not isinstance(error, NoLossError):
+                raise
+            report.notes.append(f"precision: how much rounding matters could not be told ({error})")
+            return {}
 
     def _measure(self, objective: Objective, layers: list[Layer]) -> tuple[list[Score], dict[str, Tensor]]:
         """Both gradients, the scores, the fronts; of the gradients only what a front layer needs is kept."""
@@ -447,8 +474,6 @@ class UnlearnCallback(pl.Callback):
             folder = processes.agreed("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
                 save_run(folder, report, trainer, module, processes)
-            if processes.is_first:
-                self._mailbox.leave(report, trainer.strategy)
             processes.exchange("all is written", None)  # else the others would keep an edit that the first takes back
         except BaseException:
             self._report = None
@@ -460,14 +485,3 @@ class UnlearnCallback(pl.Callback):
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")
-
-
-def _rounding_errors(objective: Objective, layers: list[Layer]) -> dict[str, tuple[float, float]]:
-    """How far off a mixed precision puts the scores, on half a batch."""
-    parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-
-    def scores(exact: bool) -> list[Score]:
-        forget, retain = (objective.sample_gradient(kind, parameters, exact) for kind in objective.names)
-        return score_layers(layers, forget, retain, objective.processes)
-
-    return rounding_errors(scores(exact=True), scores(exact=False))

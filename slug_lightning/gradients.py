@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,8 +18,8 @@ from slug_lightning.processes import Processes
 from slug_lightning.sharded import local
 from slug_lightning.turns import Turn
 
-DATA = "data_parallel"
-"""What Lightning calls the dimension of a device mesh along which the data are shared."""
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+"""What Lightning calls the dimensions of a device mesh: along the first the data are shared, along the other the tensors."""
 SMALLEST_SCALE = 2.0**-14
 """A gradient that still overflows below it is not finite at any scale."""
 LossOf = Callable[[], tuple[Tensor | None, int]]
@@ -36,6 +37,10 @@ class Gradient(NamedTuple):
     tensors: dict[str, Tensor]
     loss: float
     samples: int
+
+
+class NoLossError(UnlearnError):
+    """There is nothing to differentiate, in any of the processes."""
 
 
 class Backward:
@@ -57,7 +62,7 @@ class Backward:
         if self.averages == 1 or not isinstance(parameter, DTensor):
             return False
         names = parameter.device_mesh.mesh_dim_names
-        return names is None or DATA in names  # else it is split for tensor parallelism alone
+        return names is None or bool(set(names) - {TENSOR})  # else it is split for tensor parallelism alone
 
     def differentiate(self, run: LossOf, taker: _Taker, name: str, counts: bool = True) -> tuple[float, int]:
         """Run a batch forward and backward, and again while its gradient overflows.
@@ -78,13 +83,17 @@ class Backward:
                     raise UnlearnError(f"{name}: the step gives no loss, but a sharded model must run every batch")
                 return 0.0, 0
             value = loss.item()
-            if counts and not math.isfinite(value):
-                raise UnlearnError(f"{name}: the loss is {value}; look at its data or use precision=32")
+            problem = f"{name}: the loss is {value}; look at its data or use precision=32"
+            problem = problem if counts and not math.isfinite(value) else ""
             weight = most = samples * counts
             if self.averages > 1:
                 # What the strategy averages cannot be weighted afterwards, as it mixes batches of different sizes. Most often
                 # they are equal, and the factor is 1.
-                most = max(self.processes.exchange("samples of a batch", weight))
+                weights, problems = zip(*self.processes.exchange("samples of a batch", (weight, problem)), strict=True)
+                most, problem = max(weights), max(problems)
+            if problem:
+                raise UnlearnError(problem)
+            if self.averages > 1:
                 loss = loss * (weight / most)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
@@ -155,12 +164,11 @@ def mean_gradient(
     total, samples, seen = (sum(column) for column in zip(*found, strict=True))
     if samples == 0:
         problem = "the step returns no loss for any batch" if seen else "the set is empty"
-        raise UnlearnError(f"{name}: {problem}; nothing can be differentiated")
+        raise NoLossError(f"{name}: {problem}; nothing can be differentiated")
     backward.processes.add_up(to_add_up)
-    for key, gradient_sum in sums.items():
-        gradient_sum.div_(samples)
-        if not torch.isfinite(gradient_sum).all():
-            raise UnlearnError(f"{name}: the gradient of {key} holds NaN or inf; leave it out by layers=… or use precision=32")
+    bad = [key for key, gradient_sum in sums.items() if not torch.isfinite(gradient_sum.div_(samples)).all()]
+    for key in itertools.chain(*backward.processes.exchange(f"gradient of {name}, finite", bad)):
+        raise UnlearnError(f"{name}: the gradient of {key} holds NaN or inf; leave it out by layers=… or use precision=32")
     return Gradient(sums, total / samples, samples)
 
 
@@ -202,7 +210,8 @@ class _Taker:
     def is_finite(self) -> bool:
         """Whether all gradients that wait are."""
         assert self.held is not None
-        return all(flag.item() for flag in [torch.isfinite(gradient).all() for gradient in self.held.values()])
+        flags = [torch.isfinite(gradient).all() for gradient in self.held.values()]
+        return not flags or bool(torch.stack(flags).all())
 
     def finish(self) -> None:
         """Add what waits."""

@@ -19,10 +19,11 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.metrics import Metric, describe_metric
 from slug_lightning.patch import digest_of
+from slug_lightning.processes import Processes
 from slug_lightning.replay import Replay
-from slug_lightning.steps import Attempt, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
+from slug_lightning.steps import Attempt, Collectives, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
 from slug_lightning.strategies import Runner
-from slug_lightning.turns import DIFFERENT_BATCHES, Turn
+from slug_lightning.turns import DIFFERENT_BATCHES, Turn, take_turns
 
 Kind = Literal["forget", "retain"]
 LOSS = "loss"
@@ -105,7 +106,8 @@ class Objective:
                 raise UnlearnError(f"{kind}: the loss of the step has no graph; return it without detach() or item()")
             return loss, batch_samples(batch)
 
-        with torch.enable_grad(), self.runner.differentiating(self.module, parameters), read_logs(self.module):
+        differentiating = self.runner.differentiating(self.module, parameters)
+        with torch.enable_grad(), self.runner.passing(), differentiating, read_logs(self.module):
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros
                     warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
@@ -115,7 +117,6 @@ class Objective:
                     f"{kind}: a reentrant checkpoint hides the layers inside it from the gradient; use checkpoint(…, "
                     "use_reentrant=False)"
                 ) from warning
-        self.runner.reshard()
         self.forward_samples += gradient.samples
         self.backward_samples += gradient.samples
         return gradient
@@ -154,7 +155,14 @@ class Objective:
         where = f"{kind}_step" if by_loss else "validation_step", kind, split
         samples = 0
         stopped = False
-        with torch.no_grad(), self.runner.validating(), read_logs(self.module, self.processes) as reader:
+        # Before anything is edited: does the module itself communicate? Then the processes must run every step alike.
+        collectives = Collectives() if self.processes.count > 1 and not self.complete else nullcontext()
+        with (
+            torch.no_grad(),
+            self.runner.passing(),
+            self.runner.validating(),
+            read_logs(self.module, self.processes) as reader,
+        ):
             for number, batch, counts in self._turns(kind, split):
                 reader.number, reader.samples = number, batch_samples(batch)
                 step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
@@ -166,7 +174,8 @@ class Objective:
                 elif self.replay and edited:
                     self.replay.evaluate(where, number, batch, step, edited)
                 else:
-                    step()
+                    with collectives:
+                        step()
                 samples += reader.samples * counts
                 if stop is not None:
                     reader.share()  # all or nobody stops
@@ -175,7 +184,8 @@ class Objective:
                         break
             reader.share()
             found = reader.values()
-        self.runner.reshard()
+        if isinstance(collectives, Collectives):
+            self.processes.in_step |= any(self.processes.exchange("who communicates", collectives.seen))
         samples = sum(self.processes.exchange("samples", samples, each_share=True))
         self.forward_samples += samples
         if samples == 0:
@@ -236,8 +246,8 @@ class Objective:
 
     def fingerprint(self, kind: Kind, split: str) -> str:
         """What tells these data from others: a digest of the tensors and plain values of the first batch."""
-        same_draws(0)
-        leaves = tree_leaves(next(iter(self.loaders[kind][split]), None))
+        alone = take_turns(self.loaders[kind][split], Processes.alone())  # of the whole set, not of this process's share
+        leaves = tree_leaves(next((turn.batch for turn in alone), None))
         tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         return digest_of(tensors, repr([leaf for leaf in leaves if isinstance(leaf, (str, int, float))]))
 
@@ -281,13 +291,12 @@ class Objective:
 
 
 def _first_half(batch: Any) -> Any:
-    """The first half of the samples, rounded up; what is no tensor with a place for each sample stays."""
+    """The first half of the samples, rounded up; all of a batch of which anything has no place for each sample."""
+    leaves = tree_leaves(batch)
     count = batch_samples(batch)
-
-    def half(leaf: Any) -> Any:
-        return leaf[: -(-count // 2)] if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else leaf
-
-    return tree_map(half, batch)
+    if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves):
+        return batch
+    return tree_map(lambda leaf: leaf[: -(-count // 2)], batch)
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:

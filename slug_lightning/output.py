@@ -7,13 +7,14 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slug_lightning.layers import plain_name
 from slug_lightning.modules.base import own_model
 from slug_lightning.patch import at_once
 from slug_lightning.processes import Processes
 from slug_lightning.report import UnlearnReport
-from slug_lightning.sharded import local, whole
+from slug_lightning.sharded import whole
 
 REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES = (
     "report.json",
@@ -64,7 +65,7 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
         module: holds the edited model.
         processes: of which the first writes; the others help to gather what is sharded.
     """
-    weights = _first_names(own_model(module)) if report.patch is not None else {}
+    weights = _first_names(own_model(module), keep=processes.is_first) if report.patch is not None else {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         if report.patch is not None:
@@ -84,12 +85,29 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
             report.to_json(part)
 
 
-def _first_names(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors, whole, tied ones once, under the name that stands first: the one that patches use."""
-    found: dict[tuple[int, tuple[int, ...]], str] = {}
+def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's tensors, whole, tied ones once, under the name that stands first: the one that patches use.
+
+    Args:
+        model: sharded or not.
+        keep: whether this process wants them, or only helps to gather what is sharded, one after the other.
+    """
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[object, str] = {}
+    for name, tensor in held:
+        first.setdefault(_identity(tensor), name)
+    tied = {name for name, tensor in held if first[_identity(tensor)] != name}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        key = (local(tensor).data_ptr(), tuple(tensor.shape))
-        if tensor.numel() == 0 or found.setdefault(key, name) == name:
-            tensors[plain_name(name)] = whole(tensor).contiguous()
+        if name not in tied:
+            gathered = whole(tensor)
+            if keep:
+                tensors[plain_name(name)] = gathered.cpu().contiguous()
     return tensors
+
+
+def _identity(tensor: Tensor) -> object:
+    """The same for names of one memory; a shard may be empty, and has none of its own."""
+    if isinstance(tensor, DTensor) or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape)

@@ -34,8 +34,8 @@ class Processes:
             (tensor parallelism) read the same.
         shares: how many such parts there are.
         group: of the processes with different parts of the data, for sums; None for all processes.
-        in_step: whether the model itself communicates in its forward pass, as a sharded one does: then a process that
-            fails leaves the others waiting there, and only its end can end them.
+        in_step: whether the model itself communicates in its steps, as a sharded one does: then a process that fails
+            leaves the others waiting there, and only its end can end them.
 
     Example:
         >>> alone = Processes()
@@ -56,6 +56,13 @@ class Processes:
         self.sums = 0
         """How many sums over the processes `add_up` has asked for."""
         self._broken = False
+
+    @classmethod
+    def alone(cls) -> Processes:
+        """As if there were no others."""
+        processes = cls()
+        processes.count, processes.number = 1, 0
+        return processes
 
     @property
     def is_first(self) -> bool:

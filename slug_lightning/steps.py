@@ -15,6 +15,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slug_lightning.errors import UnlearnError
@@ -275,6 +276,18 @@ class Attempt:
     def seen(self) -> list[Any]:
         """What was logged so far: values, and the states of metric objects."""
         return tree_leaves([self.reader.entries, [metric.metric_state for metric in _metrics_in(self.module)]])
+
+
+class Collectives(TorchDispatchMode):
+    """Sees whether what runs inside communicates with other processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen |= "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
 
 
 def loss_in(output: Any) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import DATA, Backward
+from slug_lightning.layers import some_of
 from slug_lightning.processes import Processes
 from slug_lightning.turns import Turn, take_turns
 
@@ -76,7 +77,8 @@ class Runner:
 
     def prepare(self, datamodule: LightningDataModule) -> None:
         """Let one process of a machine download what a datamodule needs, and the others wait for it."""
-        if self.strategy.local_rank == 0 if hasattr(self.strategy, "local_rank") else True:
+        first_here = getattr(self.strategy, "local_rank", 0) == 0
+        if first_here if datamodule.prepare_data_per_node else self.processes.is_first:
             datamodule.prepare_data()
         self.processes.exchange("data prepared", None)
 
@@ -99,6 +101,14 @@ class Runner:
         for turn in take_turns(loader, self.processes):
             batch = self.module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(turn.batch))
             yield turn._replace(batch=self.strategy.batch_to_device(batch))
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """One pass over data; afterwards, also if it fails, a sharded model holds no tensor whole."""
+        try:
+            yield
+        finally:
+            self.reshard()
 
     def reshard(self) -> None:
         """Let go of the whole tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
@@ -161,6 +171,11 @@ def only_differentiating(module: nn.Module, parameters: Mapping[str, Tensor]) ->
 def _dropping_others(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, every other parameter's gradient is dropped as soon as it is there."""
     chosen = {id(p) for p in parameters.values()}
+    if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
+        raise UnlearnError(
+            f"layers: {some_of(frozen)}: frozen and sharded, so that FSDP2 makes no gradient; set requires_grad=True in "
+            "configure_model, before fully_shard"
+        )
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
     before = [p.grad for p in others]
 

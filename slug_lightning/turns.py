@@ -44,7 +44,7 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
 
     They are the batches that one device would read, however many processes there are: a loss that compares the samples
     of a batch sees the same ones, and no sample is read twice to make the shares even. Random numbers start anew with
-    each batch, so that what is drawn does not depend on who reads it.
+    each batch, so that what is drawn does not depend on who reads it (but for the draws of a loader's own workers).
 
     Args:
         loader: batches, the same ones in every process.
@@ -60,9 +60,11 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
     start = 0
     for part in loader.loaders if isinstance(loader, Chained) else [loader]:
         count = 0
-        source, most = (part.loader, part.count) if isinstance(part, First) else (part, None)
+        most = part.count if isinstance(part, First) else None
+        source: Any = part.loader if isinstance(part, First) else part
         # A subclass may do anything while it is read.
-        if type(source) is DataLoader and not isinstance(source.dataset, IterableDataset):
+        indexed = type(source) is DataLoader and not isinstance(source.dataset, IterableDataset)
+        if indexed and not (processes.shares == 1 and source.persistent_workers):  # who would be started anew in every pass
             turns = _of_indices(source, processes, most)
         else:
             turns = _of_stream(part, processes)
