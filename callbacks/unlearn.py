@@ -321,7 +321,7 @@ class UnlearnCallback(pl.Callback):
     def _refuse_different(self, objective: Objective, layers: list[Layer]) -> None:
         """Refuse, in all processes, that one of them was asked for something else: later they would wait for each other."""
         own = self._request() | {"metrics": objective.names}
-        own |= {name: getattr(self, name) for name in ("max_evaluations", "replay", "count_cost", "offload_gradient")}
+        own |= {name: getattr(self, name) for name in ("then", "max_evaluations", "replay", "count_cost", "offload_gradient")}
         own["layers that may be edited"] = [layer.name for layer in layers]
         asked = objective.processes.exchange("the request", own)
         if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
