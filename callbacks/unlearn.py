@@ -285,7 +285,9 @@ class UnlearnCallback(pl.Callback):
             report.scores = [asdict(score) for score in scores]
             front = [score for score in scores if score.on_front]
             by_name = {layer.name: layer for layer in layers if layer.name in {score.layer for score in front}}
-            if self.replay and not runner.processes.in_step:
+            if runner.processes.in_step and not runner.is_sharded:
+                report.notes.append("replay: off, as the module communicates in its steps; every evaluation was computed whole")
+            elif self.replay and not runner.is_sharded:
                 objective.replay = Replay(module, list(by_name.values()), self.replay_budget)
             with meter.phase("search"):
                 trials, error = self._search(objective, report, front, by_name, gradient, progress)

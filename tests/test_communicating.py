@@ -50,6 +50,7 @@ def forget(kind: type[Classifier], sharded: bool, **options: Any) -> tuple[str, 
     strategy = ModelParallelStrategy(count, 1) if sharded else "ddp" if count > 1 else "auto"
     trainer(callback, devices=count, strategy=strategy).fit(trained(kind), loader(False), loader(False))
     assert callback.report is not None and callback.report.patch is not None
+    assert (kind is Gathering and count > 1) == any("communicates in its steps" in note for note in callback.report.notes)
     return callback.report.layer, callback.report.step_size, callback.report.patch.edits[0].directions
 
 
