@@ -26,7 +26,8 @@ def test_the_small_case_chooses_one_layer_and_leaves_all_figures(tmp_path):
     assert [run["precision"] for run in found["runs"]] == PRECISIONS
     for run in found["runs"]:
         assert run["status"] == "unlearned" and run["layer"] and run["relative step"] > 0 and run["front layers"] > 0
-        assert set(run["seconds"]) == set(run["peak bytes"]) == PHASES
+        phases = PHASES | ({"rounding"} if "mixed" in run["precision"] else set())
+        assert set(run["seconds"]) == set(run["peak bytes"]) == phases
         assert all(value > 0 for figures in (run["seconds"], run["peak bytes"]) for value in figures.values())
         assert 0 < run["phases / bare pass"] <= run["fit / bare pass"]
         assert run["fit seconds"] / run["bare pass seconds"] == pytest.approx(run["fit / bare pass"])
