@@ -19,7 +19,7 @@ from slug_lightning.datamodules.base import UnlearnLoaders, as_trainer_limits, r
 from slug_lightning.earlier import Earlier, digest_of_edited
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import NoLossError
-from slug_lightning.layers import Granularity, Layer, find_layers, plain_name, refuse_unmovable
+from slug_lightning.layers import Granularity, Layer, find_layers, plain_parameters, refuse_unmovable
 from slug_lightning.loggers import publish
 from slug_lightning.mailbox import Mailbox
 from slug_lightning.metrics import damage, refuse_infinite
@@ -462,7 +462,7 @@ class UnlearnCallback(pl.Callback):
     def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: UnlearnReport, processes: Processes) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
         patch = report.patch
-        named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
+        named = plain_parameters(own_model(module))
         before = {name: local(named[name]).clone() for name in report.tensors}
         try:
             if patch is not None:

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from torch import nn
 
-from slug_lightning.layers import plain_name
+from slug_lightning.layers import plain_parameters
 from slug_lightning.modules.base import own_model
 from slug_lightning.patch import digest_of
 from slug_lightning.report import UnlearnReport
@@ -32,5 +32,5 @@ class Earlier:
 
 def digest_of_edited(module: nn.Module, report: UnlearnReport) -> str:
     """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
-    named = {plain_name(name): p for name, p in own_model(module).named_parameters()}
+    named = plain_parameters(own_model(module))
     return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")

@@ -40,7 +40,7 @@ def fingerprint(batch: Any) -> list[Any]:
 def _checksum(tensor: Tensor) -> tuple[torch.Size, torch.dtype, int]:
     content = tensor.detach().contiguous().flatten().view(torch.uint8)
     content = content.clone() if content.data_ptr() % 8 else content  # as only aligned bytes make words
-    words = content.view(torch.int64) if content.numel() % 8 == 0 and content.data_ptr() % 8 == 0 else content.to(torch.int64)
+    words = content.view(torch.int64) if content.numel() % 8 == 0 else content.to(torch.int64)
     # A factor for every place, by a mixing function (SplitMix64's constants): 64-bit arithmetic wraps around.
     factors = torch.arange(1, len(words) + 1, device=words.device) * -7046029254386353131
     factors = (factors ^ (factors >> 30)) * -4658895280553007687

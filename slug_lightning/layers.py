@@ -45,6 +45,11 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by the names that layers and patches use."""
+    return {plain_name(name): p for name, p in module.named_parameters()}
+
+
 def find_layers(
     module: nn.Module,
     layers: str | Sequence[str] = "*",
@@ -76,7 +81,7 @@ def find_layers(
         ['2.weight']
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    named = {plain_name(name): p for name, p in module.named_parameters()}
+    named = plain_parameters(module)
     for pattern in patterns:
         _refuse_unmatched(pattern, named)
     embeddings = {
