@@ -363,9 +363,7 @@ class UnlearnCallback(pl.Callback):
         parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
 
         def scores(exact: bool) -> list[Score]:
-            forget = objective.sample_gradient("forget", parameters, exact)
-            if self.offload_gradient:
-                forget = {name: tensor.cpu() for name, tensor in forget.items()}
+            forget = self._waiting(objective.sample_gradient("forget", parameters, exact))
             retain = objective.sample_gradient("retain", parameters, exact)
             return score_layers(layers, forget, retain, objective.processes)
 
@@ -381,9 +379,7 @@ class UnlearnCallback(pl.Callback):
     def _measure(self, objective: Objective, layers: list[Layer]) -> tuple[list[Score], dict[str, Tensor]]:
         """Both gradients, the scores, the fronts; of the gradients only what a front layer needs is kept."""
         parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        forget = objective.gradient("forget", parameters).tensors
-        if self.offload_gradient:
-            forget = {name: tensor.cpu() for name, tensor in forget.items()}
+        forget = self._waiting(objective.gradient("forget", parameters).tensors)
         retain = self._retain_gradient(objective, parameters)
         scores = score_layers(layers, forget, retain, objective.processes)
         del retain  # before the few that are needed are copied
@@ -392,6 +388,10 @@ class UnlearnCallback(pl.Callback):
         chosen = {score.layer for score in scores if score.on_front}
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         return scores, {name: forget[name].clone() for layer in layers if layer.name in chosen for name in layer.parameters}
+
+    def _waiting(self, forget: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The forget gradient where it waits for the retain gradient."""
+        return {name: tensor.cpu() for name, tensor in forget.items()} if self.offload_gradient else forget
 
     def _retain_gradient(self, objective: Objective, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computed, or the one that an earlier request left in the cache."""
