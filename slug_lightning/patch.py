@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +16,49 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slug_lightning.errors import UnlearnError
+from slug_lightning.applied import Active, Plan, added, adjusted, carry_out, history_of, recognised, removed, spots
+from slug_lightning.edits import Edit, PatchError, digest_of, edited, same_bits
 from slug_lightning.layers import plain_name
-from slug_lightning.sharded import placed, whole
 
-FORMAT = "slug-lightning patch 1"
+__all__ = ["Edit", "PatchError", "UnlearnPatch", "at_once", "digest_of", "edited", "same_bits"]
 
+FORMAT = "slug-lightning patch 2"
 
-class PatchError(UnlearnError):
-    """A patch that is damaged, or does not belong to this model; the model is as it was."""
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """One concept's edit: a step along the forget gradient of some tensors.
-
-    Attributes:
-        concept: what is forgotten, in words.
-        step: λ, the factor of the directions.
-        directions: the forget gradient by tensor name, fp32.
-        details: facts for whoever reads the patch later: layer, relative step, metrics before and after.
-    """
-
-    concept: str
-    step: float
-    directions: dict[str, Tensor]
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the directions and the step: what the edit does, whatever it is called."""
-        return digest_of(self.directions, json.dumps(self.step))
-
-
-def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """Add scaled directions to a tensor, in the order given.
-
-    Computed in fp32 (fp64 for fp64 tensors) by one product and one sum a direction, each rounded once, so that the
-    result has the same bits on every device.
-
-    Args:
-        base: the tensor before.
-        steps: directions and their factors.
-
-    Returns:
-        A new tensor of `base`'s shape, dtype and device.
-
-    Example:
-        >>> edited(torch.ones(2), [(torch.tensor([1.0, -1.0]), 0.5)])
-        tensor([1.5000, 0.5000])
-    """
-    wide = base.to(torch.promote_types(base.dtype, torch.float32))
-    for direction, factor in steps:
-        wide = wide + direction.to(wide) * factor
-    return wide.to(base.dtype)
+Model = nn.Module | MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class UnlearnPatch:
     """The edits of one or more concepts on one base.
 
+    Several patches may be applied to a model, each at its own strength. Whatever the order in which they are applied,
+    adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make: edited tensors
+    are rebuilt from the base, never added to. What is applied is known by the tensors themselves (`slug_lightning.applied`),
+    in this process. A copy of the model, another state dict of it, or weights from a file are known by their content, which
+    tells one patch at full strength from its base, and no more; for that there is `active`, saved beside the weights, and
+    `recognise`.
+
     Args:
         base: every edited tensor as it was before, by name.
-        edits: at least one.
+        edits: at least one; they are kept in the order of their digests.
+
+    Raises:
+        PatchError: if an edit occurs twice, or the base is not what the edits name.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> before = model.weight.detach().clone()
-        >>> patch = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
-        >>> patch.apply(model)
-        >>> torch.equal(model.weight, before + 0.5)
+        >>> cats = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
+        >>> dogs = UnlearnPatch({"weight": before}, [Edit("dogs", 0.25, {"weight": torch.ones(1, 2)})])
+        >>> cats.apply(model)
+        >>> dogs.apply(model)
+        >>> cats.revert(model)
+        >>> torch.equal(model.weight, before + 0.25)
         True
-        >>> patch.revert(model)
+        >>> dogs.adjust(model, 2.0)
+        >>> UnlearnPatch.active(model).describe()["edits"][0]["strength"]
+        2.0
+        >>> dogs.revert(model)
         >>> torch.equal(model.weight, before)
         True
     """
@@ -96,56 +66,146 @@ class UnlearnPatch:
     base: dict[str, Tensor]
     edits: Sequence[Edit]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", sorted(self.edits, key=lambda edit: (edit.digest, sorted(edit.directions))))
+        shapes = {name: tensor.shape for name, tensor in self.base.items()}
+        seen: set[tuple[str, str]] = set()
+        for edit in self.edits:
+            for name, direction in edit.directions.items():
+                if (edit.digest, name) in seen:
+                    raise PatchError(f"{name}: the edit for {edit.concept!r} occurs twice")
+                if shapes.get(name) != direction.shape:
+                    raise PatchError(f"{name}: the edit for {edit.concept!r} has a direction of another shape than the base")
+                seen.add((edit.digest, name))
+        if not shapes or shapes.keys() != {name for _, name in seen}:
+            raise PatchError("base: it must hold the tensors that edits name, at least one, and no others")
+
     def __repr__(self) -> str:
         concepts = ", ".join(edit.concept for edit in self.edits)
         return f"UnlearnPatch({concepts!r}, {', '.join(self.base)}, digest {self.digest[:12]})"
 
     @property
     def digest(self) -> str:
-        """SHA-256 over base, edits and details; stored in the file and checked on loading."""
+        """SHA-256 over base, edits, strengths, parents and details; stored in the file and checked on loading."""
         return digest_of(*self._content())
 
-    def apply(self, model: nn.Module | MutableMapping[str, Tensor], strength: float = 1.0) -> None:
-        """Edit the model in place.
+    def apply(self, model: Model, strength: float = 1.0) -> None:
+        """Edit the model in place, besides the patches that are applied already.
 
         Args:
             model: the model the patch was made on, a model that holds it (`model.visual.proj` for `visual.proj`), the
-                part of it that holds the edited tensors, or a state dict of one of these.
-            strength: factor of the step; 1 is what was measured, 0 the base.
+                part of it that holds the edited tensors, or a state dict of one of these. Other patches on the same base may
+                be applied to it. A patch whose base is the model as patches have made it goes on top of these.
+            strength: factor of the step, finite; 1 is what was measured, 0 the base.
 
         Raises:
-            PatchError: if a tensor is missing, differs from the patch's base, or the patch was applied before.
+            PatchError: if a tensor is missing or differs from the patch's base, an edit is active already, or the strength is
+                no number. The model is as it was.
         """
-        targets = _locate(self.base, model)
-        new = self._tensors(strength)
-        for name, target in targets.items():
-            if not same_bits(target, self.base[name]):
-                done = same_bits(target, new[name]) or same_bits(target, self._tensors(1.0)[name])
-                problem = "the patch is applied already; revert it first" if done else "the model is not the patch's base"
-                raise PatchError(f"{name}: {problem}")
-        _write(targets, new)
+        self._act(model, strength, added)
 
-    def revert(self, model: nn.Module | MutableMapping[str, Tensor], strength: float = 1.0) -> None:
-        """Put the tensors back as they were, bit for bit.
+    def revert(self, model: Model, strength: float | None = None) -> None:
+        """Take the patch out, whatever else is applied; where nothing else is, the tensors are as they were, bit for bit.
 
         Args:
             model: as in `apply`.
-            strength: the strength with which the patch was applied.
+            strength: the one with which the patch was applied. It is needed only if that was not 1 and this process does not
+                know of it.
 
         Raises:
-            PatchError: if a tensor is not what this patch made of its base.
+            PatchError: if the patch is not applied, something else has changed a tensor since, or another patch was made on
+                top of it. The model is as it was.
         """
-        made = self._tensors(strength)
-        targets = _locate(made, model)
-        for name, target in targets.items():
-            if not same_bits(target, made[name]):
-                reason = "the patch is not applied" if same_bits(target, self.base[name]) else "something else changed it since"
-                raise PatchError(f"{name}: nothing to revert at strength {strength:g}: {reason}")
-        _write(targets, self.base)
+        self._act(model, 1.0 if strength is None else strength, removed)
+
+    def adjust(self, model: Model, strength: float) -> None:
+        """Change the strength of the patch where it is applied.
+
+        Args:
+            model: as in `apply`.
+            strength: the new one, finite.
+
+        Raises:
+            PatchError: as `revert` does, or if the strength is no number. The model is as it was.
+
+        Example:
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> before = model.weight.detach().clone()
+            >>> patch = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
+            >>> patch.apply(model)
+            >>> patch.adjust(model, 0.0)
+            >>> torch.equal(model.weight, before)
+            True
+        """
+        _refuse_infinite(strength)
+        self._act(model, 1.0, partial(adjusted, strength=strength))
+
+    def recognise(self, model: Model) -> None:
+        """Remember that the model holds this patch at its own strengths: what `active` gave in another process, and a file kept.
+
+        The weights cannot say so themselves. An extra buffer or an extra state would change the keys of the state dict, which
+        other libraries then refuse to load; the metadata of a safetensors file do not come through `from_pretrained` and
+        `save_pretrained`. So it is a file beside the weights, which is good for as long as they are these, bit for bit.
+
+        Args:
+            model: as in `apply`. Nothing is written to it.
+
+        Raises:
+            PatchError: if the model does not hold, bit for bit, what the patch makes of its base, or other patches are known to
+                be applied.
+
+        Example:
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> base = {"weight": model.weight.detach().clone()}
+            >>> patch = UnlearnPatch(base, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
+            >>> patch.apply(model, strength=0.25)
+            >>> kept, copy = UnlearnPatch.active(model), nn.Linear(2, 1, bias=False)
+            >>> _ = copy.load_state_dict(model.state_dict())
+            >>> kept.recognise(copy)
+            >>> patch.revert(copy)
+            >>> torch.equal(copy.weight, base["weight"])
+            True
+        """
+        self._act(model, 1.0, recognised)
+
+    @staticmethod
+    def active(model: Model) -> UnlearnPatch | None:
+        """What is applied to a model, as one patch whose edits carry their strengths; None if this process knows of nothing.
+
+        Where patches lie on top of others, it is the uppermost on each tensor, and its base is what those below have made;
+        what these were, `parents` of the edits say if their makers did. An edit of which only some tensors are left, as the
+        others were trained since or lie below another patch, is given with these. Tensors have the names that they have in
+        `model`. Of a sharded model every process must ask.
+
+        Args:
+            model: as in `apply`.
+        """
+        base: dict[str, Tensor] = {}
+        found: dict[tuple[str, float], dict[str, Active]] = {}
+        seen = set()
+        for name, tensor in _tensors_of(model).items():
+            known = history_of(tensor) if id(tensor) not in seen else None  # tied weights: once, by the first name
+            seen.add(id(tensor))
+            if known is not None:
+                base[name] = known.base
+                for digest, active in known.active.items():
+                    found.setdefault((digest, active.strength), {})[name] = active
+        return UnlearnPatch(base, [_named_as_here(active) for active in found.values()]) if base else None
+
+    def as_parents(self) -> list[dict[str, Any]]:
+        """What an edit that is made on top of this patch keeps as its `parents`: its edits, and the parents of these.
+
+        Example:
+            >>> patch = UnlearnPatch({"w": torch.ones(1)}, [Edit("cats", 0.5, {"w": torch.ones(1)}, strength=0.25)])
+            >>> [(parent["concept"], parent["strength"]) for parent in patch.as_parents()]
+            [('cats', 0.25)]
+        """
+        own = [{"concept": edit.concept, "digest": edit.digest, "strength": edit.strength} for edit in self.edits]
+        return list({p["digest"]: p for p in [*(p for edit in self.edits for p in edit.parents), *own]}.values())
 
     @staticmethod
     def combine(patches: Sequence[UnlearnPatch]) -> UnlearnPatch:
-        """Make one patch of several that were made on the same base; edits of one tensor add up.
+        """Make one patch of several that were made on the same base; edits of one tensor add up, each at its strength.
 
         The order of `patches` does not matter: edits are put in the order of their digests.
 
@@ -160,23 +220,17 @@ class UnlearnPatch:
                 if name in base and not same_bits(base[name], tensor):
                     raise PatchError(f"{name}: the patches were made on different bases; make them anew on one model")
                 base[name] = tensor
-        edits = sorted((edit for patch in patches for edit in patch.edits), key=lambda edit: edit.digest)
-        for one, next_one in itertools.pairwise(edits):
-            if one.digest == next_one.digest:
-                raise PatchError(f"combine: the edit for {one.concept!r} occurs twice")
-        return UnlearnPatch(dict(sorted(base.items())), edits)
+        return UnlearnPatch(dict(sorted(base.items())), [edit for patch in patches for edit in patch.edits])
 
     def describe(self) -> dict[str, Any]:
-        """Plain data on what the patch does: digest, tensors, and concept, step and details of each edit."""
+        """Plain data on what the patch does: digest, tensors, and of each edit all but the directions."""
         return {
             "digest": self.digest,
             "tensors": {
                 name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sha256": digest_of({name: t}, "")}
                 for name, t in self.base.items()
             },
-            "edits": [
-                {"concept": e.concept, "step": e.step, "tensors": sorted(e.directions), "details": e.details} for e in self.edits
-            ],
+            "edits": [{**_plain(edit), "digest": edit.digest} for edit in self.edits],
         }
 
     def save(self, path: str | Path) -> None:
@@ -212,34 +266,63 @@ class UnlearnPatch:
         if metadata.get("sha256") != digest_of(tensors, text):
             raise PatchError(f"{path}: the content does not match its digest; the file was altered or damaged")
         try:
-            edits = [
-                Edit(e["concept"], float(e["step"]), {n: tensors[f"{i}/{n}"] for n in e["tensors"]}, e["details"])
-                for i, e in enumerate(json.loads(text))
-            ]
+            edits = [_edit(e, {n: tensors[f"{i}/{n}"] for n in e["tensors"]}) for i, e in enumerate(json.loads(text))]
             base = {n: tensors[f"base/{n}"] for n in sorted({n for e in edits for n in e.directions})}
-            if not all(isinstance(e.concept, str) and math.isfinite(e.step) for e in edits):
-                raise ValueError("a concept that is no text, or a step that is no number")
-            if not base or any(t.shape != base[n].shape for e in edits for n, t in e.directions.items()):
-                raise ValueError("no edit, or a direction of another shape than its tensor")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            return cls(base, edits)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise PatchError(f"{path}: the content is not that of a patch ({error!r})") from error
-        return cls(base, edits)
 
-    def _tensors(self, strength: float) -> dict[str, Tensor]:
-        """The edited tensors at a strength."""
-        return {
-            name: edited(base, [(e.directions[name], strength * e.step) for e in self.edits if name in e.directions])
-            for name, base in self.base.items()
-        }
+    def _act(self, model: Model, strength: float, plan: Plan) -> None:
+        """Carry out a plan where it can be: on the part nearest the model's root, if several fit the patch by name."""
+        _refuse_infinite(strength)
+        refused: PatchError | None = None
+        for targets in _places(list(self.base), model):
+            try:
+                changes = plan(spots(self.base, self.edits, targets, strength))
+            except PatchError as error:
+                refused = refused or error
+            else:
+                return carry_out(changes)
+        assert refused is not None  # there is one place at least
+        raise refused
 
     def _content(self) -> tuple[dict[str, Tensor], str]:
         """What the file holds: tensors, and as JSON everything else."""
         tensors = {f"base/{name}": tensor for name, tensor in self.base.items()}
         tensors |= {f"{i}/{name}": t for i, edit in enumerate(self.edits) for name, t in edit.directions.items()}
-        edits = [
-            {"concept": e.concept, "step": e.step, "tensors": sorted(e.directions), "details": e.details} for e in self.edits
-        ]
-        return tensors, json.dumps(edits, sort_keys=True)
+        return tensors, json.dumps([{**_plain(edit), "origin": edit.origin} for edit in self.edits], sort_keys=True)
+
+
+def _plain(edit: Edit) -> dict[str, Any]:
+    """An edit without its directions, as plain data."""
+    kept = {name: getattr(edit, name) for name in ("concept", "step", "strength", "details", "parents")}
+    return {**kept, "tensors": sorted(edit.directions)}
+
+
+def _edit(plain: Mapping[str, Any], directions: dict[str, Tensor]) -> Edit:
+    """An edit from a file, of which nothing is believed."""
+    kept = {name: plain[name] for name in ("concept", "details", "parents", "origin")}
+    edit = Edit(step=float(plain["step"]), strength=float(plain["strength"]), directions=directions, **kept)
+    texts = [edit.concept, edit.origin, *(parent[key] for parent in edit.parents for key in ("concept", "digest"))]
+    numbers = [edit.step, edit.strength, *(parent["strength"] for parent in edit.parents)]
+    if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(number) for number in numbers):
+        raise ValueError("a concept that is no text, or a step that is no number")
+    return edit
+
+
+def _named_as_here(active: Mapping[str, Active]) -> Edit:
+    """The edit that acts on some tensors of a model, by their names there: another one only where these differ."""
+    one = next(iter(active.values()))
+    edit = replace(one.edit, strength=one.strength)
+    directions = {name: held.edit.directions[held.name] for name, held in active.items()}
+    if {name: held.name for name, held in active.items()} == {name: name for name in edit.directions}:
+        return edit
+    return replace(edit, directions=directions, origin=edit.digest)
+
+
+def _refuse_infinite(strength: float) -> None:
+    if not math.isfinite(strength):
+        raise PatchError(f"strength: {strength} is no strength; give a finite number")
 
 
 @contextmanager
@@ -265,56 +348,30 @@ def at_once(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(_bytes(tensor).numpy().data)
-    return digest.hexdigest()
+def _places(names: Sequence[str], model: Model) -> Iterator[dict[str, Tensor]]:
+    """Find tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
 
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor's content as bytes, `[n]`, on the CPU."""
-    return whole(tensor).cpu().contiguous().flatten().view(torch.uint8)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality, also of NaNs and of signed zeros, whatever the device."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
-
-
-def _locate(values: Mapping[str, Tensor], model: nn.Module | MutableMapping[str, Tensor]) -> dict[str, Tensor]:
-    """Find the tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
-
-    Where several parts fit by name, it is the one that holds `values`; if none does, the one nearest the root.
+    Where several parts fit by name, the one nearest the root comes first.
     """
-    names = list(values)
-    found: Mapping[str, Tensor] = _tensors_of(model) if isinstance(model, nn.Module) else model
-    held = {plain_name(name): tensor for name, tensor in found.items()}
+    held = _tensors_of(model)
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
     fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
     for prefix in fitting:
-        if all(same_bits(held[prefix + name], values[name]) for name in names):
-            return {name: held[prefix + name] for name in names}
+        yield {name: held[prefix + name] for name in names}
     if fitting:
-        return {name: held[fitting[0] + name] for name in names}
+        return
     parts = names[0].split(".")
     for cut in range(1, len(parts)):
         prefix = ".".join(parts[:cut]) + "."
         if all(name.startswith(prefix) and name.removeprefix(prefix) in held for name in names):
-            return {name: held[name.removeprefix(prefix)] for name in names}
+            yield {name: held[name.removeprefix(prefix)] for name in names}
+            return
     missing = [name for name in names if name not in held]
     raise PatchError(f"{missing[0]}: the model has no such tensor; the patch was made on another model")
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: Model) -> dict[str, Tensor]:
     """Every tensor under every name it has; not by `state_dict`, which a model may override to give copies."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values in: nothing is written unless every value has passed its checks before."""
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(placed(values[name], target))  # not by `.data`: whoever watches the version must notice
+    if isinstance(model, nn.Module):
+        model = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {plain_name(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import pickle
 
@@ -44,7 +46,9 @@ def bits(source) -> dict[str, tuple]:
 def assert_equal_patches(one: UnlearnPatch, other: UnlearnPatch) -> None:
     assert one.digest == other.digest and bits(one.base) == bits(other.base)
     for a, b in itertools.zip_longest(one.edits, other.edits):
-        assert (a.concept, a.step, a.details, bits(a.directions)) == (b.concept, b.step, b.details, bits(b.directions))
+        for name in ("concept", "step", "strength", "details", "parents", "origin", "digest"):
+            assert getattr(a, name) == getattr(b, name)
+        assert bits(a.directions) == bits(b.directions)
 
 
 @settings(deadline=None, max_examples=40)
@@ -101,18 +105,84 @@ def refuses(call, net, match: str) -> None:
     assert bits(net) == before
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_it_is_applied_and_reverted_once(strength):
     net, patch = model(0), patch_of(model(0), NAMES)
-    refuses(lambda m: patch.revert(m, strength), net, "the patch is not applied")
+    refuses(patch.revert, net, "the patch is not applied")
     patch.apply(net, strength)
-    refuses(lambda m: patch.apply(m, strength), net, "applied already")
-    refuses(lambda m: patch.revert(m, 2.0), net, "something else changed it since")
-    patch.revert(net, strength)
+    refuses(lambda m: patch.apply(m, strength), net, rf"'cats' is applied already \(at strength {strength:g}\); revert .* adjust")
+    patch.revert(net)
     refuses(lambda m: patch.revert(m, strength), net, "the patch is not applied")
     patch.apply(net, strength)
     net.c.data[1, 1] += 1
-    refuses(lambda m: patch.revert(m, strength), net, "c: .* something else changed it since")
+    for undo in (patch.revert, lambda m: patch.adjust(m, 2.0)):
+        refuses(undo, net, "c: .*something else changed it since")
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_where_nothing_is_known_of_a_model_its_content_tells_one_patch_from_its_base(strength):
+    net, patch = model(0), patch_of(model(0), NAMES)
+    patch.apply(net, strength)
+    other = copy.deepcopy(net)
+    if strength == 1:
+        refuses(patch.apply, other, "applied already")
+        patch.revert(other)
+    else:
+        refuses(patch.apply, other, "not the patch's base; where it holds other patches .* `recognise`")
+        refuses(patch.revert, other, "something else changed it since")
+        refuses(lambda m: patch.adjust(m, 0.0), other, "something else changed it since")
+        refuses(lambda m: patch.apply(m, strength), other, "applied already")
+        patch.revert(other, strength)
+    assert bits(other) == bits(model(0)) != bits(net)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, dtype=dtypes, names=some_names, one=strengths, other=strengths)
+def test_an_adjusted_patch_is_as_if_applied_like_that_at_once(seed, dtype, names, one, other):
+    net, direct = model(seed, dtype), model(seed, dtype)
+    patch = patch_of(net, sorted(names), seed)
+    refuses(lambda m: patch.adjust(m, other), net, "the patch is not applied")
+    patch.apply(net, one)
+    patch.adjust(net, other)
+    patch.apply(direct, other)
+    assert bits(net) == bits(direct)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(strength):
+    net, patch = model(0), patch_of(model(0), NAMES)
+    refuses(lambda m: patch.apply(m, strength), net, "strength: .* give a finite number")
+    patch.apply(net)
+    refuses(lambda m: patch.adjust(m, strength), net, "strength: .* give a finite number")
+
+
+def test_an_edit_acts_at_its_own_strength_and_a_combined_patch_keeps_strengths_and_parents():
+    net, patches = model(0), [patch_of(model(0), ["c"], seed) for seed in (1, 2)]
+    base, parents = net.c.detach().clone(), [{"concept": "birds", "digest": "00", "strength": 2.0}]
+    weak = [
+        UnlearnPatch(patch.base, [dataclasses.replace(patch.edits[0], strength=strength, parents=parents)])
+        for patch, strength in zip(patches, (0.5, -2.0), strict=True)
+    ]
+    assert [w.edits[0].digest for w in weak] == [p.edits[0].digest for p in patches]
+    assert [w.digest for w in weak] != [p.digest for p in patches]
+    combined = UnlearnPatch.combine(weak)
+    assert sorted(edit.strength for edit in combined.edits) == [-2.0, 0.5]
+    assert all(edit.parents == parents for edit in combined.edits)
+    combined.apply(net, 3.0)
+    one, other = (3 * patch.edits[0].step * patch.edits[0].directions["c"] for patch in patches)
+    torch.testing.assert_close(net.c.detach(), base + 0.5 * one - 2 * other)
+
+
+@pytest.mark.parametrize(("base", "names", "reason"), [
+    ({}, [], "at least one"),
+    ({"w": torch.ones(2), "v": torch.ones(2)}, ["w"], "no others"),
+    ({"w": torch.ones(2)}, ["w", "v"], "v: .* another shape"),
+    ({"w": torch.ones(1, 2)}, ["w"], "w: .* another shape"),
+    ({"w": torch.ones(2)}, ["w", "w"], "'cats' occurs twice"),
+])  # fmt: skip
+def test_a_patch_that_does_not_fit_its_own_base_cannot_be_made(base, names, reason):
+    with pytest.raises(PatchError, match=reason):
+        UnlearnPatch(base, [Edit("cats", 0.5, {name: torch.ones(2)}) for name in names])
 
 
 CHANGES = {
@@ -170,7 +240,10 @@ def test_of_two_parts_with_the_same_names_it_takes_the_one_it_was_made_on():
 def test_describe_is_plain_data_that_tells_content_apart():
     patch, other = (patch_of(model(seed), ["c", "a.weight"]) for seed in (0, 1))
     said, edit = patch.describe(), patch.edits[0]
-    assert said["edits"] == [{"concept": "cats", "step": edit.step, "tensors": ["a.weight", "c"], "details": edit.details}]
+    assert said["edits"] == [
+        {"concept": "cats", "step": edit.step, "strength": 1.0, "tensors": ["a.weight", "c"], "parents": []}
+        | {"details": edit.details, "digest": edit.digest}
+    ]
     assert said["tensors"]["a.weight"]["shape"] == [2, 3] and said["tensors"]["c"]["dtype"] == "float32"
     assert said["digest"] == patch.digest != other.digest
     assert other.describe()["tensors"]["c"]["sha256"] != said["tensors"]["c"]["sha256"]
@@ -181,6 +254,8 @@ def test_describe_is_plain_data_that_tells_content_apart():
 def test_a_file_gives_back_the_same_patch(seed, dtype, names, concept, tmp_path_factory):
     net, path = model(seed, dtype), tmp_path_factory.mktemp("patch") / "new folder" / "p.safetensors"
     combined = UnlearnPatch.combine([patch_of(net, sorted(names), seed, concept), patch_of(net, ["c"], seed + 1)])
+    more = {"strength": 0.25, "parents": combined.as_parents(), "origin": "ab" * 32}
+    combined = UnlearnPatch(combined.base, [dataclasses.replace(combined.edits[0], **more), combined.edits[1]])
     combined.save(path)
     assert_equal_patches(UnlearnPatch.load(path), combined)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -232,16 +307,29 @@ def test_a_pickle_another_safetensors_file_and_no_file_are_refused_each_for_its_
         UnlearnPatch.load(tmp_path / "none")
 
 
-EDIT = '[{"concept": "x", "step": 1, "tensors": ["w"], "details": {}}]'
+EDIT = (
+    '[{"concept": "x", "step": 1, "strength": 2, "tensors": ["w"], "details": {}, "origin": "", '
+    '"parents": [{"concept": "y", "digest": "00", "strength": 3}]}]'
+)
 
 
 @pytest.mark.parametrize(("text", "shape"), [
     ("not json", (2,)), ("5", (2,)), ('["w"]', (2,)), (EDIT.replace("1", '"much"'), (2,)), (EDIT.replace('"w"', '"v"'), (2,)),
-    ("[]", (2,)), (EDIT, (1,)), (EDIT, (3, 2)),
+    ("[]", (2,)), (EDIT, (1,)), (EDIT, (3, 2)), (EDIT.replace("1", "1" + "0" * 400), (2,)), (EDIT.replace("1", "1e999"), (2,)),
+    (EDIT.replace('"x"', "7"), (2,)), (EDIT.replace('"origin": ""', '"origin": 7'), (2,)), (EDIT.replace("2", "NaN"), (2,)),
+    (EDIT.replace('"00"', "null"), (2,)), (EDIT.replace("3", '"much"'), (2,)), (EDIT.replace('"y"', "[]"), (2,)),
+    (EDIT.replace('"parents"', '"children"'), (2,)),
 ])  # fmt: skip
 def test_a_forged_file_whose_digest_is_right_is_refused_on_loading(text, shape, tmp_path):
     tensors = {"base/w": torch.ones(2), "0/w": torch.ones(shape)}
     metadata = {"format": patch_module.FORMAT, "patch": text, "sha256": patch_module.digest_of(tensors, text)}
     patch_module.save_file(tensors, tmp_path / "p", metadata=metadata)
-    with pytest.raises(PatchError):
+    with pytest.raises(PatchError, match="the content is not that of a patch"):
         UnlearnPatch.load(tmp_path / "p")
+
+
+def test_the_file_that_was_not_forged_is_read(tmp_path):
+    tensors = {"base/w": torch.ones(2), "0/w": torch.ones(2)}
+    metadata = {"format": patch_module.FORMAT, "patch": EDIT, "sha256": patch_module.digest_of(tensors, EDIT)}
+    patch_module.save_file(tensors, tmp_path / "p", metadata=metadata)
+    assert UnlearnPatch.load(tmp_path / "p").edits[0].strength == 2
