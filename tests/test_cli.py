@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from _tiny import changed, snapshot, trained
 from slug_lightning import UnlearnPatch
 from slug_lightning.cli import main
+from slug_lightning.output import PATCH
 from slug_lightning.patch import Edit
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -29,9 +30,7 @@ def run(*args: str) -> int:
         return int(stop.code or 0)
 
 
-@pytest.mark.parametrize(
-    "verb", [[], ["patch"], ["patch", "show"], ["patch", "apply"], ["patch", "revert"], ["patch", "combine"]]
-)
+@pytest.mark.parametrize("verb", [[], ["patch"], *(["patch", name] for name in ("show", "apply", "revert", "adjust", "combine"))])
 def test_help_answers(verb, capsys):
     assert run(*verb, "--help") == 0
     assert "usage: slug-lightning" in capsys.readouterr().out
@@ -50,7 +49,11 @@ def test_help_of_fit_names_the_arguments_of_the_callback(capsys):
 
 
 @pytest.mark.parametrize(
-    "args", [["nonsense"], ["patch"], ["patch", "show"], ["fit", "--config", "no-such.yaml"], ["fit", "--nonsense"]]
+    "args",
+    [
+        *(["nonsense"], ["patch"], ["patch", "show"], ["patch", "adjust", "a", "b", "c"]),
+        *(["fit", "--config", "no-such.yaml"], ["fit", "--nonsense"]),
+    ],
 )
 def test_wrong_usage_exits_with_2(args, capsys):
     assert run(*args) == 2
@@ -107,31 +110,105 @@ def test_infeasible_exits_with_3_and_a_bad_argument_with_2(tmp_path, capsys):
 
 @pytest.fixture
 def files(tmp_path):
-    """A model's weights as safetensors and as a checkpoint, and two patches for it."""
+    """A model's weights as safetensors and as a checkpoint, and three patches for it."""
     model = trained()
     save_file(snapshot(model), tmp_path / "base.safetensors", metadata={"format": "pt"})
     torch.save({"state_dict": snapshot(model), "epoch": 3}, tmp_path / "base.ckpt")
-    for name, tensor in (("a", "net.6.weight"), ("b", "net.4.weight")):
+    for name, tensor, step in (("a", "net.6.weight", 0.5), ("b", "net.4.weight", 0.5), ("c", "net.6.weight", 0.1)):
         base = snapshot(model)[tensor]
-        UnlearnPatch({tensor: base}, [Edit(name, 0.5, {tensor: torch.ones_like(base)})]).save(tmp_path / f"{name}.safetensors")
+        UnlearnPatch({tensor: base}, [Edit(name, step, {tensor: torch.ones_like(base)})]).save(tmp_path / f"{name}.safetensors")
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_apply_and_revert_are_exact(files, kind):
-    def tensors(path):
-        return load_file(path) if kind == "safetensors" else torch.load(path, weights_only=True)["state_dict"]
+KINDS = pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
 
-    base, new, back = files / f"base.{kind}", files / f"new.{kind}", files / f"back.{kind}"
-    assert run("patch", "apply", files / "a.safetensors", base, new) == 0
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
+
+
+def act(verb: str, patch: Path, weights: Path, output: str, *more: str) -> Path:
+    """Run one verb on weights; gives the new ones, in the same format."""
+    made = weights.with_name(output + weights.suffix)
+    assert run("patch", verb, patch, weights, made, *more) == 0
+    return made
+
+
+@KINDS
+def test_apply_and_revert_are_exact(files, kind):
+    base, patch = files / f"base.{kind}", files / "a.safetensors"
+    new = act("apply", patch, base, "new")
     model = trained()
-    UnlearnPatch.load(files / "a.safetensors").apply(model)
+    UnlearnPatch.load(patch).apply(model)
     assert not changed(model, tensors(new))
-    assert run("patch", "revert", files / "a.safetensors", new, back) == 0
-    assert not changed(trained(), tensors(back))
-    half = files / f"half.{kind}"
-    assert run("patch", "apply", files / "a.safetensors", base, half, "--strength", "0.5") == 0
+    assert not changed(trained(), tensors(act("revert", patch, new, "back")))
+    half = act("apply", patch, base, "half", "--strength", "0.5")
     torch.testing.assert_close(tensors(half)["net.6.weight"], tensors(base)["net.6.weight"] + 0.25)
+
+
+def patched(patches: list[tuple[Path, float]]) -> torch.nn.Module:
+    model = trained()
+    for patch, strength in patches:
+        UnlearnPatch.load(patch).apply(model, strength)
+    return model
+
+
+@KINDS
+def test_patches_come_and_go_in_any_order_by_the_file_beside_the_weights(files, kind, capsys):
+    a, b, c = (files / f"{name}.safetensors" for name in "abc")
+    weights = act("apply", a, files / f"base.{kind}", "one", "--strength", "0.3")
+    weights = act("apply", c, weights, "two", "--strength", "-0.7")
+    assert not changed(patched([(c, -0.7), (a, 0.3)]), tensors(weights))
+    weights = act("apply", b, weights, "three")
+    weights = act("adjust", a, weights, "four", "--strength", "2")
+    weights = act("revert", b, weights, "five")
+    assert {"a (strength 2)", "c (strength -0.7)"} == set(
+        capsys.readouterr().out.strip().split("applied to it: ")[-1].split(", ")
+    )
+    assert not changed(patched([(c, -0.7), (a, 2.0)]), tensors(weights))
+    beside = UnlearnPatch.load(files / "five.patches.safetensors")
+    assert {edit.concept: edit.strength for edit in beside.edits} == {"a": 2.0, "c": -0.7}
+    weights = act("revert", c, act("revert", a, weights, "six"), "seven")
+    assert capsys.readouterr().out.rstrip().endswith("applied to it: nothing that is known")
+    assert not changed(trained(), tensors(weights))
+    assert not (files / "seven.patches.safetensors").exists()
+
+
+@KINDS
+def test_a_file_beside_the_weights_that_is_not_theirs_is_refused(files, kind, capsys):
+    one = act("apply", files / "a.safetensors", files / f"base.{kind}", "one", "--strength", "0.5")
+    beside = files / "one.patches.safetensors"
+    for wrong in ("b.safetensors", f"one.{kind}"):
+        beside.write_bytes((files / wrong).read_bytes())
+        assert run("patch", "apply", files / "b.safetensors", one, files / f"two.{kind}") == 2
+        assert "one.patches.safetensors does not belong to" in capsys.readouterr().err
+    beside.unlink()
+    assert run("patch", "revert", files / "a.safetensors", one, files / f"two.{kind}") == 2
+    assert "something else changed it since" in capsys.readouterr().err
+    assert not changed(trained(), tensors(act("revert", files / "a.safetensors", one, "back", "--strength", "0.5")))
+
+
+@KINDS
+def test_in_the_folder_of_a_run_its_patch_says_what_is_applied(files, kind):
+    """`weights.safetensors` and `patch.safetensors`, as `save_run` calls them, and other weights in the same folder."""
+    patch = UnlearnPatch.combine([UnlearnPatch.load(files / f"{name}.safetensors") for name in "ac"])
+    patch.save(files / PATCH)
+    weights = act("apply", files / "b.safetensors", files / f"base.{kind}", "other")
+    made = act("apply", files / PATCH, files / f"base.{kind}", "weights")
+    (files / "weights.patches.safetensors").unlink()
+    weights = act("revert", files / "c.safetensors", made, "less")  # content alone would not tell it
+    assert not changed(patched([(files / "a.safetensors", 1.0)]), tensors(weights))
+
+
+def test_weights_and_what_is_applied_to_them_are_written_both_or_neither(files, monkeypatch):
+    before = {path.name for path in files.iterdir()}
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(UnlearnPatch, "save", fail)
+    assert run("patch", "apply", files / "a.safetensors", files / "base.ckpt", files / "new.ckpt") == 2
+    assert {path.name for path in files.iterdir()} == before
 
 
 def test_combine_and_show(files, capsys):
@@ -141,6 +218,7 @@ def test_combine_and_show(files, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert sorted(edit["concept"] for edit in shown["edits"]) == ["a", "b"]
     assert sorted(shown["tensors"]) == ["net.4.weight", "net.6.weight"]
+    assert [(edit["strength"], edit["parents"]) for edit in shown["edits"]] == [(1.0, []), (1.0, [])]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +228,10 @@ def test_combine_and_show(files, capsys):
         (["apply", "a.safetensors", "a.safetensors", "new.safetensors"], "no such tensor"),
         (["apply", "a.safetensors", "none.safetensors", "new.safetensors"], "no weights at"),
         (["apply", "base.safetensors", "base.safetensors", "new.safetensors"], "not a patch"),
+        (["apply", "a.safetensors", "base.safetensors", "old.safetensors"], "old.patches.safetensors exists"),
+        (["apply", "a.safetensors", "base.safetensors", "new.safetensors", "--strength", "nan"], "strength: "),
         (["revert", "a.safetensors", "base.safetensors", "new.safetensors"], "not applied"),
+        (["adjust", "a.safetensors", "base.safetensors", "new.safetensors", "--strength", "2"], "not applied"),
         (["combine", "a.safetensors", "a.safetensors", "-o", "new.safetensors"], "occurs twice"),
         (["show", "none.safetensors"], "no patch at"),
     ],
@@ -159,6 +240,7 @@ def test_a_wrong_file_is_refused_and_nothing_is_written(files, args, message, ca
     import re
 
     monkeypatch.chdir(files)
+    Path("old.patches.safetensors").touch()
     assert run("patch", *args) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (files / "new.safetensors").exists()
