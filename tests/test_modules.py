@@ -29,9 +29,10 @@ TINY = {
 }
 
 
-def tiny_clip():
+def tiny_clip(vision=(), text=(), **options):
     torch.manual_seed(0)
-    return open_clip.CLIP(**TINY).eval()
+    towers = {"vision_cfg": TINY["vision_cfg"] | dict(vision), "text_cfg": TINY["text_cfg"] | dict(text)}
+    return open_clip.CLIP(TINY["embed_dim"], **towers, **options).eval()
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -268,9 +269,21 @@ def test_each_set_of_prompts_has_features_of_its_own(encoded):
     assert [len(tokens) for tokens in encoded] == [3, 2] == [len(low), len(high)]
 
 
-@pytest.mark.parametrize("make", [tiny_clip, lambda: open_clip.create_model(f"local-dir:{CLIP}")])
+EPS = {"norm_kwargs": {"eps": 0.1}}
+MODELS = {
+    "plain": tiny_clip,
+    "OpenAI's activation": lambda: tiny_clip(quick_gelu=True),
+    "another epsilon": lambda: tiny_clip(EPS, EPS),
+    "embedded": lambda: open_clip.create_model(f"local-dir:{CLIP}"),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_transformers_twin_gives_the_same_features(make):
     model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as after training: otherwise biases are zeros, and activations nearly linear
+            parameter.mul_(1.5).add_(0.05 * torch.randn_like(parameter))
     twin = to_hugging_face(model)
     size = 16 if model.visual.conv1.weight.shape[-1] == 8 else 64
     images = torch.randn(3, 3, size, size)
@@ -284,9 +297,21 @@ def test_the_transformers_twin_gives_the_same_features(make):
         torch.testing.assert_close(encode_text(twin, tokens), encode_text(model, tokens), atol=1e-5, rtol=1e-4)
 
 
-def test_only_a_vision_transformer_has_a_twin():
-    with pytest.raises(UnlearnError, match="not an open_clip CLIP with a vision transformer"):
-        to_hugging_face(nn.Linear(2, 2))
+@pytest.mark.parametrize(("make", "reason"), [
+    (lambda: nn.Linear(2, 2), "not an open_clip CLIP with a vision transformer"),
+    (lambda: tiny_clip({"layers": (1, 1, 1, 1), "width": 8, "image_size": 32}), "not an open_clip CLIP with a vision transf"),
+    (lambda: tiny_clip({"ls_init_value": 0.1}), r"visual.transformer.resblocks.0.ls_1.gamma has no counterpart"),
+    (lambda: tiny_clip({"no_ln_pre": True}), r"vision_model.pre_layrnorm.bias is not there"),
+    (lambda: tiny_clip({"pool_type": "avg"}), r"pools and masks \('avg', 'argmax', True\)"),
+    (lambda: tiny_clip(text={"pool_type": "last"}), r"pools and masks \('tok', 'last', True\)"),
+    (lambda: tiny_clip(text={"no_causal_mask": True}), r"pools and masks \('tok', 'argmax', False\)"),
+    (lambda: tiny_clip(text={"act_kwargs": {"approximate": "tanh"}}), "no transformers twin for the activation GELU.*tanh"),
+    (lambda: tiny_clip(init_logit_bias=0.0), "logit_bias has no counterpart"),
+    (lambda: tiny_clip(nonscalar_logit_scale=True), "logit_scale is not there, or not as"),
+])  # fmt: skip
+def test_only_a_clip_that_transformers_can_compute_has_a_twin(make, reason):
+    with pytest.raises(UnlearnError, match=reason):
+        to_hugging_face(make())
 
 
 def test_both_libraries_read_the_embedded_tokenizer():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, normalize
 
+from slug_lightning.dialects import to_transformers
 from slug_lightning.embedded import CLIP
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.base import UnlearnModule
@@ -185,79 +186,58 @@ def to_hugging_face(model: nn.Module) -> nn.Module:
     """Make a transformers `CLIPModel` with the weights of an open_clip ViT model: same features, other names.
 
     Args:
-        model: open_clip model with a vision transformer, a text tower that pools at the end token (the highest id) and
-            exact GELU.
+        model: open_clip `CLIP` whose vision transformer pools at its class token, and whose causal text tower pools at the
+            end token (the highest id); with exact GELU or OpenAI's approximation.
 
     Returns:
         The `CLIPModel`, in evaluation mode.
 
     Raises:
         UnlearnError: if the model is no such CLIP.
+
+    Example:
+        >>> import open_clip
+        >>> twin = to_hugging_face(open_clip.create_model(f"local-dir:{CLIP}"))
+        >>> type(twin).__name__, twin.config.text_config.hidden_act
+        ('CLIPModel', 'gelu')
     """
     from transformers import CLIPConfig, CLIPModel
 
     source = model.state_dict()
-    if "visual.conv1.weight" not in source or "positional_embedding" not in source:
+    visual: Any = getattr(model, "visual", None)
+    if not hasattr(visual, "transformer") or "positional_embedding" not in source:
         raise UnlearnError("model: not an open_clip CLIP with a vision transformer; only such have a transformers twin")
-    patch, image = source["visual.conv1.weight"].shape[-1], model.visual.image_size  # type: ignore[union-attr]
+    pools = visual.pool_type, model.text_pool_type, model.attn_mask is not None
+    if pools != ("tok", "argmax", True):
+        raise UnlearnError(f"model: pools and masks {pools}, while transformers' CLIPModel does ('tok', 'argmax', True)")
+    tensors = to_transformers(source)
     end = source["token_embedding.weight"].shape[0] - 1
-    text = _tower_config(source, "transformer", model.transformer) | {  # type: ignore[arg-type]
+    text = _tower_config(model.transformer) | {
         "vocab_size": end + 1,
         "max_position_embeddings": source["positional_embedding"].shape[0],
         "eos_token_id": end,
         "bos_token_id": end - 1,
         "pad_token_id": 0,
     }
-    vision = _tower_config(source, "visual.transformer", model.visual.transformer) | {  # type: ignore[union-attr,arg-type]
-        "patch_size": patch,
-        "image_size": image[0] if isinstance(image, Sequence) else image,
-    }
-    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=source["text_projection"].shape[1]))
-    twin.load_state_dict(_hugging_face_tensors(source), strict=True)
+    vision = _tower_config(visual.transformer) | {"patch_size": visual.patch_size[0], "image_size": visual.image_size[0]}
+    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=visual.output_dim))
+    expected = {name: tensor.shape for name, tensor in twin.state_dict().items()}
+    if wrong := expected.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items():
+        raise UnlearnError(f"model: {min(wrong)[0]} is not there, or not as transformers' CLIPModel has it")
+    twin.load_state_dict(tensors)
     return twin.eval()
 
 
-def _tower_config(source: dict[str, Tensor], prefix: str, transformer: nn.Module) -> dict[str, Any]:
-    hidden = source[f"{prefix}.resblocks.0.mlp.c_fc.weight"]
+def _tower_config(transformer: Any) -> dict[str, Any]:
+    block = transformer.resblocks[0]
+    exact = isinstance(block.mlp.gelu, nn.GELU) and block.mlp.gelu.approximate == "none"
+    if not exact and type(block.mlp.gelu).__name__ != "QuickGELU":
+        raise UnlearnError(f"model: no transformers twin for the activation {block.mlp.gelu}")
     return {
-        "hidden_size": hidden.shape[1],
-        "intermediate_size": hidden.shape[0],
-        "num_hidden_layers": len(transformer.resblocks),  # type: ignore[arg-type]
-        "num_attention_heads": transformer.resblocks[0].attn.num_heads,  # type: ignore[index,union-attr]
-        "hidden_act": "gelu",
+        "hidden_size": block.mlp.c_fc.in_features,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": "gelu" if exact else "quick_gelu",
+        "layer_norm_eps": block.ln_1.eps,
     }
-
-
-def _hugging_face_tensors(source: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, split the fused q/k/v, and transpose the projections, which transformers keeps as linear layers."""
-    outer = {
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "logit_scale": "logit_scale",
-        "ln_final": "text_model.final_layer_norm",
-        "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm",
-    }
-    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    inner["attn.out_proj"] = "self_attn.out_proj"
-    made = {"visual_projection.weight": source["visual.proj"].T, "text_projection.weight": source["text_projection"].T}
-    for name, tensor in source.items():
-        if name in ("visual.proj", "text_projection", "attn_mask"):
-            continue
-        stem, _, kind = name.rpartition(".")
-        if name in outer or stem in outer:
-            made[outer[name] if name in outer else f"{outer[stem]}.{kind}"] = tensor
-            continue
-        tower, _, rest = name.partition("transformer.resblocks.")
-        number, _, part = rest.partition(".")
-        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
-        if part.startswith("attn.in_proj"):
-            for letter, share in zip("qkv", tensor.chunk(3), strict=True):
-                made[f"{layer}.self_attn.{letter}_proj.{part.rpartition('_')[2]}"] = share
-        else:
-            short, _, kind = part.rpartition(".")
-            made[f"{layer}.{inner[short]}.{kind}"] = tensor
-    return made
