@@ -21,6 +21,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.sharded import whole
 
 if TYPE_CHECKING:
+    from slug_lightning.edits import Edit
     from slug_lightning.patch import UnlearnPatch
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -219,5 +220,8 @@ def _carried(patch: UnlearnPatch, ways: Mapping[Place, Place], held: Mapping[str
         return made
 
     # x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-    edits = [replace(edit, directions=carry(edit.directions, math.copysign(0.0, -edit.step))) for edit in patch.edits]
+    def none(edit: Edit) -> float:
+        return math.copysign(0.0, -edit.step * edit.strength)
+
+    edits = [replace(e, directions=carry(e.directions, none(e)), origin=e.digest) for e in patch.edits]
     return replace(patch, base=carry(patch.base, None), edits=edits)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slug_lightning.applied import Active, Plan, added, adjusted, carry_out, history_of, recognised, removed, spots
+from slug_lightning.dialects import translations
 from slug_lightning.edits import Edit, PatchError, digest_of, edited, same_bits
 from slug_lightning.layers import plain_name
 
@@ -94,7 +95,8 @@ class UnlearnPatch:
 
         Args:
             model: the model the patch was made on, a model that holds it (`model.visual.proj` for `visual.proj`), the
-                part of it that holds the edited tensors, or a state dict of one of these. Other patches on the same base may
+                part of it that holds the edited tensors, the same model in another library (`slug_lightning.dialects`), or a
+                state dict of one of these. Other patches on the same base may
                 be applied to it. A patch whose base is the model as patches have made it goes on top of these.
             strength: factor of the step, finite; 1 is what was measured, 0 the base.
 
@@ -276,15 +278,23 @@ class UnlearnPatch:
         """Carry out a plan where it can be: on the part nearest the model's root, if several fit the patch by name."""
         _refuse_infinite(strength)
         refused: PatchError | None = None
-        for targets in _places(list(self.base), model):
+        for patch, targets in self._places(_tensors_of(model)):
             try:
-                changes = plan(spots(self.base, self.edits, targets, strength))
+                changes = plan(spots(patch.base, patch.edits, targets, strength))
             except PatchError as error:
                 refused = refused or error
             else:
                 return carry_out(changes)
-        assert refused is not None  # there is one place at least
-        raise refused
+        missing = next((name for name in self.base if name not in _tensors_of(model)), "the patch")
+        raise refused or PatchError(f"{missing}: the model has no such tensor; the patch was made on another model")
+
+    def _places(self, held: Mapping[str, Tensor]) -> Iterator[tuple[UnlearnPatch, dict[str, Tensor]]]:
+        """Where the patch may belong: by its own names, then by those that another library has for the same tensors."""
+        for targets in _places(list(self.base), held):
+            yield self, targets
+        bases = {name: known.base if (known := history_of(tensor)) else tensor for name, tensor in held.items()}
+        for patch in translations(self, bases):
+            yield patch, {name: held[name] for name in patch.base}
 
     def _content(self) -> tuple[dict[str, Tensor], str]:
         """What the file holds: tensors, and as JSON everything else."""
@@ -348,12 +358,11 @@ def at_once(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _places(names: Sequence[str], model: Model) -> Iterator[dict[str, Tensor]]:
+def _places(names: Sequence[str], held: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Find tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
 
     Where several parts fit by name, the one nearest the root comes first.
     """
-    held = _tensors_of(model)
     ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
     fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
     for prefix in fitting:
@@ -366,8 +375,6 @@ def _places(names: Sequence[str], model: Model) -> Iterator[dict[str, Tensor]]:
         if all(name.startswith(prefix) and name.removeprefix(prefix) in held for name in names):
             yield {name: held[name.removeprefix(prefix)] for name in names}
             return
-    missing = [name for name in names if name not in held]
-    raise PatchError(f"{missing[0]}: the model has no such tensor; the patch was made on another model")
 
 
 def _tensors_of(model: Model) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slug_lightning.dialects import translations
-from slug_lightning.modules.clip import to_hugging_face
-from slug_lightning.patch import Edit, UnlearnPatch, same_bits
+from slug_lightning.modules.clip import encode_image, encode_text, to_hugging_face
+from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited, same_bits
 
 BLOCK, LAYER = "visual.transformer.resblocks.1", "vision_model.encoder.layers.1"
 TEXT_BLOCK, TEXT_LAYER = "transformer.resblocks.0", "text_model.encoder.layers.0"
@@ -69,6 +69,18 @@ def same(one, other):
     return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
+def does_the_same(one, other):
+    """Whether two patches have the same base and edits, which know each other again."""
+    edits = [(a.digest == b.digest, same(a.directions, b.directions)) for a, b in zip(one.edits, other.edits, strict=True)]
+    return same(one.base, other.base) and all(map(all, edits))
+
+
+def made_of(patch):
+    """What its only edit makes of its tensors, in their order."""
+    (edit,) = patch.edits
+    return [edited(base, [(edit.directions[name], edit.step)]) for name, base in patch.base.items()]
+
+
 @pytest.fixture(scope="module")
 def clip():
     return tensors_of(tiny_clip())
@@ -87,7 +99,7 @@ def test_there_and_back_is_the_same_patch(name, clip, twin):
     assert same(there.base, {twin_name: twin[twin_name] for twin_name in TWINS[name]})
     assert all(edit.directions.keys() == there.base.keys() for edit in there.edits)
     (back,) = translations(there, clip)
-    assert back.digest == patch.digest
+    assert does_the_same(back, patch)
 
 
 def test_all_kinds_at_once_and_two_edits_of_different_tensors(clip, twin):
@@ -98,7 +110,7 @@ def test_all_kinds_at_once_and_two_edits_of_different_tensors(clip, twin):
     assert [(e.concept, e.step, e.details) for e in there.edits] == [(e.concept, e.step, e.details) for e in patch.edits]
     assert [len(e.directions) for e in there.edits] == [sum(len(TWINS[name]) for name in e.directions) for e in patch.edits]
     (back,) = translations(there, clip)
-    assert back.digest == patch.digest
+    assert does_the_same(back, patch)
 
 
 PARTS = [f"{LAYER}.self_attn.{part}.{kind}" for part in QKV for kind in ("weight", "bias")]
@@ -180,3 +192,216 @@ def test_towers_of_one_shape_are_told_apart_by_what_they_stand_under():
     assert kinds == [["visual.transformer.resblocks.0.mlp.c_fc.weight"], ["transformer.resblocks.0.mlp.c_fc.weight"]]
     assert len(list(translations(patch_of(tower, [alone]), twin))) == 2
     assert len(list(translations(patch_of(holder, [f"model.vision_tower.{alone}"]), twin))) == 1
+
+
+# ---- through a patch, on whole models
+
+
+def outputs(model, size=16, length=8, end=39):
+    """Features of three pictures and three texts, and their logits, by either library's own code."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, size, size, generator=generator)
+    tokens = torch.randint(1, end, (3, length), generator=generator)
+    tokens[:, -1] = end
+    with torch.no_grad():
+        image, text = encode_image(model, images), encode_text(model, tokens)
+        return image, text, image @ text.T * model.logit_scale.exp()
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
+
+
+def assert_alike(model, twin, **sizes):
+    torch.testing.assert_close(outputs(twin, **sizes), outputs(model, **sizes), atol=1e-5, rtol=1e-5)
+    assert same(tensors_of(twin), tensors_of(to_hugging_face(model)))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_patch_made_in_open_clip_does_the_same_in_transformers(name, clip, twin):
+    model, other = tiny_clip(), to_hugging_face(tiny_clip())
+    before = outputs(model)
+    patch = patch_of(clip, [name], step=0.5)
+    for target in (model, other):
+        patch.apply(target)
+    assert changed(model, clip) == {name} and changed(other, twin) == set(TWINS[name])
+    assert_alike(model, other)
+    assert max((a - b).abs().max() for a, b in zip(before, outputs(other), strict=True)) > 1e-3
+    with pytest.raises(PatchError, match="is applied already"):
+        patch.apply(other)
+    for target in (model, other):
+        patch.revert(target)
+    assert not changed(model, clip) and not changed(other, twin)
+
+
+BACK = [names for names in TWINS.values() if len(names) == 1] + [
+    [f"{LAYER}.self_attn.q_proj.weight"],
+    [f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.self_attn.k_proj.weight"],
+    [f"{LAYER}.self_attn.v_proj.bias", f"{TEXT_LAYER}.self_attn.v_proj.weight"],
+]
+
+
+@pytest.mark.parametrize("names", BACK, ids="+".join)
+def test_a_patch_made_in_transformers_does_the_same_in_open_clip(names, clip, twin):
+    model, other = tiny_clip(), to_hugging_face(tiny_clip())
+    patch = patch_of(twin, names, step=0.5)
+    for target in (model, other):
+        patch.apply(target, 0.5)
+    assert changed(other, twin) == set(names)
+    assert changed(model, clip) == {name for name, twins in TWINS.items() if set(twins) & set(names)}
+    assert_alike(model, other)
+    patch.revert(model, 0.5)
+    assert not changed(model, clip)
+
+
+def test_patches_of_parts_of_one_fused_tensor_come_and_go_in_any_order(clip, twin):
+    model, other = tiny_clip(), to_hugging_face(tiny_clip())
+    patches = [patch_of(twin, [f"{LAYER}.self_attn.{part}.weight"]) for part in QKV]
+    for patch in patches:
+        patch.apply(model)
+        patch.apply(other)
+    assert_alike(model, other)
+    for patch in patches:
+        patch.revert(model)
+    assert not changed(model, clip)
+
+
+def holders():
+    """Models of either library that hold one vision tower; one as the tensors of a file."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    clip = tiny_clip()
+    twin = to_hugging_face(clip)
+    vision = CLIPVisionConfig(**twin.config.vision_config.to_dict() | {"projection_dim": 16})
+    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+    made = {
+        "CLIPVisionModel": CLIPVisionModel(vision),
+        "with projection": CLIPVisionModelWithProjection(vision),
+        "LLaVA": LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=59)),
+    }
+    tower = {name: t for name, t in tensors_of(twin).items() if name.startswith("vision_model.")}
+    for model in made.values():
+        inner = model.model.vision_tower if isinstance(model, LlavaForConditionalGeneration) else model
+        inner = getattr(inner, "vision_model", inner)
+        inner.load_state_dict({name.removeprefix("vision_model."): tensor for name, tensor in tower.items()})
+    made["with projection"].visual_projection.weight.data.copy_(clip.visual.proj.T)
+    old = {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
+    custom = torch.nn.ModuleDict({"eyes": clip.visual})
+    return {"open_clip": clip, "its tower": custom, "CLIPModel": twin, "LLaVA's file before transformers 5": old, **made}
+
+
+def test_a_patch_of_the_vision_tower_fits_every_model_that_holds_it():
+    models = holders()
+    states = {kind: model if isinstance(model, dict) else model.state_dict() for kind, model in models.items()}
+    parts = {True: ("resblocks.1.mlp.c_fc.weight", "visual.ln_pre.bias"), False: ("layers.1.mlp.fc1.weight", "pre_layrnorm.bias")}
+    for kind, state in states.items():
+        ours = kind in ("open_clip", "its tower")
+        ends = [end.removeprefix("visual.") if kind == "its tower" else end for end in parts[ours]]
+        names = [name for name in state if name.endswith(tuple(ends)) and not name.startswith(("text_model", "transformer"))]
+        patch = patch_of(state, names)
+        assert len(names) == 2
+        new = made_of(patch)
+        for other, model in models.items():
+            before = {name: tensor.clone() for name, tensor in states[other].items()}
+            patch.apply(model)
+            differing = {name for name, tensor in states[other].items() if not same_bits(tensor, before[name])}
+            assert len(differing) == 2 and not any("text" in name or "language" in name for name in differing), (kind, other)
+            assert all(any(same_bits(states[other][name], tensor) for tensor in new) for name in differing)
+            patch.revert(model)
+            assert same(dict(states[other]), before)
+
+
+def test_a_projection_fits_where_there_is_one():
+    models, patch = holders(), patch_of(tensors_of(tiny_clip()), ["visual.proj"])
+    patch.apply(models["with projection"])
+    assert same_bits(models["with projection"].visual_projection.weight, made_of(patch)[0].T)
+    for kind in ("CLIPVisionModel", "LLaVA"):
+        with pytest.raises(PatchError, match="visual.proj: the model has no such tensor"):
+            patch.apply(models[kind])
+
+
+def test_of_towers_of_one_shape_it_takes_the_one_it_was_made_on():
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    model = tiny_clip(width=24)
+    other = to_hugging_face(model)
+    before, tensors = tensors_of(model), tensors_of(other)
+    for tower in ("vision", "text"):
+        name = "encoder.layers.1.mlp.fc1.weight"  # as a tower by itself has it
+        patch = patch_of({name: tensors[f"{tower}_model.{name}"]}, [name])
+        patch.apply(model)
+        assert changed(model, before) == {f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.1.mlp.c_fc.weight"}
+        patch.revert(model)
+        assert not changed(model, before)
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection):
+        alone = kind(other.config.text_config)
+        inner = getattr(alone, "text_model", alone)
+        inner.load_state_dict({n.removeprefix("text_model."): t for n, t in tensors.items() if n.startswith("text_model.")})
+        patch = patch_of(before, ["transformer.resblocks.1.attn.in_proj_weight"])
+        patch.apply(alone)
+        assert same_bits(inner.encoder.layers[1].self_attn.q_proj.weight, made_of(patch)[0][:24])
+        patch.revert(alone)
+
+
+def test_of_two_twins_it_takes_the_one_of_the_same_weights_and_complains_of_the_one_nearest_the_root(clip):
+    models = torch.nn.ModuleDict({"copy": to_hugging_face(tiny_clip()), "b": to_hugging_face(tiny_clip(seed=1))})
+    before = tensors_of(models)
+    patch = patch_of(clip, ["visual.proj"])
+    patch.apply(models)
+    assert changed(models, before) == {"copy.visual_projection.weight"}
+    patch.revert(models)
+    assert not changed(models, before)
+    with pytest.raises(PatchError, match="^b.visual_projection.weight: the model is not the patch's base"):
+        patch_of(tensors_of(tiny_clip(seed=2)), ["visual.proj"]).apply(models)
+
+
+OTHERS = {
+    "other weights": lambda: to_hugging_face(tiny_clip(seed=1)),
+    "another precision": lambda: to_hugging_face(tiny_clip()).bfloat16(),
+    "one bit": lambda: one_bit(to_hugging_face(tiny_clip())),
+}
+
+
+def one_bit(model):
+    bias = model.get_parameter(f"{LAYER}.self_attn.v_proj.bias").data
+    bias[:1] = torch.nextafter(bias[:1], torch.tensor(9.0))
+    return model
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_weights_under_fitting_names_are_refused(change, clip):
+    model = OTHERS[change]()
+    before = tensors_of(model)
+    patch = patch_of(clip, [f"{BLOCK}.attn.in_proj_bias"])
+    for call in (patch.apply, patch.revert):
+        with pytest.raises(
+            PatchError, match=r"vision_model.*\.bias: (the model is not the patch's base|.*changed it since|.* not applied)"
+        ):
+            call(model)
+    assert not changed(model, before)
+
+
+@pytest.mark.slow
+def test_at_the_real_shape_logits_agree():
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32").eval()
+    other = to_hugging_face(model)
+    names = ["visual.transformer.resblocks.9.attn.in_proj_weight", "transformer.resblocks.11.mlp.c_proj.weight", "visual.proj"]
+    sizes = {"size": 224, "length": 77, "end": 49407}
+    before = outputs(model, **sizes)
+    tensors, twins = tensors_of(model), tensors_of(other)
+    patch = patch_of(tensors, names, step=0.02)
+    patch.apply(model)
+    patch.apply(other)
+    assert_alike(model, other, **sizes)
+    assert (outputs(other, **sizes)[2] - before[2]).abs().max() > 1e-3
+    assert changed(model, tensors) == set(names) and len(changed(other, twins)) == 5
+    patch.revert(other)
+    assert not changed(other, twins)

@@ -227,7 +227,7 @@ def test_it_finds_its_tensors_in_a_holder_a_part_and_a_state_dict(where):
 
 def test_a_name_that_only_ends_alike_is_not_taken():
     net = nn.ModuleDict({"audiovisual": clip().visual})
-    refuses(patch_of(clip(), ["visual.proj"]).apply, net, r"visual\.proj: the model has no such tensor")
+    refuses(patch_of(clip(), ["visual.norm"]).apply, net, r"visual\.norm: the model has no such tensor")
 
 
 def test_of_two_parts_with_the_same_names_it_takes_the_one_it_was_made_on():
