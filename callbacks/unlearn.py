@@ -15,7 +15,9 @@ from torch import Tensor
 
 from slug_lightning.compete import Competition, recorded, stepped
 from slug_lightning.cost import CostMeter, joined
-from slug_lightning.datamodules.base import UnlearnLoaders, as_trainer_limits, resolve_loaders
+from slug_lightning.datamodules.loaders import UnlearnLoaders, as_trainer_limits
+from slug_lightning.datamodules.names import concept_of
+from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.earlier import Earlier, digest_of_edited
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import NoLossError
@@ -38,7 +40,7 @@ from slug_lightning.search import Trial, best_trial
 from slug_lightning.sharded import local, whole, whole_like, write_local
 from slug_lightning.steps import untouched
 from slug_lightning.strategies import Runner, refuse_unsupported
-from slug_lightning.surroundings import concept_of, folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.surroundings import folder_of, outdate_checkpoints, refuse_surroundings
 
 
 class UnlearnCallback(pl.Callback):
@@ -271,7 +273,8 @@ class UnlearnCallback(pl.Callback):
             self._refuse_different(objective, layers)
             objective.refuse_different_data()
             self._data = objective.fingerprint("forget", "val")
-            report = UnlearnReport("infeasible", self.concept or concept_of(getattr(trainer, "datamodule", None)))
+            (concept,) = loaders.forget
+            report = UnlearnReport("infeasible", concept)
             report.notes = loaders.notes + runner.notes()
             report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
             with meter.phase("validate"):
@@ -308,12 +311,14 @@ class UnlearnCallback(pl.Callback):
     def _loaders(self, trainer: pl.Trainer, runner: Runner) -> UnlearnLoaders:
         """What a run reads, within the trainer's limits."""
         datamodule = getattr(trainer, "datamodule", None)
-        return as_trainer_limits(resolve_loaders(self.forget, self.retain, datamodule, runner.prepare), trainer)
+        forget = None if self.forget is None else {self.concept or concept_of(datamodule): self.forget}
+        return as_trainer_limits(resolve_loaders(forget, self.retain, datamodule, runner.prepare), trainer)
 
     def _objective(self, module: pl.LightningModule, loaders: UnlearnLoaders, runner: Runner, progress: Progress) -> Objective:
+        (forget,) = loaders.forget.values()
         return Objective(
             module,
-            {"forget": loaders.forget, "retain": loaders.retain},
+            {"forget": forget, "retain": loaders.retain},
             runner,
             self.forget_metric,
             self.retain_metric,

@@ -6,13 +6,15 @@ import difflib
 import io
 import json
 import tarfile
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from slug_lightning.datamodules.base import SPLITS, UnlearnDataModule, split_indices
+from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
+from slug_lightning.datamodules.loaders import SPLITS, Split
+from slug_lightning.datamodules.names import labelled
 from slug_lightning.embedded import CLIP, SHARD
 from slug_lightning.errors import UnlearnError
 
@@ -159,21 +161,30 @@ def _caption(drawings: Drawings, row: int, thing: bool, style: bool) -> str:
     return f"{what} in {how}" if thing and style else what if thing else how
 
 
-class EmojiDataModule(UnlearnDataModule):
-    """Forget an art style, or a thing, of the embedded pictures; keep all the rest.
+_FRESH = "; fresh renderings in each"
+_OWN = ", of drawings of its own"
 
-    Every picture is a fresh rendering (`render`) that the model was not trained on, and no two splits share one. To
+
+class EmojiDataModule(UnlearnDataModule):
+    """Forget art styles, or things, or some of both, of the embedded pictures; keep all the rest.
+
+    Every picture is a fresh rendering (`render`) that the model was not trained on, and no two sets share one. To
     forget a style, the split also parts the drawings: half of them for the gradient, a quarter for the search, a
     quarter for the report. A thing has five drawings only, so each split has renderings of all five.
 
-    What is kept: the other styles and all things on other drawings, and of the forgotten drawings what was not asked
-    to go (the things they show, or the style they are in).
+    What is kept: the other styles and the other things, on drawings of both; and of the forgotten drawings what was not
+    asked to go: the things they show, or the style they are in. So concepts that touch each other, such as a thing and a
+    style it is drawn in, are never counted as kept. The renderings stay in memory, 24 MB of each thing.
 
     Args:
-        style: the style to forget: blob, emojione, firefox, fluent or noto.
-        thing: or the thing to forget, such as "cat".
+        style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
+        thing: a thing to forget, such as "cat", or several.
         batch_size: samples in a batch.
         seed: of splits and renderings.
+
+    Raises:
+        UnlearnError: if neither a style nor a thing is named, or one is named twice; in `setup`, if one is not known, or if
+            nothing is left to keep.
 
     Example:
         >>> data = EmojiDataModule(style="noto")
@@ -181,45 +192,83 @@ class EmojiDataModule(UnlearnDataModule):
         >>> batch = next(iter(data.forget_dataloader("val")))
         >>> batch["image"].shape[1:], batch["style"].unique()
         (torch.Size([3, 64, 64]), tensor([4]))
+        >>> EmojiDataModule(style="blob", thing=["cat", "octopus"]).concept
+        ['blob style', 'cat', 'octopus']
     """
 
-    def __init__(self, style: Optional[str] = None, thing: Optional[str] = None, *, batch_size: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self,
+        style: Union[str, list[str], None] = None,
+        thing: Union[str, list[str], None] = None,
+        *,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        if (style is None) == (thing is None):
-            raise UnlearnError("style, thing: name exactly one of them, the style or the thing to forget")
-        self.style = style
-        self.thing = thing
-        self.concept = f"{style} style" if style else str(thing)
+        self.styles = _names("style", style)
+        self.things = _names("thing", thing)
+        self.concept = [f"{one} style" for one in self.styles] + self.things
+        if not self.concept:
+            raise UnlearnError("style, thing: name at least one style or thing to forget")
 
     def setup(self, stage: str) -> None:
         """Render every split, once."""
-        if "forget" in self._parts:
+        if self.notes:
             return
         drawings = load_drawings()
-        asked, names = (drawings.styles, drawings.style_names) if self.style else (drawings.things, drawings.thing_names)
-        wanted = self.style or self.thing
-        if wanted not in names:
-            near = difflib.get_close_matches(str(wanted), names, n=5, cutoff=0.3) or names[:5]
-            raise UnlearnError(f"{'style' if self.style else 'thing'}: {wanted!r} is not known; near misses: {', '.join(near)}")
-        concept = (asked == names.index(str(wanted))).nonzero()[:, 0]
-        others = (asked != names.index(str(wanted))).nonzero()[:, 0]
+        styles = torch.tensor([_number("style", one, drawings.style_names) for one in self.styles], dtype=torch.long)
+        things = torch.tensor([_number("thing", one, drawings.thing_names) for one in self.things], dtype=torch.long)
+        in_style, of_thing = torch.isin(drawings.styles, styles), torch.isin(drawings.things, things)
+        # Of each concept its drawings by split, and whether it is a style.
+        gone = [(_parted(drawings.styles == one, self.seed), True) for one in styles]
+        gone += [(dict.fromkeys(SPLITS, (drawings.things == one).nonzero()[:, 0]), False) for one in things]
+        kept = _parted(~(in_style | of_thing), self.seed)
         generator = torch.Generator().manual_seed(self.seed)
 
-        def pairs(rows: Tensor, thing: bool, style: bool, times: int) -> EmojiPairs:
-            return emoji_pairs(drawings, rows.repeat(times), generator, thing=thing, style=style)
+        def pairs(rows: Tensor, thing: bool, style: bool, times: int) -> list[Dataset]:
+            return [emoji_pairs(drawings, rows.repeat(times), generator, thing=thing, style=style)] if len(rows) else []
 
-        forget: dict[str, Dataset] = {}
-        retain: dict[str, Dataset] = {}
-        shares = split_indices(len(concept), self.seed), split_indices(len(others), self.seed)
-        # A thing has few drawings, so many renderings of each tell; of a style, the number of drawings does.
-        for split, times in zip(SPLITS, (1, 2, 4) if self.style else (1, 1, 4), strict=True):
-            rows = concept[shares[0][split]] if self.style else concept
-            kept = others[shares[1][split]]
-            forget[split] = pairs(rows, not self.style, bool(self.style), times if self.style else 16 * times)
-            rest = pairs(rows, bool(self.style), not self.style, times)
-            retain[split] = ConcatDataset([pairs(kept, True, True, times), rest])
-        for kind, sets in (("forget", forget), ("retain", retain)):
-            self.set_parts(kind, sets["train"], sets["val"], sets["test"])
-            self.notes[kind] += "; fresh renderings in each" + (
-                ", of drawings of its own" if self.style or kind == "retain" else ""
-            )
+        forget: dict[str, dict[Split, Dataset]] = {concept: {} for concept in self.concept}
+        retain: dict[Split, Dataset] = {}
+        for split, style_times, thing_times in zip(SPLITS, (1, 2, 4), (1, 1, 4), strict=True):
+            for sets, (rows, is_style) in zip(forget.values(), gone, strict=True):
+                # A thing has few drawings, so many renderings of each tell; of a style, the number of drawings does.
+                times = style_times if is_style else 16 * thing_times
+                (sets[split],) = pairs(rows[split], not is_style, is_style, times)
+            rest: list[Dataset] = []
+            for rows, is_style in gone:  # what else they show, unless that is to go as well
+                others = rows[split][~(of_thing if is_style else in_style)[rows[split]]]
+                rest += pairs(others, is_style, not is_style, style_times if is_style else thing_times)
+            both = pairs(kept[split], True, True, style_times if self.styles else thing_times)
+            if not both + rest:
+                raise UnlearnError(f"style, thing: nothing is left to retain in the {split} data; forget less")
+            retain[split] = ConcatDataset(both + rest)
+        for (concept, sets), (_, is_style) in zip(forget.items(), gone, strict=True):
+            self.set_parts("forget", sets["train"], sets["val"], sets["test"], concept=concept)
+            self.notes[labelled("forget", concept)] += _FRESH + _OWN * is_style
+        self.set_parts("retain", retain["train"], retain["val"], retain["test"])
+        self.notes["retain"] += _FRESH + _OWN
+
+
+def _names(argument: str, given: Union[str, list[str], None]) -> list[str]:
+    """The names given, none of them twice."""
+    names = [given] if isinstance(given, str) else list(given or ())
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UnlearnError(f"{argument}: {repeated[0]!r} is given more than once; name each once")
+    return names
+
+
+def _number(argument: str, name: str, known: list[str]) -> int:
+    """Which of the known names it is."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.3) or known[:5]
+        raise UnlearnError(f"{argument}: {name!r} is not known; near misses: {', '.join(near)}")
+    return known.index(name)
+
+
+def _parted(mask: Tensor, seed: int) -> dict[Split, Tensor]:
+    """Drawings for each split; where there are too few for three parts, all of them for each."""
+    rows = mask.nonzero()[:, 0]
+    if len(rows) < 3:
+        return dict.fromkeys(SPLITS, rows)
+    return {split: rows[part] for split, part in split_indices(len(rows), seed).items()}

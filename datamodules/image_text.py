@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset, Subset
+
 from slug_lightning.datamodules.base import UnlearnDataModule
+from slug_lightning.datamodules.names import by_concept, labelled, listed
 from slug_lightning.datamodules.pairs import (
     ImageTextFolder,
     ImageTextPairs,
@@ -19,6 +23,7 @@ from slug_lightning.datamodules.pairs import (
 from slug_lightning.errors import UnlearnError
 
 CONFIG = "open_clip_config.json"
+Words = str | list[str]
 
 
 class ImageTextDataModule(UnlearnDataModule):
@@ -29,11 +34,12 @@ class ImageTextDataModule(UnlearnDataModule):
     (see `ImageTextShards`). Samples are read as `ImageTextPairs` says, without random augmentation.
 
     Args:
-        forget: source of what is to be forgotten.
+        forget: source of what is to be forgotten; for several concepts, a dict of sources by the concept's name.
         retain: source of what is to be kept.
-        data: one source for both.
+        data: one source for both. It is read twice, however many concepts there are.
         concept: with `data`: what is to be forgotten, and other names of it. A pair whose caption contains any of
-            them, as whole words and whatever the case, is to be forgotten; so list plurals too.
+            them, as whole words and whatever the case, is to be forgotten; so list plurals too. For several concepts, a
+            dict of such words by the concept's name. A pair may belong to several; one that names none is retained.
         model: an open_clip model's name, or `local-dir:` and a folder, or `hf-hub:` and a repository, whose
             preprocessing and tokenizer are used; no weights are loaded.
         pretrained: open_clip's tag of the model's weights, or a file; some weights want a normalisation of their own.
@@ -50,8 +56,9 @@ class ImageTextDataModule(UnlearnDataModule):
         seed: of the splits and of the order of samples within them.
 
     Raises:
-        UnlearnError: if the arguments do not say where the data, the preprocessing and the tokenizer come from; in
-            `setup`, if a source cannot be read, or if nothing is left to forget or to retain.
+        UnlearnError: if the arguments do not say where the data, the preprocessing and the tokenizer come from, or if the
+            concepts' names cannot be told apart; in `setup`, if a source cannot be read, or if nothing is left to forget
+            or to retain.
 
     Example:
         >>> import torch
@@ -64,15 +71,23 @@ class ImageTextDataModule(UnlearnDataModule):
         >>> data.setup("fit")
         >>> data.notes["forget"]
         'forget: one set of 5 samples was split into 3 (gradient), 1 (search), 1 (report), seed 0'
+        >>> data = ImageTextDataModule(
+        ...     data=str(SHARD), concept={"airplane": "airplane", "felines": ["cat", "tiger"]}, limit=100,
+        ...     transform=data.transform, tokenize=data.tokenize,
+        ... )
+        >>> data.setup("fit")
+        >>> {name: sum(len(data.forget_dataloader(split, name).dataset) for split in ("train", "val", "test"))
+        ...  for name in data.concepts}
+        {'airplane': 5, 'felines': 10}
     """
 
     def __init__(
         self,
         *,
-        forget: str | None = None,
+        forget: str | dict[str, str] | None = None,
         retain: str | None = None,
         data: str | None = None,
-        concept: str | list[str] | None = None,
+        concept: Words | dict[str, Words] | None = None,
         model: str | None = None,
         pretrained: str | None = None,
         transform: Transform | None = None,
@@ -95,14 +110,18 @@ class ImageTextDataModule(UnlearnDataModule):
                 "give forget and retain (two sources), or data and concept (one source to divide); "
                 f"given: {', '.join(sorted(given)) or 'none of them'}"
             )
-        if forget is not None and forget == retain:
-            raise UnlearnError(f"forget, retain: both are {forget}; leave out of retain what is to be forgotten")
+        self.forget = {} if forget is None else by_concept("forget", forget)
+        if retain is not None and retain in self.forget.values():
+            raise UnlearnError(f"forget, retain: both are {retain}; leave out of retain what is to be forgotten")
+        if repeated := [name for name, source in self.forget.items() if list(self.forget.values()).count(source) > 1]:
+            raise UnlearnError(f"forget: {listed(repeated)} have the same source; give one for each concept")
+        self.words = {} if concept is None else by_concept("concept", concept)
         if model is None and (transform is None or tokenize is None):
             raise UnlearnError("model: give an open_clip model, or both transform and tokenize")
         reserved = [name for name in (*(label_columns or ()), *(labels or ())) if name in ("image", "text")]
         if reserved:
             raise UnlearnError(f"labels: {reserved[0]!r} is the name of another part of a sample; choose another")
-        self.forget, self.retain, self.data = forget, retain, data
+        self.retain, self.data = retain, data
         self.concept = [concept] if isinstance(concept, str) else concept
         self.model, self.pretrained = model, pretrained
         self.transform, self.tokenize = transform, tokenize
@@ -129,25 +148,39 @@ class ImageTextDataModule(UnlearnDataModule):
             transform, tokenize = clip_preprocessing(self.model, self.pretrained)
             self.transform = self.transform or transform
             self.tokenize = self.tokenize or tokenize
-        if self.forget is not None and self.retain is not None:
-            forget, retain = self._open("forget", self.forget), self._open("retain", self.retain, limit=self.limit)
-            _refuse_shared(forget, retain)
+        forget: Mapping[str | None, Dataset]
+        if self.retain is not None:
+            forget = opened = {name: self._open(labelled("forget", name), source) for name, source in self.forget.items()}
+            retain = self._open("retain", self.retain, limit=self.limit)
+            _refuse_shared(opened, retain)
         else:
-            forget, retain = self._divide(self.data or "", self.concept or [])
-        self.set_parts("forget", forget)
+            forget, retain = self._divide(self.data or "")
+        for concept, pairs in forget.items():
+            self.set_parts("forget", pairs, concept=concept)
         self.set_parts("retain", retain)
         if len(retain) == self.limit:
             self.notes["retain"] += f"; only the first {self.limit} pairs were read (limit)"
 
-    def _divide(self, data: str, names: list[str]) -> tuple[ImageTextPairs, ImageTextPairs]:
-        named = whole_words("concept", names)
+    def _divide(self, data: str) -> tuple[dict[str | None, Dataset], ImageTextPairs]:
+        """The pairs of each concept, and those of none, of one source."""
+        words = {name: [own] if isinstance(own, str) else own for name, own in self.words.items()}
+        finders = {name: whole_words(labelled("concept", name), own) for name, own in words.items()}
+        every = [word for own in words.values() for word in own]
+        named = whole_words("concept", every)
         forget = self._open("data", data, where=lambda caption: named.search(caption) is not None)
-        if not len(forget):
-            raise UnlearnError(f"concept: no caption of {data} contains any of {names} as whole words; add other names")
+        chosen: dict[str | None, Dataset] = {}
+        for concept, finder in finders.items():
+            own = [i for i, pair in enumerate(forget.pairs) if finder.search(pair.caption)]
+            if not own:
+                which = labelled("concept", concept)
+                raise UnlearnError(
+                    f"{which}: no caption of {data} contains any of {words[concept]} as whole words; add other names"
+                )
+            chosen[concept] = forget if concept is None else Subset(forget, own)
         retain = self._open("data", data, where=lambda caption: named.search(caption) is None, limit=self.limit)
         if not len(retain):
-            raise UnlearnError(f"concept: every caption of {data} contains one of {names}; add pairs to retain")
-        return forget, retain
+            raise UnlearnError(f"concept: every caption of {data} contains one of {listed(every)}; add pairs to retain")
+        return chosen, retain
 
     def _open(self, kind: str, source: str, **choice: Any) -> ImageTextPairs:
         """The dataset of one source; `choice` is `where` and `limit`."""
@@ -212,11 +245,12 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
     return transform, open_clip.get_tokenizer(model)
 
 
-def _refuse_shared(forget: ImageTextPairs, retain: ImageTextPairs) -> None:
+def _refuse_shared(forget: Mapping[str | None, ImageTextPairs], retain: ImageTextPairs) -> None:
     kept = {(pair.name, pair.caption) for pair in retain.pairs}
-    shared = [pair.name for pair in forget.pairs if (pair.name, pair.caption) in kept]
-    if shared:
-        raise UnlearnError(
-            f"forget, retain: {len(shared)} of {len(forget)} forget pairs are in retain too, such as {shared[0]}; "
-            "leave them out of retain, or give both as data with a concept"
-        )
+    for concept, pairs in forget.items():
+        shared = [pair.name for pair in pairs.pairs if (pair.name, pair.caption) in kept]
+        if shared:
+            raise UnlearnError(
+                f"{labelled('forget', concept)}, retain: {len(shared)} of {len(pairs)} forget pairs are in retain too, such as "
+                f"{shared[0]}; leave them out of retain, or give both as data with a concept"
+            )

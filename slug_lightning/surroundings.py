@@ -59,14 +59,3 @@ def folder_of(trainer: Any) -> str | None:
         return logger.log_dir
     # Such a logger's save_dir is shared by all its runs, often the working folder.
     return str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)))
-
-
-def concept_of(datamodule: Any) -> str:
-    """The name that the data have for what is to be forgotten: `concept` of the datamodule, one word or several.
-
-    Example:
-        >>> concept_of(None)
-        'the forget set'
-    """
-    named = getattr(datamodule, "concept", None) or "the forget set"
-    return named if isinstance(named, str) else ", ".join(map(str, named))

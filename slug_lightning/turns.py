@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from slug_lightning.datamodules.base import Chained, First
+from slug_lightning.datamodules.loaders import Chained, First
 from slug_lightning.errors import UnlearnError
 from slug_lightning.fingerprints import fingerprint
 from slug_lightning.processes import Processes

@@ -18,15 +18,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from slug_lightning.datamodules.base import (
-    SPLITS,
-    Chained,
-    UnlearnDataModule,
-    UnlearnLoaders,
-    resolve_loaders,
-    split_indices,
-    three_parts,
-)
+from slug_lightning.datamodules.base import UnlearnDataModule, split_indices, three_parts
+from slug_lightning.datamodules.loaders import SPLITS, Chained, UnlearnLoaders
+from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
 
 FORGET, RETAIN = range(24), range(100, 140)
@@ -45,6 +39,13 @@ def read(batches) -> list[int]:
     """The numbers that come out of a loader or a dataset, in order."""
     tensors = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in batches)
     return [number for tensor in tensors for number in tensor.flatten().tolist()]
+
+
+def resolve(forget, retain, datamodule) -> UnlearnLoaders:
+    """One concept, whose loaders stand in `forget`."""
+    found = resolve_loaders(None if forget is None else {"it": forget}, retain, datamodule)
+    (only,) = found.forget.values()
+    return found._replace(forget=only)
 
 
 def parts_of(loaders: UnlearnLoaders, kind: str = "forget") -> list[list[int]]:
@@ -133,7 +134,7 @@ def test_three_parts_splits_off_only_what_is_missing():
     both, note = three_parts("forget", train, own, own)
     assert both["val"] is both["test"] is own
     assert sorted(read(both["train"])) == list(range(12))
-    assert note == "forget: three sets of 12 (gradient), 3 (search), 3 (report)"
+    assert note == "three sets of 12 (gradient), 3 (search), 3 (report)"
     for given_name, missing in (("val", "test"), ("test", "val")):
         parts, note = three_parts("retain", train, *((own, None) if given_name == "val" else (None, own)))
         assert parts[given_name] is own
@@ -162,7 +163,7 @@ def test_datamodule_with_two_to_six_sets(given_sets):
     names = ["forget", "retain", "forget_val", "retain_val", "forget_test", "retain_test"]
     sets = {name: numbers(range(100 * i, 100 * i + 20)) for i, name in enumerate(names[:given_sets])}
     data = UnlearnDataModule(**sets, batch_size=3)
-    found = resolve_loaders(None, None, data)
+    found = resolve(None, None, data)
     for kind in ("forget", "retain"):
         expected = [number for name in sets if name.startswith(kind) for number in read(sets[name])]
         assert_partition(parts_of(found, kind), expected)
@@ -189,7 +190,7 @@ def test_datamodule_passes_its_options_to_the_loaders():
 def test_seed_decides_the_parts_and_nothing_else_does():
     def parts(seed, disturb):
         torch.manual_seed(disturb)
-        return parts_of(resolve_loaders(UnlearnDataModule(numbers(FORGET), seed=seed), loader(RETAIN), None))
+        return parts_of(resolve(UnlearnDataModule(numbers(FORGET), seed=seed), loader(RETAIN), None))
 
     assert parts(0, disturb=1) == parts(0, disturb=2)
     assert parts(0, disturb=1) != parts(1, disturb=1)
@@ -199,7 +200,7 @@ def test_datamodule_without_a_set_says_which():
     with pytest.raises(UnlearnError, match="retain: no dataset"):
         UnlearnDataModule(numbers(FORGET)).retain_dataloader("train")
     with pytest.raises(UnlearnError, match="forget: no dataset"):
-        resolve_loaders(None, None, UnlearnDataModule(retain=numbers(RETAIN)))
+        resolve(None, None, UnlearnDataModule(retain=numbers(RETAIN)))
 
 
 # DataLoaders
@@ -207,26 +208,26 @@ def test_datamodule_without_a_set_says_which():
 
 @pytest.mark.parametrize("options", [{}, {"drop_last": True, "batch_size": 7}, {"shuffle": True}, {"batch_size": None}])
 def test_loader_is_split_without_loss(options):
-    found = resolve_loaders(loader(FORGET, **options), loader(RETAIN), None)
+    found = resolve(loader(FORGET, **options), loader(RETAIN), None)
     assert_partition(parts_of(found), FORGET)
     assert_partition(parts_of(found, "retain"), RETAIN)
     assert found.notes[0] == "forget: one set of 24 samples was split into 12 (gradient), 6 (search), 6 (report), seed 0"
 
 
 def test_loader_settings_are_kept():
-    found = resolve_loaders(loader(FORGET, collate_fn=len, batch_size=5), loader(RETAIN), None)
+    found = resolve(loader(FORGET, collate_fn=len, batch_size=5), loader(RETAIN), None)
     assert list(found.forget["train"]) == [5, 5, 2]
 
 
 def test_only_the_samples_of_a_subset_sampler_are_read():
     drawn = [1, 5, 7, 11, 13, 17]
-    found = resolve_loaders(loader(FORGET, sampler=SubsetRandomSampler(drawn)), loader(RETAIN), None)
+    found = resolve(loader(FORGET, sampler=SubsetRandomSampler(drawn)), loader(RETAIN), None)
     assert_partition(parts_of(found), drawn)
 
 
 def test_a_weighted_sampler_repeats_no_sample():
     sampler = WeightedRandomSampler([1.0] * 24, 200, generator=torch.Generator().manual_seed(0))
-    parts = parts_of(resolve_loaders(loader(FORGET, sampler=sampler), loader(RETAIN), None))
+    parts = parts_of(resolve(loader(FORGET, sampler=sampler), loader(RETAIN), None))
     everything = sum(parts, [])
     assert len(everything) == len(set(everything))
     assert all(parts)
@@ -256,14 +257,14 @@ class Whole(BatchSampler):
     ids=["plain", "subclass", "own"],
 )
 def test_only_the_samples_of_a_batch_sampler_are_read(batch_sampler, expected, size):
-    found = resolve_loaders(DataLoader(numbers(FORGET), batch_sampler=batch_sampler), loader(RETAIN), None)
+    found = resolve(DataLoader(numbers(FORGET), batch_sampler=batch_sampler), loader(RETAIN), None)
     assert_partition(parts_of(found), expected)
     assert len(next(iter(found.forget["train"]))[0]) == size
 
 
 @pytest.mark.parametrize("give", [list, tuple], ids=["list", "tuple"])
 def test_several_loaders_are_split_each_and_read_in_turn(give):
-    found = resolve_loaders(give([loader(range(8)), loader(range(50, 62))]), loader(RETAIN), None)
+    found = resolve(give([loader(range(8)), loader(range(50, 62))]), loader(RETAIN), None)
     parts = parts_of(found)
     assert_partition(parts, [*range(8), *range(50, 62)])
     assert all(min(part) < 8 and max(part) >= 50 for part in parts)
@@ -276,13 +277,13 @@ def test_loaders_by_split_are_taken_as_they_are():
         "val": {"a": loader([10]), "b": loader([11])},
         "test": [loader([20]), loader([21])],
     }
-    found = resolve_loaders(own, loader(RETAIN), None)
+    found = resolve(own, loader(RETAIN), None)
     assert parts_of(found) == [list(range(6)), [10, 11], [20, 21]]
     assert found.notes[0] == "forget: three loaders were given"
 
 
 def test_loaders_by_split_are_completed():
-    found = resolve_loaders({"train": loader(FORGET), "val": loader([50, 51])}, loader(RETAIN), None)
+    found = resolve({"train": loader(FORGET), "val": loader([50, 51])}, loader(RETAIN), None)
     assert read(found.forget["val"]) == [50, 51]
     assert len(read(found.forget["test"])) == 6
     assert not set(read(found.forget["train"])) & set(read(found.forget["test"]))
@@ -290,7 +291,7 @@ def test_loaders_by_split_are_completed():
 
 def test_a_dict_needs_a_train_loader():
     with pytest.raises(UnlearnError, match=r"forget: .*'train'.*\['val'\]"):
-        resolve_loaders({"val": loader(FORGET)}, loader(RETAIN), None)
+        resolve({"val": loader(FORGET)}, loader(RETAIN), None)
 
 
 # Streams
@@ -302,7 +303,7 @@ def test_a_dict_needs_a_train_loader():
     ids=["iterable dataset", "any iterable"],
 )
 def test_a_stream_is_read_once_over_the_three_splits(stream):
-    found = resolve_loaders(stream, loader(RETAIN), None)
+    found = resolve(stream, loader(RETAIN), None)
     parts = parts_of(found)
     assert_partition(parts, FORGET)
     assert parts == [[0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], [4, 5, 12, 13, 20, 21], [6, 7, 14, 15, 22, 23]]
@@ -313,29 +314,29 @@ def test_a_stream_is_read_once_over_the_three_splits(stream):
 @pytest.mark.parametrize("wrong", [5, object()])
 def test_what_is_no_loader_is_refused(wrong):
     with pytest.raises(UnlearnError, match=f"forget: a {type(wrong).__name__} is no DataLoader"):
-        resolve_loaders(wrong, loader(RETAIN), None)
+        resolve(wrong, loader(RETAIN), None)
 
 
 def test_a_generator_is_refused():
     with pytest.raises(UnlearnError, match="retain: an iterator can be read only once"):
-        resolve_loaders(loader(FORGET), (batch for batch in loader(RETAIN)), None)
+        resolve(loader(FORGET), (batch for batch in loader(RETAIN)), None)
 
 
 def test_an_empty_list_and_an_empty_loader_are_refused():
     with pytest.raises(UnlearnError, match="forget: the list of loaders is empty"):
-        resolve_loaders([], loader(RETAIN), None)
+        resolve([], loader(RETAIN), None)
     with pytest.raises(UnlearnError, match="retain: the set is empty"):
-        resolve_loaders(loader(FORGET), loader([]), None)
+        resolve(loader(FORGET), loader([]), None)
 
 
 @pytest.mark.parametrize("wrong", [[torch.arange(8), torch.arange(8)], [(torch.arange(8),)], "forget.csv"])
 def test_what_can_be_iterated_but_gives_no_batches_is_refused(wrong):
     with pytest.raises(UnlearnError, match="forget: "):
-        resolve_loaders(wrong, loader(RETAIN), None)
+        resolve(wrong, loader(RETAIN), None)
 
 
 def test_a_stream_too_short_for_a_split_is_refused_when_read():
-    found = resolve_loaders(DataLoader(Stream(range(6)), batch_size=2), loader(RETAIN), None)
+    found = resolve(DataLoader(Stream(range(6)), batch_size=2), loader(RETAIN), None)
     assert [read(found.forget[split]) for split in ("train", "val")] == [[0, 1, 2, 3], [4, 5]]
     with pytest.raises(UnlearnError, match="3 batches"):
         read(found.forget["test"])
@@ -346,7 +347,7 @@ def test_a_stream_too_short_for_a_split_is_refused_when_read():
 
 def test_datamodule_without_test_loader_is_completed():
     data = Data(FORGET, range(50, 56))
-    found = resolve_loaders(data, loader(RETAIN), None)
+    found = resolve(data, loader(RETAIN), None)
     train, val, test = parts_of(found)
     assert val == list(range(50, 56))
     assert test and set(test) <= set(FORGET) and not set(test) & set(train)
@@ -354,19 +355,19 @@ def test_datamodule_without_test_loader_is_completed():
 
 
 def test_datamodule_with_test_loader_is_taken_as_it_is():
-    found = resolve_loaders(FullData(FORGET, range(50, 56)), loader(RETAIN), None)
+    found = resolve(FullData(FORGET, range(50, 56)), loader(RETAIN), None)
     assert parts_of(found) == [list(FORGET), list(range(50, 56)), list(range(80, 90))]
 
 
 def test_datamodule_whose_loaders_are_dicts():
-    found = resolve_loaders(None, None, DictData())
+    found = resolve(None, None, DictData())
     assert read(found.forget["val"]) == list(range(50, 56))
     assert len(read(found.forget["test"])) == 6
     assert_partition(parts_of(found, "retain"), RETAIN)
 
 
 def test_what_is_given_comes_before_the_datamodule():
-    found = resolve_loaders(loader(range(60, 72)), None, DictData())
+    found = resolve(loader(range(60, 72)), None, DictData())
     assert_partition(parts_of(found), range(60, 72))
     assert_partition(parts_of(found, "retain"), RETAIN)
 
@@ -376,7 +377,7 @@ def test_no_source_at_all_is_refused(datamodule):
     if datamodule is not None:
         datamodule.setup("fit")
     with pytest.raises(UnlearnError, match="forget: nothing was given"):
-        resolve_loaders(None, loader(RETAIN), datamodule)
+        resolve(None, loader(RETAIN), datamodule)
 
 
 # Forget and retain must differ
@@ -418,19 +419,19 @@ def same_stream() -> tuple[DataLoader, DataLoader]:
 )
 def test_the_same_data_is_refused(make):
     with pytest.raises(UnlearnError, match="the same data"):
-        resolve_loaders(*make(), None)
+        resolve(*make(), None)
 
 
 def test_the_same_iterable_is_refused():
     batches = Chained([loader(FORGET)])
     with pytest.raises(UnlearnError, match="the same data"):
-        resolve_loaders(batches, batches, None)
+        resolve(batches, batches, None)
 
 
 def test_partial_overlap_warns_with_its_size():
     data = numbers(range(40))
-    with pytest.warns(UserWarning, match="3 of 10 forget samples are in retain too"):
-        resolve_loaders(DataLoader(Subset(data, range(10))), DataLoader(Subset(data, range(7, 40))), None)
+    with pytest.warns(UserWarning, match="3 of 10 samples of 'it' are in retain too"):
+        resolve(DataLoader(Subset(data, range(10))), DataLoader(Subset(data, range(7, 40))), None)
 
 
 @pytest.mark.parametrize("by_split", [False, True])
@@ -440,6 +441,6 @@ def test_two_samplers_of_one_dataset_are_not_the_same_data(by_split):
     first, second = (DataLoader(data, sampler=SubsetRandomSampler(half)) for half in (range(10), range(10, 40)))
     if by_split:
         first, second = (dict.fromkeys(SPLITS, one) for one in (first, second))
-    found = resolve_loaders(first, second, None)
+    found = resolve(first, second, None)
     assert set(sum(parts_of(found), [])) == set(range(10))
     assert set(sum(parts_of(found, "retain"), [])) == set(range(10, 40))

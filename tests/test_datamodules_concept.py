@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from slug_lightning.datamodules.base import SPLITS, resolve_loaders
 from slug_lightning.datamodules.concept import ConceptDataModule
+from slug_lightning.datamodules.loaders import SPLITS
+from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
 
 LABELS = [i % 5 for i in range(40)]
@@ -59,15 +60,16 @@ class Stream(IterableDataset):
 
 def indices(data: ConceptDataModule, kind: str) -> list[list[int]]:
     """First elements of the samples, by split."""
-    loaders = (data._loader(kind, split) for split in SPLITS)
+    loaders = (getattr(data, f"{kind}_dataloader")(split) for split in SPLITS)
     return [torch.cat([batch[0] for batch in loader]).tolist() for loader in loaders]
 
 
-def positions(data: ConceptDataModule, kind: str) -> set[int]:
+def positions(data: ConceptDataModule, kind: str, *concept: str) -> set[int]:
     """Which samples a kind has, without reading any."""
     found = set()
     for split in SPLITS:
-        part, chosen = data._parts[kind][split], range(len(data._parts[kind][split]))
+        part = getattr(data, f"{kind}_dataloader")(split, *concept).dataset
+        chosen = range(len(part))
         while isinstance(part, Subset):
             part, chosen = part.dataset, [part.indices[i] for i in chosen]
         found |= set(chosen)
@@ -142,8 +144,82 @@ def test_setup_divides_once_and_the_callback_can_read_it():
     found = resolve_loaders(None, None, data)
     data.setup("test")
     assert len(calls) == 40
-    assert sorted(n for split in SPLITS for batch in found.forget[split] for n in batch[0].tolist()) == [0, 1, 2, 3]
+    batches = [batch for part in found.forget["the forget set"].values() for batch in part]
+    assert sorted(n for batch in batches for n in batch[0].tolist()) == [0, 1, 2, 3]
     assert "4 samples" in found.notes[0] and "36 samples" in found.notes[1]
+
+
+# Several concepts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 9))
+def test_several_concepts_are_divided_as_each_alone(wanted, seed):
+    data = labelled([i % 9 for i in range(90)])
+    names = [f"c{i}" for i in range(len(wanted))]
+    of_classes = make(data, classes={name: sorted(own) for name, own in zip(names, wanted, strict=True)}, seed=seed)
+    selectors = [
+        {"where": {name: (lambda sample, own=own: int(sample[1]) in own) for name, own in zip(names, wanted, strict=True)}},
+        {"indices": {name: [i for i in range(90) if i % 9 in own] for name, own in zip(names, wanted, strict=True)}},
+    ]
+    for name, own in zip(names, wanted, strict=True):
+        alone = make(data, classes=sorted(own), seed=seed)
+        for split in SPLITS:
+            found, expected = (
+                list(batches) for batches in (of_classes.forget_dataloader(split, name), alone.forget_dataloader(split))
+            )
+            assert str(found) == str(expected), "the others change nothing"
+    kept = {i for i in range(90) if i % 9 not in set().union(*wanted)}
+    for each in (of_classes, *(make(data, **selector, seed=seed) for selector in selectors)):
+        assert each.concepts == names
+        assert positions(each, "retain") == kept
+        assert [positions(each, "forget", name) for name in names] == [{i for i in range(90) if i % 9 in own} for own in wanted]
+
+
+def test_names_and_known_labels_serve_several_concepts_and_test_data():
+    classes = {"pet": ["cat", "dog"], "bird": "owl", "feline": 0}
+    data = make(Unreadable(), classes=classes, test_dataset=Subset(Unreadable(10), range(10)))
+    assert positions(data, "forget", "pet") == {i for i in range(40) if i % 5 < 2}
+    for name, own in {"pet": (0, 1), "bird": (2,), "feline": (0,)}.items():
+        assert sorted(data.forget_dataloader("test", name).dataset.indices) == [i for i in range(10) if i % 5 in own]
+    assert sorted(data.retain_dataloader("test").dataset.indices) == [3, 4, 8, 9]
+
+
+@pytest.mark.parametrize("selector", ["where", "classes"])
+def test_each_sample_is_read_once_whatever_the_number_of_concepts(selector):
+    read = []
+
+    class Watched(Digits):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    chosen = {f"c{i}": i if selector == "classes" else (lambda sample, i=i: sample[1] == i) for i in range(4)}
+    make(Watched(), **{selector: chosen})
+    assert read == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": {"a": 1, "b": 9}}, "classes 'b': no sample of dataset has the class 9"),
+        ({"classes": {"a": 1, "A ": 2}}, "classes: the concepts 'a' and 'A ' would have the same files"),
+        ({"classes": {}}, "classes: no concept is given"),
+        ({"indices": {"a": [1], "b": [40]}}, "indices 'b': 40 is out of range"),
+        ({"indices": {"a": [1], "b": [2, 2]}}, "indices 'b': 2 is given more than once"),
+        ({"indices": {"a": [1, 2, 3], "b": []}}, "dataset: none of the 40 samples is selected for 'b'; select"),
+        ({"indices": {"a": range(20), "b": range(20, 40)}}, "dataset: all 40 samples are selected"),
+        ({"where": {"a": first_is_small, "b": lambda sample: False}}, "none of the 40 samples is selected for 'b'"),
+        ({"indices": {"a": [1, 2]}}, "forget 'a': 2 samples are too few"),
+        (
+            {"classes": {"a": 0, "b": 4}, "test_dataset": labelled([0, 1])},
+            "classes 'b': no sample of test_dataset has the class 4",
+        ),
+    ],
+)
+def test_errors_name_the_concept(arguments, message):
+    with pytest.raises(UnlearnError, match=message):
+        make(**arguments)
 
 
 def test_options_reach_the_loaders():
@@ -206,7 +282,12 @@ def test_yaml_can_say_all_of_it():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ConceptDataModule, "data")
     here = __name__
-    for selector in ({"classes": [0, 3]}, {"classes": 3}, {"indices": [1, 2, 3]}, {"where": f"{here}.first_is_small"}):
+    several = (
+        {"classes": {"odd": [1, 3], "zero": 0}},
+        {"indices": {"first": [1, 2, 3], "later": [7, 8, 9]}},
+        {"where": {"small": f"{here}.first_is_small"}},
+    )
+    for selector in ({"classes": [0, 3]}, {"classes": 3}, {"indices": [1, 2, 3]}, {"where": f"{here}.first_is_small"}, *several):
         settings = {
             "dataset": {"class_path": f"{here}.Digits", "init_args": {"count": 20}},
             "batch_size": 2,
@@ -218,4 +299,7 @@ def test_yaml_can_say_all_of_it():
         data = parser.instantiate_classes(config).data
         data.setup("fit")
         assert data.batch_size == 2
-        assert len(positions(data, "forget") | positions(data, "retain")) == 20
+        names = list(next(iter(selector.values()))) if selector in several else []
+        assert data.concepts == (names or ["the forget set"])
+        forgotten = set().union(*(positions(data, "forget", name) for name in data.concepts))
+        assert len(forgotten | positions(data, "retain")) == 20

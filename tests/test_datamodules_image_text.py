@@ -16,10 +16,11 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from slug_lightning.datamodules import image_text
-from slug_lightning.datamodules.base import SPLITS, resolve_loaders
+from slug_lightning.datamodules import image_text, pairs
 from slug_lightning.datamodules.image_text import ImageTextDataModule, clip_preprocessing
+from slug_lightning.datamodules.loaders import SPLITS
 from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextPairs, ImageTextShards, Pair
+from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
 
 CAPTIONS = [
@@ -97,9 +98,9 @@ def texts(dataset) -> list[str]:
     return [pair.caption for pair in dataset.pairs]
 
 
-def seen(data: ImageTextDataModule, kind: str) -> list[tuple[int, str]]:
+def seen(data: ImageTextDataModule, kind: str, *concept: str) -> list[tuple[int, str]]:
     """Number of the image and first three characters of the caption, over all splits, sorted."""
-    batches = [batch for split in SPLITS for batch in data._loader(kind, split)]
+    batches = [batch for split in SPLITS for batch in getattr(data, f"{kind}_dataloader")(split, *concept)]
     reds = torch.cat([batch["image"][:, 0, 0, 0] for batch in batches]).int().tolist()
     words = ["".join(map(chr, text)) for batch in batches for text in batch["text"].tolist()]
     return sorted(zip(reds, words, strict=True))
@@ -326,15 +327,81 @@ def test_two_sources_of_different_kinds(tmp_path):
 def test_a_concept_divides_one_source_by_whole_words(tmp_path, write):
     data = make(data=write(tmp_path), concept=["cat", "fire truck"])
     found = resolve_loaders(None, None, data)
-    assert sorted(texts(data._parts["forget"]["train"].dataset)) == [
+    assert sorted(texts(data.forget_dataloader("train").dataset.dataset)) == [
         "A Cat, asleep",
         "a cat",
         "cat and dog",
         "the old  fire\ntruck",
     ]
-    assert sorted(texts(data._parts["retain"]["train"].dataset)) == ["a concatenation", "a truck", "owl", "two dogs"]
+    assert sorted(texts(data.retain_dataloader("train").dataset.dataset)) == ["a concatenation", "a truck", "owl", "two dogs"]
     assert "4 samples" in found.notes[0] and "4 samples" in found.notes[1]
     assert len(seen(data, "forget")) == len(seen(data, "retain")) == 4
+
+
+MANY = [*CAPTIONS, "a dog", "a truck and a fire truck", "a mouse", "a horse"]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_shards], ids=["csv", "shards"])
+def test_several_concepts_divide_one_source(tmp_path, write):
+    source = str(write(tmp_path, MANY))
+    data = make(data=source, concept={"feline": "cat", "vehicle": ["truck", "car"], "dog": ["dog", "dogs"]})
+    found = resolve_loaders(None, None, data)
+    members = {"feline": [0, 2, 6], "vehicle": [4, 5, 9], "dog": [1, 6, 8]}
+    assert list(found.forget) == data.concepts == list(members)
+    for name, rows in members.items():
+        read = torch.cat([batch["text"] for split in SPLITS for batch in found.forget[name][split]])
+        assert sorted(read.tolist()) == sorted(tokenize([MANY[row] for row in rows]).tolist())
+    assert sorted(texts(data.retain_dataloader("train").dataset.dataset)) == ["a concatenation", "a horse", "a mouse", "owl"]
+    assert found.notes[-1] == "forget: 'feline' and 'dog' share 1 samples, of 3 and 3"
+
+
+def test_a_source_is_read_twice_whatever_the_number_of_concepts(tmp_path, monkeypatch):
+    captions = [f"a thing{number}" for number in range(200) for _ in range(3)] + ["nothing"] * 3
+    samples = [{f"{i:03}.png": b"", f"{i:03}.txt": caption.encode()} for i, caption in enumerate(captions)]
+    source = write_shard(tmp_path / "all.tar", samples)
+    opened = []
+    read = pairs._shard_samples
+    monkeypatch.setattr(pairs, "_shard_samples", lambda shard: opened.append(shard) or read(shard))
+    data = make(data=source, concept={f"the {number}th": f"thing{number}" for number in range(200)})
+    assert opened == [source, source]
+    for number in range(200):
+        chosen = data.forget_dataloader("train", f"the {number}th").dataset.dataset
+        assert [chosen.dataset.pairs[i].caption for i in chosen.indices] == [f"a thing{number}"] * 3
+    assert texts(data.retain_dataloader("train").dataset.dataset) == ["nothing"] * 3
+
+
+def test_several_concepts_from_sources_of_their_own(tmp_path):
+    sources = {name: str(write_csv(tmp_path / name, [name] * 4, first=10 * i)) for i, name in enumerate(("cat", "dog"))}
+    retain = str(write_csv(tmp_path / "rest", ["owl"] * 4, first=100))
+    data = make(forget=sources, retain=retain)
+    assert seen(data, "forget", "dog") == [(number, "dog") for number in range(10, 14)]
+    assert seen(data, "forget", "cat") == [(number, "cat") for number in range(4)]
+    assert data.notes["forget 'cat'"].startswith("forget 'cat': one set of 4 samples")
+    with pytest.raises(UnlearnError, match="forget: 'a', 'b' have the same source; give one for each concept"):
+        make(forget={"a": sources["cat"], "b": sources["cat"]}, retain=retain)
+    with pytest.raises(UnlearnError, match="forget 'dog', retain: 4 of 4 forget pairs are in retain too, such as .*10.png"):
+        make(forget=sources, retain=f"{tmp_path}/dog")
+    with pytest.raises(UnlearnError, match="forget, retain: both are "):
+        make(forget=sources, retain=sources["dog"])
+
+
+@pytest.mark.parametrize(
+    ("concept", "message"),
+    [
+        ({}, "concept: no concept is given"),
+        ({"a": "cat", "A": "dog"}, "concept: the concepts 'a' and 'A' would have the same files"),
+        ({"a": "cat", "b": []}, "concept 'b': a name is empty"),
+        ({"a": "cat", "b": ["zebra"]}, r"concept 'b': no caption of .* contains any of \['zebra'\] as whole words"),
+        ({"a": "cat", "b": "owl"}, "forget 'b': 1 samples are too few"),
+        (
+            {"all": ["cat", "dogs", "a", "the", "owl"]},
+            "concept: every caption of .* contains one of 'cat', 'dogs', 'a', 'the', 'owl'",
+        ),
+    ],
+)
+def test_errors_name_the_concept(tmp_path, concept, message):
+    with pytest.raises(UnlearnError, match=message):
+        make(data=str(write_csv(tmp_path)), concept=concept)
 
 
 def test_limit_holds_for_retain_alone_and_is_told(tmp_path):
@@ -348,10 +415,10 @@ def test_limit_holds_for_retain_alone_and_is_told(tmp_path):
 
 def test_setup_reads_once(tmp_path):
     data = make(data=str(write_csv(tmp_path)), concept="cat")
-    parts = data._parts["forget"]["train"]
+    part = data.forget_dataloader("train").dataset
     (tmp_path / "pairs.csv").unlink()
     data.setup("test")
-    assert data._parts["forget"]["train"] is parts
+    assert data.forget_dataloader("train").dataset is part
 
 
 def test_seed_and_labels_reach_the_parts(tmp_path):
@@ -416,11 +483,13 @@ def test_yaml_can_say_it(tmp_path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageTextDataModule, "data")
     tools = {name: f"{__name__}.{name}" for name in TOOLS}
-    settings = {"data": str(write_csv(tmp_path)), "concept": ["cat"], "labels": {"thing": ["cat", "dog"]}, **tools}
     path = f"{image_text.__name__}.ImageTextDataModule"
-    data = parser.instantiate_classes(parser.parse_object({"data": {"class_path": path, "init_args": settings}})).data
-    data.setup("fit")
-    assert len(seen(data, "forget")) == 3
+    for concept in ("cat", ["cat"], {"feline": ["cat", "tiger"], "animal": ["owl", "dogs", "cat"]}):
+        settings = {"data": str(write_csv(tmp_path)), "concept": concept, "labels": {"thing": ["cat", "dog"]}, **tools}
+        data = parser.instantiate_classes(parser.parse_object({"data": {"class_path": path, "init_args": settings}})).data
+        data.setup("fit")
+        assert len(seen(data, "forget", data.concepts[0])) == 3
+    assert len(seen(data, "forget", "animal")) == 5
 
 
 # open_clip

@@ -180,9 +180,10 @@ def sharded(folder: Path, in_pieces: bool) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _report_data(forgetting: UnlearnCallback) -> DataLoader:
-    from slug_lightning.datamodules.base import resolve_loaders
+    from slug_lightning.datamodules.resolve import resolve_loaders
 
-    inputs, labels = zip(*resolve_loaders(forgetting.forget, forgetting.retain, None).forget["test"], strict=True)
+    loaders = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None)
+    inputs, labels = zip(*loaders.forget["two"]["test"], strict=True)
     return DataLoader(TensorDataset(torch.cat(inputs), torch.cat(labels)), batch_size=1)
 
 

@@ -32,7 +32,9 @@ from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, sna
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.base import Chained, EveryFourth, First, _samples, resolve_loaders
+from slug_lightning.datamodules.loaders import Chained, EveryFourth, First
+from slug_lightning.datamodules.overlap import samples_in
+from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.modules import ClassifierModule
 from slug_lightning.retained import RetainCache
 
@@ -99,7 +101,8 @@ def test_the_trainers_limits_hold_for_our_passes_and_are_told(options, counts, n
     forgetting = callback(retain_tolerance=20.0)
     forgotten(forgetting, **options)
     report = forgetting.report
-    own = resolve_loaders(forgetting.forget, forgetting.retain, None)
+    own = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None)
+    own = own._replace(forget=own.forget["two"])
     read = {
         (kind, split): list(islice(getattr(own, kind)[split], counts.get(split, (None, None))[kind == "retain"]))
         for kind in ("forget", "retain")
@@ -163,8 +166,8 @@ def test_lengths_are_known_wherever_they_can_be():
 
 def test_a_limited_loader_is_known_by_its_source():
     data = {"train": loader(True), "val": Chained([loader(True), Chained([loader(False)])])}
-    assert _samples({split: First(batches, 1) for split, batches in data.items()}) == _samples(data)
-    assert len(_samples(data)) == 240
+    assert samples_in({split: First(batches, 1) for split, batches in data.items()}) == samples_in(data)
+    assert len(samples_in(data)) == 240
 
 
 # Checkpoints
@@ -290,7 +293,7 @@ def test_training_that_goes_on_is_not_edited_again_though_the_metric_has_moved(t
     trainer(forgetting, keeping, enable_checkpointing=True).fit(model, loader(False), loader(False))
     again = callback(then="continue")
     trainer(again, max_epochs=2).fit(trained(Relearning), loader(False), loader(False), ckpt_path=tmp_path / "last.ckpt")
-    search = resolve_loaders(forgetting.forget, forgetting.retain, None).forget["val"]
+    search = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None).forget["two"]["val"]
     assert mean_loss(search, model) < forgetting.report.bounds["forget_target"], "the test's training relearns nothing"
     assert again.report == forgetting.report
 
@@ -737,7 +740,7 @@ def test_the_trainer_measures_afterwards_what_the_report_says(then):
         forgetting.report.patch.apply(model)
     for split, stated in (("val", forgetting.report.search_after), ("test", forgetting.report.after)):
         for kind in ("forget", "retain"):
-            batches = data._loader(kind, split)
+            batches = getattr(data, f"{kind}_dataloader")(split)
             (validated,), (tested,) = (run(model, batches, verbose=False) for run in (made.validate, made.test))
             for name, value in stated[kind].items():
                 assert validated[name] == pytest.approx(value, rel=1e-5)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
-from slug_lightning.datamodules.base import Chained, EveryFourth, First
+from slug_lightning.datamodules.loaders import Chained, EveryFourth, First
 from slug_lightning.errors import UnlearnError
 from slug_lightning.processes import Processes
 from slug_lightning.steps import untouched

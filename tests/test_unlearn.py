@@ -83,7 +83,7 @@ def test_the_gradient_is_taken_at_the_original_weights_in_evaluation_mode():
     fit(forgetting, model)
     (edit,) = forgetting.report.patch.edits
     # The gradient part of the split, found from the loaders that the run would make.
-    data = unlearn.resolve_loaders(forgetting.forget, forgetting.retain, None).forget["train"]
+    data = unlearn.resolve_loaders({"two": forgetting.forget}, forgetting.retain, None).forget["two"]["train"]
     x, y = (torch.cat(column) for column in zip(*data, strict=True))
     (expected,) = torch.autograd.grad(cross_entropy(twin.net(x), y), [twin.net[6].weight])
     torch.testing.assert_close(edit.directions["net.6.weight"], expected)
