@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import pandas
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from slug_lightning import RetainCache, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
@@ -72,13 +73,13 @@ def run(
     return report
 
 
-def evaluation(module: EmbeddedClip, forget: UnlearnDataModule, retain: UnlearnDataModule) -> int:
+def evaluation(module: EmbeddedClip, loaders: dict[str, list[DataLoader]]) -> int:
     """FLOPs of the evaluation that a request cannot do without: search data once, report data twice."""
     flops = {}
-    for split in ("val", "test"):
+    for split, of_split in loaders.items():
         module.on_validation_start()  # the prompts count, too
         with torch.no_grad(), flop_counter() as counter:
-            for loader in (forget.forget_dataloader(split), retain.retain_dataloader(split)):
+            for loader in of_split:
                 for number, batch in enumerate(loader):
                     module.scores(batch, number)
         flops[split] = counter.get_total_flops()
@@ -101,7 +102,8 @@ def main() -> None:
         reused = cache.reused
         report = run(module, name, forget, retain, cache)
         flops = report.cost["flops"]
-        needed = evaluation(module.eval(), forget, retain)
+        loaders = {split: [forget.forget_dataloader(split), retain.retain_dataloader(split)] for split in ("val", "test")}
+        needed = evaluation(module.eval(), loaders)
         accuracies = {
             f"{words} {when}": values[kind][metric]
             for words, kind, metric in KINDS

@@ -15,18 +15,28 @@ from typing import TYPE_CHECKING, Any, Optional
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNLEARNED, FAILURE, USAGE, INFEASIBLE = 0, 1, 2, 3
+UNLEARNED, FAILURE, USAGE, INFEASIBLE, PARTLY = 0, 1, 2, 3, 4
 
 EPILOG = """Options of the callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback
 
 exit codes:
-  0  unlearned (fit), done (patch); whether the bounds hold on report data too, the report says ("holds")
+  0  unlearned (fit, forget-another), done (patch); whether the bounds hold on report data too, the report says ("holds")
   1  failure
   2  usage: an argument, a config or a file is not what it should be
   3  infeasible: no step meets both bounds, the weights are untouched
+  4  partly: of several concepts some were left as they were
 """
 
 
+ANOTHER = """Forget one more concept beside those of an earlier run, on the same model: its config, its edits and its data to
+keep are used again, and its gradient of these, if the callback's retain_cache names a folder. The edits of that run stay as
+they are; they are checked together with the new one. The result goes to a folder of its own.
+
+  slug-lightning forget-another --run runs/several --forget EmojiDataModule --forget.thing dog
+
+--forget names a datamodule as --data does in fit; it is asked for what is to be forgotten only. All options of fit change
+the earlier run's config, such as --output_dir.
+"""
 BESIDE = """Several patches may be applied to the same weights, each at its own strength; in whatever order they are applied,
 adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make.
 
@@ -44,11 +54,17 @@ def main(args: Optional[Sequence[str]] = None) -> int:
         args: without the program's name; default: those of the process.
 
     Returns:
-        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible.
+        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible, 4 partly.
     """
-    if (sys.argv[1:] if args is None else args)[:1] == ["fit"]:
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["fit"]:
         return fit(args)
-    options = _parser().parse_args(args)
+    # What this parser does not know of `forget-another` is for Lightning's.
+    options, rest = _parser().parse_known_args(given)
+    if "run_folder" in options:
+        return fit(rest, earlier=options.run_folder)
+    if rest:
+        _parser().parse_args(given)  # says what is wrong
     from slug_lightning.errors import UnlearnError
 
     try:
@@ -59,19 +75,19 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     return UNLEARNED
 
 
-def fit(args: Optional[Sequence[str]] = None) -> int:
-    """Run one config with LightningCLI and say by the exit code how it ended."""
+def fit(args: Optional[Sequence[str]] = None, earlier: Optional[Path] = None) -> int:
+    """Run one config with LightningCLI, that of an earlier run if it is given, and say by the exit code how it ended."""
     sys.path.append(str(Path.cwd()))  # a config may name classes of a module in the working folder
     from slug_lightning.errors import UnlearnError
-    from slug_lightning.lightning_cli import UnlearnCLI
+    from slug_lightning.lightning_cli import AnotherCLI, UnlearnCLI
     from slug_lightning.processes import OtherProcessError
 
     try:
-        report = UnlearnCLI.run(args)
-    except UnlearnError as error:
+        report = UnlearnCLI.run(args) if earlier is None else AnotherCLI.beside(earlier, args or ())
+    except (UnlearnError, FileNotFoundError) as error:
         print(f"slug-lightning: {error}", file=sys.stderr)
         return FAILURE if isinstance(error, OtherProcessError) else USAGE  # what it was, the other process says
-    return UNLEARNED if report.status == "unlearned" else INFEASIBLE
+    return {"unlearned": UNLEARNED, "partly": PARTLY, "infeasible": INFEASIBLE}[report.status]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,10 +98,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version("slug-lightning"))
-    verbs = parser.add_subparsers(required=True, metavar="{fit,patch}")
+    verbs = parser.add_subparsers(required=True, metavar="{fit,forget-another,patch}")
     verbs.add_parser(
         "fit", help="forget as a config says: slug-lightning fit --config FILE; fit --help lists Lightning's options"
     )
+    another = verbs.add_parser(
+        "forget-another",
+        help="forget one more concept beside those of an earlier run, whose gradients are not computed again",
+        description=ANOTHER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    another.add_argument("--run", dest="run_folder", metavar="RUN", type=Path, required=True, help="folder of the earlier run")
     patch = verbs.add_parser("patch", help="show, apply, revert, adjust or combine patch files")
     patch_verbs = patch.add_subparsers(required=True, metavar="{show,apply,revert,adjust,combine}")
 

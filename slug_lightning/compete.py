@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from slug_lightning.bench import Bench, Move
 from slug_lightning.layers import Layer
 from slug_lightning.metrics import damage
+from slug_lightning.modules.base import patch_prefix
 from slug_lightning.objective import LOSS, Kind, Objective
-from slug_lightning.patch import edited
 from slug_lightning.precision import damage_error
 from slug_lightning.progress import Progress
 from slug_lightning.scores import Score
@@ -40,6 +41,9 @@ class Competition:
         max_evaluations: of the forget metric for each layer.
         progress: shows how far it is.
         unit: unit roundoff of the precision, where it is worse than 32 bits.
+        margin: by what share of the smallest step that forgets a step goes beyond it.
+        bench: where edits are tried, in the presence of others that are there already.
+        kept: the retain metrics on search data, unedited, if there are other edits now.
     """
 
     def __init__(
@@ -54,6 +58,9 @@ class Competition:
         max_evaluations: int,
         progress: Progress,
         unit: float = 0.0,
+        margin: float = 0.0,
+        bench: Bench | None = None,
+        kept: Mapping[str, float] | None = None,
     ) -> None:
         self.objective = objective
         self.layers = layers
@@ -64,6 +71,9 @@ class Competition:
         self.max_evaluations = max_evaluations
         self.progress = progress
         self.unit = unit
+        self.margin = margin
+        self.bench = bench or Bench()
+        self.kept = kept
         self.error = 0.0
         """How far off rounding may put the damage of a trial; known after `run`."""
         (self.name,) = objective.names["forget"]
@@ -76,9 +86,10 @@ class Competition:
             front: scores of the layers that take part.
 
         Returns:
-            Every trial, in order, and the retain metrics before, on search data.
+            Every trial, in order, and the retain metrics on search data without a step of these layers.
         """
         trials: list[Trial] = []
+        steps: dict[str, Trial] = {}
         gain = self.target - self.before if self.name == LOSS else None
         with (
             self.progress.bar("search", len(front) * self.max_evaluations) as advance,
@@ -88,15 +99,16 @@ class Competition:
                 start = START if gain is None else _first_step(score, gain)
                 evaluate = partial(self._forget, score, advance)
                 tried = search_step(evaluate, self._share, self.max_evaluations, start)
-                trials += tried
                 if (found := smallest_step(tried)) is not None:
                     gain = found.step * score.forget_norm**2
-        steps = {score.layer: found for score in front if (found := smallest_step(trials, score.layer)) is not None}
+                    steps[score.layer] = self._beyond(found, evaluate, tried)
+                trials += tried
         able = [score for score in front if score.layer in steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=lambda s: steps[s.layer].step * s.forget_norm * s.retain_norm * s.alignment)
         best = math.inf
-        with recorded(self.objective, "retain", "val", self._of(able)) as before:
+        with recorded(self.objective, "retain", "val", self._of(able)) as without:
+            before = without if self.kept is None else self.kept
             self.error = damage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
             for score in self.progress.track(able, "search, what is kept"):
                 trial = steps[score.layer]
@@ -105,12 +117,19 @@ class Competition:
                 best = best if whole.damage is None else min(best, whole.damage)
         for score in front:
             self.progress.say(_line(score.layer, [t for t in trials if t.layer == score.layer]))
-        return trials, before
+        return trials, without
+
+    def _beyond(self, found: Trial, evaluate: Callable[[float], Trial], tried: list[Trial]) -> Trial:
+        """The step with the margin, which is tried, too; without one, or if the model breaks there, the smallest one."""
+        if not self.margin:
+            return found
+        tried.append(evaluate(found.relative_step * (1 + self.margin)))
+        return tried[-1] if tried[-1].forgotten and math.isfinite(tried[-1].forget) else found
 
     def _forget(self, score: Score, advance: Callable[[], None], relative_step: float) -> Trial:
         """Measure only whether a step forgets."""
         step = relative_step * score.weight_norm / score.forget_norm
-        with stepped(self.layers[score.layer], self.gradient, step):
+        with self._step(score.layer, step):
             value = self.objective.measured("forget", "val", edited=score.layer)[self.name]
         advance()
         # A model that gives NaN is broken: too large a step, whatever else.
@@ -127,11 +146,14 @@ class Competition:
             known = {name: metric for name, metric in metrics.items() if name in bounds}
             return bool(known) and damage(known, before, bounds, self.tolerance) > best + self.error
 
-        with stepped(self.layers[trial.layer], self.gradient, trial.step):
+        with self._step(trial.layer, trial.step):
             after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)
         if after is None:
             return replace(trial, dropped=True)
         return replace(trial, retain=after, damage=damage(metrics, before, after, self.tolerance))
+
+    def _step(self, layer: str, step: float) -> AbstractContextManager[None]:
+        return self.bench.step(Move(self.layers[layer], self.gradient, step, patch_prefix(self.objective.module)))
 
     def _of(self, scores: Iterable[Score]) -> list[Layer]:
         return [self.layers[score.layer] for score in scores]
@@ -158,7 +180,7 @@ def _first_step(score: Score, gain: float) -> float:
 
 def _line(layer: str, trials: Sequence[Trial]) -> str:
     """What became of a layer, for whoever watches."""
-    last = smallest_step(trials)
+    last = next((trial for trial in trials if trial.dropped or trial.retain), None)
     if last is None:
         found = "does not forget"
     elif last.dropped:
@@ -167,31 +189,6 @@ def _line(layer: str, trials: Sequence[Trial]) -> str:
         values = ", ".join(f"{name} {value:.4f}" for name, value in (last.retain or {}).items())
         found = f"forgets at step {last.relative_step:.4f}, keeps {values}" + ("" if last.feasible else ": too little")
     return f"{layer}: {len(trials)} evaluations, {found}"
-
-
-@contextmanager
-def stepped(layer: Layer, gradient: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """Inside, the layer's tensors are a step up the forget loss; afterwards the saved copies are put back.
-
-    `θ + λ·g_f`: ascent, though the paper prints a minus (method.md: the released programs disagree with each other).
-
-    Example:
-        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
-        >>> with stepped(layer, {"w": torch.ones(2)}, 0.5):
-        ...     print(layer.parameters["w"].data)
-        tensor([1.5000, 1.5000])
-        >>> layer.parameters["w"].data
-        tensor([1., 1.])
-    """
-    before = {name: local(p).clone() for name, p in layer.parameters.items()}
-    with torch.no_grad():
-        try:
-            for name, parameter in layer.parameters.items():
-                write_local(parameter, edited(before[name], [(gradient[name], step)]))
-            yield
-        finally:
-            for name, parameter in layer.parameters.items():
-                write_local(parameter, before[name])
 
 
 @contextmanager

@@ -83,10 +83,11 @@ class CostMeter:
             flops = stack.enter_context(flop_counter()) if self.count else None
             start = time.perf_counter()
             yield
-        self.seconds[name] = time.perf_counter() - start  # after the device has done what it was given
-        self.peak_bytes[name] = memory.peak
+        # After the device has done what it was given. A phase may come again, for another concept.
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), memory.peak)
         if flops is not None:
-            self.flops[name] = flops.get_total_flops()
+            self.flops[name] = self.flops.get(name, 0) + flops.get_total_flops()
 
     def report(self) -> dict[str, Any]:
         """Plain data: `seconds`, `peak_bytes` and, where counted, `flops` by phase; `lower_bound` and `ratio` to it.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from torch import nn
 
+from slug_lightning.joint_report import JointReport
 from slug_lightning.layers import plain_parameters
 from slug_lightning.modules.base import own_model
 from slug_lightning.patch import digest_of
@@ -24,13 +25,13 @@ class Earlier:
         weights: a digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along.
     """
 
-    report: UnlearnReport
+    report: Union[UnlearnReport, JointReport]
     request: dict[str, Any]
     data: Optional[str]
     weights: Optional[str] = None
 
 
-def digest_of_edited(module: nn.Module, report: UnlearnReport) -> str:
+def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:
     """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
     named = plain_parameters(own_model(module))
     return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")

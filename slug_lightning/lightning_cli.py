@@ -14,10 +14,12 @@ import slug_lightning.callbacks
 import slug_lightning.datamodules
 import slug_lightning.modules  # noqa: F401  (imported, so that a config may name classes by their short names)
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.callbacks.run import AnyReport
+from slug_lightning.datamodules.names import concept_of
 from slug_lightning.errors import UnlearnError
-from slug_lightning.output import fresh_folder
-from slug_lightning.report import UnlearnReport
+from slug_lightning.output import earlier_edits, fresh_folder
 
+CONFIG = "config.yaml"
 CALLBACK = "slug_lightning.callbacks.UnlearnCallback"
 # Lightning reads a torch class that torch has renamed; nobody who runs this command can mend that.
 TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
@@ -31,7 +33,7 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=False, multifile=False)
+        self.parser.save(self.config, folder / CONFIG, skip_none=False, overwrite=False, multifile=False)
 
 
 class UnlearnCLI(LightningCLI):
@@ -54,7 +56,7 @@ class UnlearnCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the folder, and let the logger and the callback write there."""
         config = self.config.fit
-        folder = fresh_folder(config.output_dir, "config.yaml")
+        folder = fresh_folder(config.output_dir, CONFIG)
         config.output_dir = str(folder)
         if config.trainer.logger in (None, True):
             config.trainer.logger = {
@@ -69,8 +71,13 @@ class UnlearnCLI(LightningCLI):
         for callback in ours:
             callback.init_args.output_dir = str(folder)
 
+    @property
+    def callback(self) -> UnlearnCallback:
+        """The one that forgets."""
+        return next(c for c in self.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
+
     @classmethod
-    def run(cls, args: Optional[Sequence[str]]) -> UnlearnReport:
+    def run(cls, args: Optional[Sequence[str]]) -> AnyReport:
         """Parse (None: what the process was started with), forget, and give the report."""
         warnings.filterwarnings("ignore", TORCH_NOISE)
         cli = cls(
@@ -82,10 +89,54 @@ class UnlearnCLI(LightningCLI):
             save_config_callback=SaveConfig,
             args=None if args is None else list(args),
         )
-        report = next(c.report for c in cli.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
+        report = cli.callback.report
         assert report is not None
         if cli.trainer.is_global_zero:
             print(f"{report.status}: {Path(cli.config.fit.output_dir).resolve()}", flush=True)
         # A launcher ends all processes as soon as one has ended with an exit code that isn't 0.
         cli.trainer.strategy.barrier("the result is printed")
         return report
+
+
+class AnotherCLI(UnlearnCLI):
+    """One more concept, for the model of an earlier run: its config, its edits, its data to keep.
+
+    `earlier` is the folder of that run, `forget` a datamodule whose concepts are to be forgotten, too. What `forget` has to
+    keep is not used: it is kept what the earlier run has kept.
+    """
+
+    earlier: Path
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where the new concept comes from."""
+        super().add_arguments_to_parser(parser)
+        parser.add_subclass_arguments(
+            LightningDataModule, "forget", required=True, help="Datamodule of what is to be forgotten, too."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Give the events a folder of their own, beside those of the earlier run."""
+        self.config.fit.trainer.logger = None
+        super().before_instantiate_classes()
+
+    def before_fit(self) -> None:
+        """Ask for what the earlier run has forgotten, which it tells how, and for the new concepts."""
+        new = self.config_init.fit.forget
+        new.prepare_data()
+        new.setup("fit")
+        names = getattr(new, "concepts", None) or [concept_of(new)]
+        self.callback.earlier = str(self.earlier)
+        self.callback.forget = dict.fromkeys(earlier_edits(self.earlier), self.datamodule) | dict.fromkeys(names, new)
+        self.callback.retain = self.callback.retain or self.datamodule
+
+    @classmethod
+    def beside(cls, earlier: Path, args: Sequence[str]) -> AnyReport:
+        """Forget another concept beside those of an earlier run, and give the report.
+
+        Raises:
+            FileNotFoundError: if that run's folder holds no config.
+        """
+        if not (earlier / CONFIG).is_file():
+            raise FileNotFoundError(f"run: no {CONFIG} in {earlier}; name the folder of a run of slug-lightning fit")
+        cls.earlier = earlier
+        return cls.run(["fit", "--config", str(earlier / CONFIG), *args])

@@ -7,8 +7,9 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
+from slug_lightning.joint_report import JointReport, report_from_json
 from slug_lightning.output import PATCH, REPORT
 from slug_lightning.patch import UnlearnPatch, at_once
 from slug_lightning.report import UnlearnReport
@@ -27,7 +28,7 @@ class Mailbox:
     def __init__(self) -> None:
         self.folder = Path(tempfile.gettempdir()) / f"slug-lightning-{uuid.uuid4().hex}"
 
-    def leave(self, report: UnlearnReport, strategy: Any) -> None:
+    def leave(self, report: Union[UnlearnReport, JointReport], strategy: Any) -> None:
         """Leave a report, if this process was forked."""
         launcher = getattr(strategy, "launcher", None)
         if not any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__):
@@ -39,11 +40,11 @@ class Mailbox:
         with at_once(self.folder / REPORT) as part:
             part.write_text(json.dumps(report.to_dict()))  # not by `to_json`, which knows no infinity
 
-    def fetch(self) -> Optional[UnlearnReport]:
+    def fetch(self) -> Union[UnlearnReport, JointReport, None]:
         """Take out what was left, or None."""
         if not (self.folder / REPORT).exists():
             return None
-        report = UnlearnReport.from_json(self.folder / REPORT)
+        report = report_from_json(self.folder / REPORT)
         if (self.folder / PATCH).exists():
             report.patch = UnlearnPatch.load(self.folder / PATCH)
         shutil.rmtree(self.folder)

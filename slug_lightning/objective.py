@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import Gradient, mean_gradient
+from slug_lightning.layers import Layer
 from slug_lightning.metrics import Metric, describe_metric
 from slug_lightning.patch import digest_of
 from slug_lightning.processes import Processes
@@ -44,6 +46,8 @@ class Objective:
         forget_metric: name, or None for the module's own choice.
         retain_metric: name or names, or None.
         progress: wraps an iterable of batches to show how far it is; takes it and a description.
+        spares: whether evaluations of edits may compute only what they change (`sparing`).
+        replay_budget: bytes for that.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Objective:
         forget_metric: str | None = None,
         retain_metric: str | Sequence[str] | None = None,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, _: batches,
+        spares: bool = False,
+        replay_budget: int | None = None,
     ) -> None:
         self.module = module
         self.loaders = loaders
@@ -68,9 +74,33 @@ class Objective:
         self.complete: dict[tuple[Kind, str], LogReader] = {}
         """What the last pass over each set, unedited, has logged."""
         self.replay: Replay | None = None
-        """Spares evaluations what an edit does not change, once it is set."""
+        """Spares evaluations what an edit does not change, where it is set."""
+        self.spares = spares
+        self.replay_budget = replay_budget
+        self.spared: list[tuple[dict[str, Any], list[str]]] = []
+        """What every `Replay` so far has to report, and its notes."""
         self.forward_samples = 0
         self.backward_samples = 0
+
+    def about(self, forget: Mapping[Any, Iterable[Any]]) -> Objective:
+        """The same module, metrics and data to keep, with other data to forget; samples are counted apart."""
+        other = copy.copy(self)
+        other.loaders = {**self.loaders, "forget": forget}
+        other.forward_samples = other.backward_samples = 0
+        return other
+
+    @contextmanager
+    def sparing(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Inside, evaluations of edits of single layers may compute only what those change."""
+        if not self.spares:
+            yield
+            return
+        self.replay = Replay(self.module, layers, self.replay_budget)
+        try:
+            yield
+            self.spared.append((self.replay.report(), self.replay.notes()))
+        finally:
+            self.replay = None
 
     def gradient(self, kind: Kind, parameters: Mapping[str, Tensor]) -> Gradient:
         """Differentiate the mean loss over the `train` split of `kind`."""
@@ -216,19 +246,21 @@ class Objective:
         assert values is not None
         return values
 
-    def rehearse(self) -> None:
+    def rehearse(self, *kinds: Kind) -> None:
         """Find out early what a long run would stumble over; the forget metric is measured already.
 
-        Every set is opened. If nothing has yet logged a retain metric, the search data are measured until something has.
+        Every set of these kinds (default: both) is opened. If nothing has yet logged a retain metric, the search data are
+        measured until something has.
 
         Raises:
             UnlearnError: as `measure`.
         """
-        for kind in self.names:
+        kinds = kinds or ("forget", "retain")
+        for kind in kinds:
             for split in ("val", "test"):
                 if next(iter(self.loaders[kind][split]), None) is None:
                     raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
-        if not all(name in self.metrics for name in self.names["retain"]):
+        if "retain" in kinds and not all(name in self.metrics for name in self.names["retain"]):
             self.measure("retain", "val", stop=lambda reader: all(name in reader.logged() for name in self.names["retain"]))
 
     def refuse_different_data(self) -> None:

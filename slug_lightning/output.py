@@ -9,20 +9,46 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from slug_lightning.datamodules.names import file_name
+from slug_lightning.joint_report import JointReport, report_from_json
 from slug_lightning.layers import plain_name
 from slug_lightning.modules.base import own_model
-from slug_lightning.patch import at_once
+from slug_lightning.patch import UnlearnPatch, at_once
 from slug_lightning.processes import Processes
 from slug_lightning.report import UnlearnReport
 from slug_lightning.sharded import whole
 
-REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES = (
+REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES, PATCHES = (
     "report.json",
     "patch.safetensors",
     "unlearned.ckpt",
     "weights.safetensors",
     "figures",
+    "patches",
 )
+
+
+def earlier_edits(folder: str | Path) -> dict[str, tuple[UnlearnReport, UnlearnPatch]]:
+    """What an earlier run has forgotten: report and patch by concept.
+
+    Args:
+        folder: of that run.
+
+    Raises:
+        FileNotFoundError: if it holds no report, or not the patch of a concept.
+    """
+    folder = Path(folder)
+    if not (folder / REPORT).is_file():
+        raise FileNotFoundError(f"earlier: no {REPORT} in {folder}; name the folder of a run")
+    report = report_from_json(folder / REPORT)
+    if isinstance(report, UnlearnReport):
+        return {report.concept: (report, UnlearnPatch.load(folder / PATCH))} if report.status == "unlearned" else {}
+    return {name: (found, UnlearnPatch.load(patch_of(folder, name))) for name, found in report.unlearned.items()}
+
+
+def patch_of(folder: Path, concept: str) -> Path:
+    """Where a run over several concepts keeps the patch of one."""
+    return folder / PATCHES / f"{file_name(concept)}.safetensors"
 
 
 def fresh_folder(path: str | Path, *more: str) -> Path:
@@ -52,11 +78,14 @@ def fresh_folder(path: str | Path, *more: str) -> Path:
     return free
 
 
-def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: LightningModule, processes: Processes) -> None:
+def save_run(
+    folder: Path, report: UnlearnReport | JointReport, trainer: Trainer, module: LightningModule, processes: Processes
+) -> None:
     """Write report and figures, and where something was unlearned the patch, the checkpoint and the plain weights.
 
-    The plain weights are those of the wrapped model, under its own names, so that its library loads them. Each file is
-    there whole or not at all, and the report comes last: a folder with a report is whole.
+    Of several concepts, each has a patch of its own, too. The plain weights are those of the wrapped model, under its own
+    names, so that its library loads them. Each file is there whole or not at all, and the report comes last: a folder with a
+    report is whole.
 
     Args:
         folder: where to.
@@ -70,10 +99,13 @@ def save_run(folder: Path, report: UnlearnReport, trainer: Trainer, module: Ligh
         folder.mkdir(parents=True, exist_ok=True)
         if report.patch is not None:
             report.patch.save(folder / PATCH)
+            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
+                assert single.patch is not None
+                single.patch.save(patch_of(folder, name))
             with at_once(folder / WEIGHTS) as part:
                 save_file(weights, part)
-        (folder / FIGURES).mkdir(exist_ok=True)
         for name, figure in report.figures().items():
+            (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
             with at_once(folder / FIGURES / f"{name}.png") as part:
                 figure.savefig(part, dpi=150, format="png")
     processes.exchange("files", None)

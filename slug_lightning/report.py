@@ -13,8 +13,11 @@ from slug_lightning.patch import UnlearnPatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 Values = dict[str, float]
+SHOWN = 12
+"""Concepts up to which tables, legends and figures of each are readable; the file holds all."""
 
 
 @dataclass
@@ -30,11 +33,14 @@ class UnlearnReport:
         relative_step: λ‖g_f‖/‖θ‖, or None.
         bounds: metrics, directions, target and tolerance, and where the target came from.
         scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
-        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, damage.
+        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, damage; `together` where the edits
+            of other concepts were there, too.
         before: metrics on report data, which the search never saw: `{"forget": {...}, "retain": {...}}`.
         after: the same after the edit.
         search_before: the same on search data.
         search_after: the same on search data.
+        strengths: where asked for, the metrics on search data over the edit's strength, of which 1 is the whole edit:
+            `[{"strength": …, "forget": {…}, "retain": {…}}, …]`.
         holds: whether both bounds hold on report data as well; None if infeasible.
         cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
             `ratio` to it; evaluations, samples forward and backward; what `replay` held and spared.
@@ -62,6 +68,7 @@ class UnlearnReport:
     after: dict[str, Values] = field(default_factory=dict)
     search_before: dict[str, Values] = field(default_factory=dict)
     search_after: dict[str, Values] = field(default_factory=dict)
+    strengths: list[dict[str, Any]] = field(default_factory=list)
     holds: bool | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -81,7 +88,7 @@ class UnlearnReport:
 
     def to_json(self, path: str | Path) -> None:
         """Write the report, without the patch, as JSON; a metric that isn't finite is written as null."""
-        Path(path).write_text(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n")
+        Path(path).write_text(as_json(self.to_dict()))
 
     @classmethod
     def from_json(cls, path: str | Path) -> UnlearnReport:
@@ -90,7 +97,6 @@ class UnlearnReport:
 
     def to_text(self, width: int = 100) -> str:
         """The closing table, as text of at most `width` columns."""
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(title=f"{self.concept}: {self.status}", title_justify="left", title_style="bold")
@@ -98,21 +104,13 @@ class UnlearnReport:
             table.add_column(column, justify="left" if column == "report data" else "right")
         for kind in ("forget", "retain"):
             for name, value in self.before.get(kind, {}).items():
-                table.add_row(f"{kind}: {name}", _number(value), _number(self.after[kind][name]), self._bound(kind, name, value))
+                table.add_row(f"{kind}: {name}", number(value), number(self.after[kind][name]), self.bound(kind, name, value))
         stream = io.StringIO()
-        console = Console(file=stream, width=width, no_color=True, markup=False, emoji=False, highlight=False)
+        console = console_of(stream, width)
         console.print(table)
         if self.layer is not None:
             console.print(f"edited: {self.layer}, relative step {self.relative_step:.4f}")
-        seconds = self.cost.get("seconds", {})
-        total = sum(seconds.values()) or 1.0
-        phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f}%)" for phase, spent in seconds.items())
-        console.print(f"{len(self.trace)} evaluations" + (f"; {phases}" if phases else ""))
-        for unit, ratio in self.cost.get("ratio", {}).items():
-            console.print(f"whole run: {ratio:.2f} x the {unit} of its gradient passes")
-        for note in self.notes:
-            for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
-                console.print(line)
+        closing_lines(console, len(self.trace), self.cost, self.notes, width)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")
 
@@ -125,7 +123,7 @@ class UnlearnReport:
         if forgot:
             near = min(forgot, key=lambda t: t["damage"])
             kept = ", ".join(
-                f"{name} {_number(value)} (bound {self._bound('retain', name, self.search_before['retain'][name])})"
+                f"{name} {number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
                 for name, value in (near["retain"] or {}).items()
             )
             return (
@@ -133,18 +131,23 @@ class UnlearnReport:
             )
         return f"{verdict} None forgets: raise max_evaluations, or give a forget_target that can be reached."
 
-    def _bound(self, kind: str, name: str, before: float | None) -> str:
+    def bound(self, kind: str, name: str, before: float | None) -> str:
+        """What a metric must meet, in words."""
         higher = self.bounds["higher_is_better"][name]
         if kind == "forget":
-            return f"{'≤' if higher else '≥'} {_number(self.bounds['forget_target'])}"
+            return f"{'≤' if higher else '≥'} {number(self.bounds['forget_target'])}"
         if before is None:
             return "–"
         tolerance = self.bounds["retain_tolerance"]
-        return f"≥ {_number(before - tolerance)}" if higher else f"≤ {_number(before + tolerance * abs(before))}"
+        return f"≥ {number(before - tolerance)}" if higher else f"≤ {number(before + tolerance * abs(before))}"
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point."""
-        return {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
+        """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
+
+        And, where measured, "strength": what more or less of the edit does.
+        """
+        figures = {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
+        return figures | ({"strength": strength_figure({self.concept: self})} if self.strengths else {})
 
     def _pareto_figure(self) -> Figure:
         from matplotlib.figure import Figure
@@ -180,14 +183,15 @@ class UnlearnReport:
         left, right = figure.subplots(1, 2)
         (forget_name, forget_before), *_ = self.search_before["forget"].items()
         retain_name = next(iter(self.search_before["retain"]))
-        for layer in dict.fromkeys(t["layer"] for t in self.trace):
+        alone = [t for t in self.trace if not t.get("together")]
+        for layer in dict.fromkeys(t["layer"] for t in alone):
             chosen = layer == self.layer
             style: dict[str, Any] = {
                 "color": "black" if chosen else None,
                 "zorder": 3 if chosen else 2,
                 "linewidth": 2 if chosen else 1,
             }
-            trials = sorted((t for t in self.trace if t["layer"] == layer), key=lambda t: t["relative_step"])
+            trials = sorted((t for t in alone if t["layer"] == layer), key=lambda t: t["relative_step"])
             steps = [0.0, *(t["relative_step"] for t in trials)]
             left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
             held = [t for t in trials if t["retain"]]
@@ -214,11 +218,62 @@ class UnlearnReport:
         return figure
 
 
-def _number(value: float | None) -> str:
+def strength_figure(reports: dict[str, UnlearnReport]) -> Figure:
+    """Forget and retain metrics over the strength of each edit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    (some, *_) = reports.values()
+    names = some.bounds["retain_metrics"]
+    left, *right = figure.subplots(1, 1 + len(names))
+    for concept, report in reports.items():
+        strengths = [point["strength"] for point in report.strengths]
+        left.plot(strengths, [next(iter(point["forget"].values())) for point in report.strengths], ".-", label=concept)
+        for axes, name in zip(right, names, strict=True):
+            axes.plot(strengths, [point["retain"][name] for point in report.strengths], ".-")
+    left.axhline(some.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
+    left.set_ylabel(f"forget: {some.bounds['forget_metric']}")
+    for axes, name in zip(right, names, strict=True):
+        axes.set_ylabel(f"retain: {name}")
+    for axes in (left, *right):
+        axes.set_xlabel("strength of the edit")
+        axes.axvline(1, color="grey", linestyle=":", linewidth=1)
+    if len(reports) <= SHOWN:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("More or less of an edit, search data" + ("; the others stay" if len(reports) > 1 else ""))
+    return figure
+
+
+def number(value: float | None) -> str:
     """Four decimals, or three digits of what is small; None is what JSON gives back for NaN and infinity."""
     if value is None:
         return "–"
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def console_of(stream: io.StringIO, width: int) -> Console:
+    """Where tables become plain text."""
+    from rich.console import Console
+
+    return Console(file=stream, width=width, no_color=True, markup=False, emoji=False, highlight=False)
+
+
+def closing_lines(console: Console, evaluations: int, cost: dict[str, Any], notes: list[str], width: int) -> None:
+    """What a run cost, and its notes, below its tables."""
+    seconds = cost.get("seconds", {})
+    total = sum(seconds.values()) or 1.0
+    phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f}%)" for phase, spent in seconds.items())
+    console.print(f"{evaluations} evaluations" + (f"; {phases}" if phases else ""))
+    for unit, ratio in cost.get("ratio", {}).items():
+        console.print(f"whole run: {ratio:.2f} x the {unit} of its gradient passes")
+    for note in notes:
+        for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
+            console.print(line)
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """Plain data as JSON, with null for what isn't finite."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
+from slug_lightning.bench import Bench, Move
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.compete import stepped
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.datamodules.emoji import load_drawings, render
 from slug_lightning.embedded import CLIP
@@ -177,7 +177,7 @@ def by_loading(module, vision):
 def by_trial(module, vision):
     """The tensor is as it was afterwards, but in between it was not."""
     layer = Layer("w", {"w": chosen(module, vision)})
-    with stepped(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5):
+    with Bench().step(Move(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5)):
         pass
 
 

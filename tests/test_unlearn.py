@@ -8,7 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import slug_lightning.callbacks.run as run
 import slug_lightning.callbacks.unlearn as unlearn
+import slug_lightning.objective as objective
+import slug_lightning.request as request
 from _tiny import CLASSES, FORGET, Classifier, accuracy, blobs, changed, fit, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
@@ -144,28 +147,29 @@ def test_infeasible_leaves_every_bit_and_says_so():
 
 
 @pytest.mark.parametrize(
-    "phase",
+    ("room", "phase"),
     [
-        "resolve_loaders",
-        "find_layers",
-        "score_layers",
-        "close_calls",
-        "Competition",
-        "Replay",
-        "damage",
-        "best_trial",
-        "UnlearnPatch",
-        "publish",
+        (unlearn, "resolve_loaders"),
+        (run, "find_layers"),
+        (request, "score_layers"),
+        (request, "close_calls"),
+        (request, "Competition"),
+        (objective, "Replay"),
+        (run, "damage"),
+        (request, "best_trial"),
+        (run.UnlearnPatch, "active"),
+        (unlearn, "publish"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_whatever_raises_the_weights_are_as_they_were(phase, monkeypatch):
+def test_whatever_raises_the_weights_are_as_they_were(room, phase, monkeypatch):
     model = trained()
     before = snapshot(model)
 
     def fail(*_, **__):
         raise RuntimeError(phase)
 
-    monkeypatch.setattr(unlearn, phase, fail)
+    monkeypatch.setattr(room, phase, fail)
     with pytest.raises(RuntimeError, match=phase):
         fit(callback(), model)
     assert changed(model, before) == set()
@@ -437,7 +441,10 @@ def test_bad_input_is_named_with_its_remedy_and_changes_nothing(options, model, 
         ({"then": "go"}, "then"),
         ({"granularity": "layer"}, "granularity"),
         ({"forget_target": float("nan")}, "forget_target"),
-        ({"forget": {"a": [], "b": []}}, "forget: 2 concepts.*combine"),
+        ({"forget": {}}, "forget: the dict is empty"),
+        ({"margin": -1}, "margin"),
+        ({"strengths": [float("inf")]}, "strengths"),
+        ({"on_infeasible": "ask"}, "on_infeasible"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(options, message):

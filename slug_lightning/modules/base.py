@@ -23,6 +23,11 @@ def own_model(module: nn.Module) -> nn.Module:
     return module.model if isinstance(module, UnlearnModule) else module
 
 
+def patch_prefix(module: nn.Module) -> str:
+    """What the names of a module's tensors have in front of those that patches and plain weights carry."""
+    return "" if own_model(module) is module else "model."
+
+
 class UnlearnModule(pl.LightningModule):
     """Wraps a model with what forgetting needs: a loss to raise, a loss to keep low, a score to watch.
 

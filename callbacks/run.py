@@ -1,0 +1,323 @@
+"""One run inside a Trainer: validate, measure, choose, search, put together, report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Union
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from slug_lightning.bench import Bench
+from slug_lightning.collateral import MOST, collateral, strength_curves
+from slug_lightning.compete import recorded
+from slug_lightning.cost import CostMeter, joined
+from slug_lightning.datamodules.loaders import UnlearnLoaders
+from slug_lightning.datamodules.names import concept_of
+from slug_lightning.errors import UnlearnError
+from slug_lightning.joint import Joint
+from slug_lightning.joint_report import JointReport
+from slug_lightning.layers import find_layers, some_of
+from slug_lightning.metrics import damage
+from slug_lightning.modules.base import own_model
+from slug_lightning.objective import Objective
+from slug_lightning.output import earlier_edits
+from slug_lightning.patch import UnlearnPatch
+from slug_lightning.progress import Progress
+from slug_lightning.report import UnlearnReport
+from slug_lightning.request import ALTERNATIVES, Request, Wanted
+from slug_lightning.sharded import whole
+from slug_lightning.steps import untouched
+from slug_lightning.strategies import Runner
+
+if TYPE_CHECKING:
+    from slug_lightning.callbacks.unlearn import UnlearnCallback
+
+AnyReport = Union[UnlearnReport, JointReport]
+
+
+class Run:
+    """What happens between the callback's hook and its report; the weights are as before when it has ended.
+
+    Args:
+        callback: says what is asked for.
+        trainer: the owner's.
+        module: theirs, too.
+        runner: knows the trainer's strategy.
+        loaders: what is read.
+    """
+
+    def __init__(
+        self, callback: UnlearnCallback, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner, loaders: UnlearnLoaders
+    ) -> None:
+        self.callback = callback
+        self.trainer = trainer
+        self.module = module
+        self.runner = runner
+        self.processes = runner.processes
+        self.loaders = loaders
+        self.progress = Progress.of(trainer)
+        self.bench = Bench()
+        self.meter = CostMeter(module.device, callback.count_cost and not runner.is_sharded)
+        self.layers = find_layers(module, callback.layers, callback.granularity, getattr(module, "towers", None))
+        self.objective = Objective(
+            module,
+            {"retain": loaders.retain},
+            runner,
+            callback.forget_metric,
+            callback.retain_metric,
+            self.progress.track,
+            replay_budget=callback.replay_budget,
+        )
+        wanted = Wanted(
+            callback.forget_target,
+            callback.retain_tolerance,
+            callback.max_evaluations,
+            callback.margin,
+            callback.offload_gradient,
+            alternatives=ALTERNATIVES if len(loaders.forget) > 1 else 0,
+        )
+        self.requests = [
+            Request(name, self.objective.about(parts), self.layers, wanted, self.progress)
+            for name, parts in loaders.forget.items()
+        ]
+        self.notes: list[str] = loaders.notes + runner.notes()
+        self.rounds: list[dict[str, Any]] = []
+        self._kept: dict[str, Tensor] | None = None
+        self.before: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
+        self.after: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
+
+    # ---- the run, in order
+
+    def __call__(self) -> AnyReport:
+        """Run, and give the report, with its patches."""
+        with untouched(self.module):
+            self.runner.reshard()
+            self._refuse_different()
+            with self.meter.phase("validate"):
+                self._validate()
+            if self.trainer.precision.endswith("-mixed"):
+                with self.meter.phase("rounding"):
+                    for request in self.new:
+                        request.take_rounding()
+            if self.several:
+                for request in self.new:
+                    self._search(request)
+                with self.meter.phase("together"):
+                    edits = self._together()
+                found = self._collateral(edits)
+                with self.meter.phase("report"):
+                    self._measure(edits)
+            else:
+                (request,) = self.requests
+                edits, found = self._search(request, to_the_end=True), {}
+            if self.callback.strengths and edits:
+                with self.meter.phase("strength"):
+                    curves = strength_curves(edits, self.objective, self.bench, self.callback.strengths, self.progress)
+                    for request in edits:
+                        request.report.strengths = curves[request.name]
+            return self._report(edits, found)
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one concept was asked for."""
+        return len(self.requests) > 1
+
+    @property
+    def new(self) -> list[Request]:
+        """The requests for which an edit is to be found."""
+        return [request for request in self.requests if not request.is_taken_over]
+
+    def _refuse_different(self) -> None:
+        """Refuse what differs between the processes: later they would wait for each other."""
+        own = self.callback.asked() | {"metrics": self.objective.names, "concepts": list(self.loaders.forget)}
+        own["layers that may be edited"] = [layer.name for layer in self.layers]
+        asked = self.processes.exchange("the request", own)
+        if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
+            raise UnlearnError(f"{', '.join(different)}: the processes were asked for different things; give the same in each")
+        for objective in (self.objective, *(request.objective for request in self.requests)):
+            objective.refuse_different_data()
+
+    def _validate(self) -> None:
+        """Measure what decides, before any edit; take over what an earlier run has forgotten."""
+        earlier = earlier_edits(self.callback.earlier) if self.callback.earlier else {}
+        if missing := [name for name in earlier if name not in self.loaders.forget]:
+            raise UnlearnError(
+                f"earlier: {self.callback.earlier} has also forgotten {some_of(missing)}; give its data in forget, too"
+            )
+        for request in self.requests:
+            if request.name in earlier:
+                request.take_over(*earlier[request.name])
+            else:
+                request.validate()
+            request.objective.rehearse("forget")
+        if not self.new:
+            raise UnlearnError(f"earlier: the run in {self.callback.earlier} has forgotten all of this; name another concept")
+        self.objective.rehearse("retain")
+        if self.processes.in_step and not self.runner.is_sharded:
+            self.notes.append("replay: off, as the module communicates in its steps; every evaluation was computed whole")
+        spares = self.callback.replay and not self.processes.in_step
+        for objective in (self.objective, *(request.objective for request in self.requests)):
+            objective.spares = spares
+
+    def _search(self, request: Request, to_the_end: bool = False) -> list[Request]:
+        """One concept by itself: gradients, scores, competition; and if it is the only one, its report data.
+
+        Returns:
+            The request, if an edit was found.
+        """
+        with self.meter.phase("gradients"):
+            request.measure(lambda: self._retain_gradient(request))
+        with request.objective.sparing(request.front()):
+            with self.meter.phase("search"):
+                request.search(self.bench)
+            edits = [request] if request.chosen else []
+            if to_the_end:
+                with self.meter.phase("report"):
+                    self._measure(edits)
+        return edits
+
+    def _together(self) -> list[Request]:
+        """The sum of all edits, searched again where it fails."""
+        able = [request for request in self.requests if request.chosen]
+        if self.callback.on_infeasible == "stop" and len(able) < len(self.requests):
+            return []
+        kept = self.new[0].report.search_before["retain"]
+        joint = Joint(
+            able,
+            self.objective,
+            self.bench,
+            kept=kept,
+            tolerance=self.callback.retain_tolerance,
+            max_rounds=self.callback.max_evaluations,
+            progress=self.progress,
+        )
+        edits = joint.settle()
+        self.rounds = [vars(found) for found in joint.rounds]
+        if edits:
+            for request in edits:
+                values = {request.report.bounds["forget_metric"]: joint.rounds[-1].forget[request.name]}
+                request.report.search_after = {"forget": values, "retain": joint.rounds[-1].retain}
+        return [] if self.callback.on_infeasible == "stop" and len(edits) < len(self.requests) else edits
+
+    def _collateral(self, edits: Sequence[Request]) -> dict[str, dict[str, float]]:
+        """What each edit alone does to every concept; those of an earlier run were measured there."""
+        new = [request for request in edits if not request.is_taken_over]
+        if len(new) > MOST:
+            self.notes.append(f"collateral: measured for the first {MOST} of {len(new)} edits only")
+        with self.meter.phase("collateral"):
+            return collateral(new, self.bench, self.progress)
+
+    def _measure(self, edits: Sequence[Request]) -> None:
+        """Measure on report data, before and after; what was taken over was measured on them by its own run."""
+        # Where only one layer is edited, the evaluation after it is spared what that does not change.
+        alone = len(edits) == 1 and not self.several
+        layers = [request.layer for request in edits] if alone else []
+        edited = layers[0].name if alone else "together"
+        moves = [request.move() for request in edits]
+        for request in self.new:
+            with recorded(request.objective, "forget", "test", layers) as before, self.bench.step(*moves):
+                after = request.objective.measured("forget", "test", edited=edited) if edits else before
+            request.report.before, request.report.after = {"forget": before}, {"forget": after}
+        objective = self.requests[0].objective if alone else self.objective
+        with recorded(objective, "retain", "test", layers) as self.before["retain"], self.bench.step(*moves):
+            self.after["retain"] = objective.measured("retain", "test", edited=edited) if edits else self.before["retain"]
+        for request in self.new:
+            request.report.before["retain"], request.report.after["retain"] = self.before["retain"], self.after["retain"]
+        for request in self.requests:
+            (self.before["forget"][request.name],) = request.report.before["forget"].values()
+            (self.after["forget"][request.name],) = request.report.after["forget"].values()
+
+    def _retain_gradient(self, request: Request) -> dict[str, Tensor]:
+        """Computed for the first request, and let go of with the last."""
+        gradient = self._kept or self._first_retain_gradient()
+        self._kept = None if request is self.new[-1] else gradient
+        return gradient
+
+    def _first_retain_gradient(self) -> dict[str, Tensor]:
+        """Computed, or the one that an earlier run left in the cache."""
+        parameters = {name: p for layer in self.layers for name, p in layer.parameters.items()}
+
+        def compute() -> dict[str, Tensor]:
+            return self.objective.gradient("retain", parameters).tensors
+
+        cache = self.callback.retain_cache
+        if cache is None:
+            return compute()
+        source = getattr(self.trainer, "datamodule", None) if self.callback.retain is None else self.callback.retain
+        limit = self.trainer.limit_train_batches
+        how = self.trainer.precision, str(self.module.device), concept_of(source), repr(limit)  # 1 is one batch, 1.0 all
+        return cache.gradient(self.module, source, how, list(parameters), compute)
+
+    # ---- the report
+
+    def _report(self, edits: Sequence[Request], found: dict[str, dict[str, float]]) -> AnyReport:
+        """Say what was found, with the patches."""
+        metrics = self.objective.metrics_of("retain")
+        lost = damage(metrics, self.before["retain"], self.after["retain"], self.callback.retain_tolerance)
+        active = UnlearnPatch.active(own_model(self.module))
+        parents = active.as_parents() if active else []
+        for request in self.requests:
+            self._conclude(request, request in edits, lost <= 1, parents)
+        cost, notes = self._cost()
+        versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
+        if not self.several:
+            (request,) = self.requests
+            request.report.notes = self.notes + request.report.notes + notes
+            request.report.cost, request.report.versions = cost, versions
+            return request.report
+        report = JointReport(
+            "infeasible" if not edits else "unlearned" if len(edits) == len(self.requests) else "partly",
+            {request.name: request.report for request in self.requests},
+            self.rounds,
+            found,
+            self.before,
+            self.after,
+            holds=lost <= 1 and all(request.report.holds for request in edits) if edits else None,
+            cost=cost,
+            notes=self.notes + notes,
+            versions=versions,
+        )
+        if edits:
+            report.patch = UnlearnPatch.combine([r.report.patch for r in edits if r.report.patch is not None])
+            report.patch_digest = report.patch.digest
+        return report
+
+    def _conclude(self, request: Request, is_edited: bool, is_kept: bool, parents: list[dict[str, Any]]) -> None:
+        """Complete the report of one concept, with its patch; of a sharded model, in every process."""
+        report, trial = request.report, request.chosen
+        if not is_edited or trial is None:
+            report.status, report.holds, report.search_after = "infeasible", None, report.search_before
+            return
+        if request.is_taken_over:
+            return
+        (after,) = report.after["forget"].values()
+        report.status = "unlearned"
+        report.holds = request.is_forgotten(after) and (is_kept or self.several)
+        report.layer, report.step_size, report.relative_step = trial.layer, trial.step, trial.relative_step
+        if not self.several:
+            report.search_after = {"forget": {report.bounds["forget_metric"]: trial.forget}, "retain": trial.retain or {}}
+        edit = request.edit(parents)
+        report.tensors = list(edit.directions)
+        named = zip(edit.directions, request.layer.parameters.values(), strict=True)
+        report.patch = UnlearnPatch({name: whole(p).cpu().clone() for name, p in named}, [edit])
+        report.patch_digest = report.patch.digest
+
+    def _cost(self) -> tuple[dict[str, Any], list[str]]:
+        """What the run cost, and what replay has to say."""
+        objectives = [self.objective, *(request.objective for request in self.requests)]
+        cost = joined(self.processes.exchange("cost", self.meter.report())) | {
+            "evaluations": sum(len(request.report.trace) for request in self.new),
+            "forward_samples": sum(objective.forward_samples for objective in objectives),
+            "backward_samples": sum(objective.backward_samples for objective in objectives),
+        }
+        if not self.objective.spared:
+            return cost, []
+        reports, notes = zip(*self.objective.spared, strict=True)
+        largest = ("budget_bytes", "most_held_bytes")
+        replay = {name: (max if name in largest else sum)(report[name] for report in reports) for name in reports[0]}
+        cost["replay"] = self.processes.agreed("replay", replay)
+        said = self.processes.exchange("notes", list(itertools.chain(*notes)))
+        return cost, list(dict.fromkeys(itertools.chain(*said)))

@@ -1,0 +1,178 @@
+"""The edits of several concepts together: their sum is measured, and where it fails steps and layers are searched again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slug_lightning.bench import Bench
+from slug_lightning.metrics import damage
+from slug_lightning.objective import Objective
+from slug_lightning.progress import Progress
+from slug_lightning.request import Request
+from slug_lightning.search import Trial
+
+SHRINK, GROW = 0.85, 1.1
+"""Factors of a step that costs too much, and of one that forgets too little."""
+SEARCHES = 2
+"""Concepts whose layers are searched again where changing steps has not helped."""
+AFTER_LEAVING_OUT = 3
+"""Rounds in which steps may be changed anew, once an edit is left out."""
+
+
+@dataclass
+class Round:
+    """One measurement of all edits together, on search data.
+
+    Attributes:
+        forget: the forget metric of each concept whose edit takes part.
+        retain: the retain metrics.
+        damage: the worst retain metric's loss as a share of its tolerance.
+        steps: the relative step of each concept.
+        remembered: concepts that do not meet their target.
+        change: what was done about it, in words; nothing where all is well.
+    """
+
+    forget: dict[str, float]
+    retain: dict[str, float]
+    damage: float
+    steps: dict[str, float]
+    remembered: list[str]
+    change: str | None = None
+
+
+class Joint:
+    """Settles which edits are made together, and how far each goes.
+
+    Each concept comes with a layer and a step that forget it within the bounds, alone. Together they may fail: what one
+    edit forgets another may bring back, and what each costs adds up, while edits also help each other to forget. So steps
+    are searched again, all at once: a step that forgets is made smaller where too little is kept, and one that does not is
+    made larger. If that does not do, the layers of the costliest concepts are searched again in the presence of the others.
+    What cannot be settled is left out, the costliest first.
+
+    Args:
+        requests: with an edit each; those of an earlier run are never changed.
+        objective: measures what is kept.
+        bench: where edits are put together.
+        kept: retain metrics on search data, unedited.
+        tolerance: of the retain metrics.
+        max_rounds: how often steps may be changed.
+        progress: shows how far it is.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        objective: Objective,
+        bench: Bench,
+        *,
+        kept: dict[str, float],
+        tolerance: float,
+        max_rounds: int,
+        progress: Progress,
+    ) -> None:
+        self.requests = list(requests)
+        self.objective = objective
+        self.bench = bench
+        self.kept = kept
+        self.tolerance = tolerance
+        self.max_rounds = max_rounds
+        self.progress = progress
+        self.rounds: list[Round] = []
+        self._costs = {r.name: r.chosen.damage or 0.0 for r in requests if r.chosen}
+        self._too_small: dict[str, float] = {}
+        """The last step of each concept that did not forget it."""
+        self._searched: set[str] = set()
+
+    def settle(self) -> list[Request]:
+        """Measure, change, leave out, until what is left is within all bounds.
+
+        Returns:
+            The requests whose edits are made; of the others, `chosen` is None.
+        """
+        changes = 0
+        while self.requests:
+            found = self._measure()
+            self.rounds.append(found)
+            if not found.remembered and found.damage <= 1:
+                break
+            again = self._costliest() if changes >= self.max_rounds else None
+            if changes < self.max_rounds and self._change_steps(found):
+                changes += 1
+                found.change = "steps changed"
+            elif again is not None:
+                found.change = self._search_again(again)
+            else:
+                found.change = self._leave_out(found)
+                changes = max(0, changes - AFTER_LEAVING_OUT)
+            self.progress.say(
+                f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.damage:.2f} of the allowed damage; "
+                f"{found.change}"
+            )
+        return self.requests
+
+    def _measure(self) -> Round:
+        """All edits together, on search data."""
+        forget: dict[str, float] = {}
+        with self.bench.step(*(r.move() for r in self.requests)):
+            for request in self.progress.track(self.requests, "together, what is forgotten"):
+                (forget[request.name],) = request.objective.measured("forget", "val", edited="together").values()
+            retain = self.objective.measured("retain", "val", edited="together")
+        lost = damage(self.objective.metrics_of("retain"), self.kept, retain, self.tolerance)
+        steps = {r.name: r.chosen.relative_step for r in self.requests if r.chosen}
+        return Round(forget, retain, lost, steps, [r.name for r in self.requests if not r.is_forgotten(forget[r.name])])
+
+    @property
+    def _own(self) -> list[Request]:
+        """The requests whose edits may be changed."""
+        return [request for request in self.requests if not request.is_taken_over]
+
+    def _change_steps(self, found: Round) -> bool:
+        """Larger where something is remembered, smaller where what is forgotten costs too much; gives whether any changed."""
+        changed = False
+        for request in self._own:
+            assert request.chosen is not None
+            step, low = request.chosen.step, self._too_small.get(request.name, 0.0)
+            if request.name in found.remembered:
+                self._too_small[request.name] = step
+                request.set_step(GROW * step)
+            elif found.damage > 1:
+                request.set_step(max(SHRINK * step, (low + step) / 2 if low < step else 0.0))
+            changed |= request.chosen.step != step
+        return changed
+
+    def _costliest(self) -> Request | None:
+        """The concept that costs most, of those whose layers were not searched again yet; None after a few."""
+        left = [r for r in self._own if r.name not in self._searched and len(self._searched) < SEARCHES]
+        return max(left, key=lambda r: self._costs[r.name], default=None)
+
+    def _search_again(self, request: Request) -> str:
+        """Search a concept's layers and steps in the presence of the others; keep what it had where there is none."""
+        self._searched.add(request.name)
+        before = request.chosen
+        with self.bench.step(*(r.move() for r in self.requests if r is not request)):
+            self._costs[request.name] = request.search_again(self.bench, self.kept)
+        self._too_small.pop(request.name, None)
+        if request.chosen is None:
+            request.chosen = before
+            return f"{request.name}: no step of its layers forgets it in the presence of the others"
+        return f"{request.name}: {_words(before)} became {_words(request.chosen)}"
+
+    def _leave_out(self, found: Round) -> str:
+        """Take edits out, until the rest should be within bounds: the remembered, else the costliest."""
+        out = [r for r in self._own if r.name in found.remembered] if found.damage <= 1 else []
+        excess = found.damage - 1
+        for request in sorted(self._own, key=lambda r: -self._costs[r.name]) if not out else []:
+            out.append(request)
+            excess -= max(self._costs[request.name], 0.0)
+            if excess <= 0:
+                break
+        out = out or self.requests  # edits of an earlier run that do not go together any more
+        for request in out:
+            request.chosen = None
+        self.requests = [r for r in self.requests if r not in out]
+        return f"{', '.join(r.name for r in out)}: left out, as not all bounds hold together"
+
+
+def _words(trial: Trial | None) -> str:
+    return "nothing" if trial is None else f"{trial.layer} at relative step {trial.relative_step:.4f}"

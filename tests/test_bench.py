@@ -1,0 +1,126 @@
+"""Edits on a bench: every bit comes back, and several together are what a patch of all of them makes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from slug_lightning.bench import Bench, Move
+from slug_lightning.edits import Edit, edited, same_bits
+from slug_lightning.layers import Layer
+from slug_lightning.patch import UnlearnPatch
+
+
+class Failure(Exception):
+    pass
+
+
+# ---- one step and back
+
+SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, 1.0, -3.5]
+
+
+def special_layer(dtype=torch.float32):
+    return Layer("l", {name: nn.Parameter(torch.tensor(SPECIAL, dtype=dtype)) for name in ("x", "y")})
+
+
+def gradient_of(layer):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in layer.parameters.items()}
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_bit_comes_back_after_a_step(dtype, fail):
+    layer = special_layer(dtype)
+    before = {name: p.detach().clone() for name, p in layer.parameters.items()}
+    addresses = [p.data_ptr() for p in layer.parameters.values()]
+    gradient = gradient_of(layer)
+    with pytest.raises(Failure) if fail else nullcontext(), Bench().step(Move(layer, gradient, 0.7)):
+        for name, p in layer.parameters.items():
+            assert same_bits(p, edited(before[name], [(gradient[name], 0.7)]))
+            assert not same_bits(p, before[name])
+        if fail:
+            raise Failure
+    assert all(same_bits(p, before[name]) for name, p in layer.parameters.items())
+    assert [p.data_ptr() for p in layer.parameters.values()] == addresses
+    assert all(p.requires_grad and p.grad is None for p in layer.parameters.values())
+
+
+def test_a_step_that_fails_midway_is_taken_back():
+    layer = special_layer()
+    before = {name: p.detach().clone() for name, p in layer.parameters.items()}
+    gradient = gradient_of(layer) | {"y": torch.ones(3)}  # of another shape
+    with pytest.raises(RuntimeError, match="size"), Bench().step(Move(layer, gradient, 0.7)):
+        pass
+    assert all(same_bits(p, before[name]) for name, p in layer.parameters.items())
+
+
+def test_a_step_climbs():
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    with Bench().step(Move(Layer("w", {"w": weight}), {"w": torch.tensor([10.0, 20.0])}, 0.5)):
+        assert weight.tolist() == [6.0, 8.0]
+
+
+def test_whoever_watches_the_version_notices_step_and_return():
+    layer = special_layer()
+    versions = [p._version for p in layer.parameters.values()]
+    with Bench().step(Move(layer, gradient_of(layer), 0.1)):
+        inside = [p._version for p in layer.parameters.values()]
+    after = [p._version for p in layer.parameters.values()]
+    assert all(a < b < c for a, b, c in zip(versions, inside, after, strict=True))
+
+
+# ---- several
+
+
+@given(
+    st.lists(st.floats(-2, 2).map(lambda x: round(x, 2)), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.randoms(),
+)
+def test_steps_in_nested_contexts_make_what_a_patch_of_all_of_them_makes(steps, dtype, random):
+    generator = torch.Generator().manual_seed(1)
+    weight = nn.Parameter(torch.randn(7, 5, generator=generator).to(dtype))
+    before = weight.detach().clone()
+    directions = [torch.randn(7, 5, generator=generator) for _ in steps]
+    moves = [Move(Layer("l", {"model.w": weight}), {"model.w": d}, s, "model.") for d, s in zip(directions, steps, strict=True)]
+    holder = nn.Module()
+    holder.w = nn.Parameter(before.clone())
+    edits = [Edit(str(i), s, {"w": d}) for i, (d, s) in enumerate(zip(directions, steps, strict=True))]
+    UnlearnPatch({"w": before}, edits).apply(holder)
+    random.shuffle(moves)
+    bench = Bench()
+    cut = random.randint(0, len(moves))
+    with bench.step(*moves[:cut]):
+        inside = weight.detach().clone()
+        with bench.step(*moves[cut:]):
+            assert same_bits(weight.detach(), holder.w.detach())
+        assert same_bits(weight.detach(), inside)
+    assert same_bits(weight.detach(), before)
+
+
+def test_a_step_writes_to_no_tensor_of_another_layer():
+    first, second = (Layer(name, {name: nn.Parameter(torch.ones(2))}) for name in "ab")
+    bench = Bench()
+    with bench.step(Move(first, {"a": torch.ones(2)}, 1.0)):
+        version = first.parameters["a"]._version
+        with bench.step(Move(second, {"b": torch.ones(2)}, 1.0)):
+            assert first.parameters["a"]._version == version
+            assert second.parameters["b"].tolist() == [2.0, 2.0]
+
+
+def test_a_bench_knows_nothing_of_an_earlier_base():
+    layer = Layer("a", {"a": nn.Parameter(torch.ones(2))})
+    bench = Bench()
+    for start in (1.0, 5.0):
+        with torch.no_grad():
+            layer.parameters["a"].fill_(start)
+        with bench.step(Move(layer, {"a": torch.ones(2)}, 1.0)):
+            assert layer.parameters["a"].tolist() == [start + 1] * 2
