@@ -1,22 +1,28 @@
 """What is applied to the tensors of this process: of each its base and the edits on it, from which it is always rebuilt.
 
-Edits are never added to, or subtracted from, what a tensor holds. They are known by the tensor object and not by its content,
+Edits are never added to, or subtracted from, what a tensor holds. They are known by where it is held, and not by its content,
 since in half precision an edit may change no bit; but they count only while the tensor holds, bit for bit, what they make of
 the base. Where something else has changed it since (training, loading), nothing is known of it any more.
+
+Where it is held is the module that it belongs to, and the name there; not the parameter itself, which torch would not move to
+another device any more if it is sharded and somebody has a weak reference to it. Tensors of a state dict hold themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slug_lightning.edits import Edit, PatchError, edited, same_bits
+from slug_lightning.layers import plain_name
 from slug_lightning.sharded import placed, whole
+
+Model = nn.Module | MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +77,58 @@ class History:
             level = level.below
 
 
-_KNOWN = WeakTensorKeyDictionary()
-"""Tensor -> History. Weak, so that it keeps no model alive, and goes with it."""
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Module, or tensor of a state dict -> name -> History. Weak, so that it keeps no model alive, and goes with it."""
 
 
-def history_of(tensor: Tensor) -> History | None:
-    """What is known to be applied to a tensor; what no longer holds is dropped. Of a sharded one all processes must ask."""
-    known = _KNOWN.get(tensor)
-    if known is not None and not same_bits(tensor, known.content()):
-        del _KNOWN[tensor]
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor of a model.
+
+    Attributes:
+        tensor: the tensor.
+        places: by what it is held, and under which name there: several where weights are tied.
+    """
+
+    tensor: Tensor
+    places: list[tuple[nn.Module | Tensor, str]]
+
+    def history(self) -> History | None:
+        """What is known to be applied to it; what no longer holds is dropped. Of a sharded one all processes must ask."""
+        for owner, name in self.places:
+            known = _KNOWN.get(owner, {}).get(name)
+            if known is not None and same_bits(self.tensor, known.content()):
+                return known
+        self.remember(None)
         return None
-    return known
+
+    def remember(self, history: History | None) -> None:
+        """Note what is applied to it from now on."""
+        for owner, name in self.places:
+            if history is not None:
+                _KNOWN.setdefault(owner, {})[name] = history
+            else:
+                _KNOWN.get(owner, {}).pop(name, None)
+
+
+def held_by(model: Model) -> dict[str, Held]:
+    """Every tensor under every name it has; not by `state_dict`, which a model may override to give copies.
+
+    Example:
+        >>> list(held_by(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, affine=False))))
+        ['0.weight', '0.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    of: dict[int, Held] = {}
+    if not isinstance(model, nn.Module):
+        tensors = {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
+        return {plain_name(name): of.setdefault(id(tensor), Held(tensor, [(tensor, "")])) for name, tensor in tensors.items()}
+    held: dict[str, Held] = {}
+    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for name, tensor in kind(module, recurse=False, remove_duplicate=False):
+                one = held[plain_name(f"{prefix}.{name}" if prefix else name)] = of.setdefault(id(tensor), Held(tensor, []))
+                one.places.append((module, name))
+    return held
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +136,13 @@ class Spot:
     """A tensor of the model that a patch edits.
 
     Attributes:
-        tensor: of the model.
+        held: the tensor.
         name: what the patch calls it.
         base: what it must be without the patch.
         active: what the patch adds to it, by digest.
     """
 
-    tensor: Tensor
+    held: Held
     name: str
     base: Tensor
     active: dict[str, Active]
@@ -103,12 +150,12 @@ class Spot:
     @cached_property
     def now(self) -> Tensor:
         """What the tensor holds, whole."""
-        return whole(self.tensor).cpu()
+        return whole(self.held.tensor).cpu()
 
     @cached_property
     def known(self) -> History | None:
         """What is known to be applied to it."""
-        return history_of(self.tensor)
+        return self.held.history()
 
     def made(self, strength: float | None = None) -> History:
         """The base with this patch alone, at its own strength or another."""
@@ -119,34 +166,34 @@ class Spot:
 class Change:
     """What an operation makes of a tensor: what is known of it afterwards, and what it holds (None: what it holds already)."""
 
-    tensor: Tensor
+    held: Held
     known: History | None
     content: Tensor | None
 
 
-def spots(base: Mapping[str, Tensor], edits: Iterable[Edit], targets: Mapping[str, Tensor], strength: float) -> list[Spot]:
+def spots(base: Mapping[str, Tensor], edits: Iterable[Edit], targets: Mapping[str, Held], strength: float) -> list[Spot]:
     """A patch's tensors as those of a model; a tensor that stands under several names (tied weights) is one.
 
     Raises:
         PatchError: if the patch says different things of one tensor.
     """
     names: dict[int, list[str]] = {}
-    for name, tensor in targets.items():
-        names.setdefault(id(tensor), []).append(name)
+    for name, held in targets.items():
+        names.setdefault(id(held), []).append(name)
     return [_spot(base, edits, targets[tied[0]], tied, strength) for tied in names.values()]
 
 
-def _spot(base: Mapping[str, Tensor], edits: Iterable[Edit], tensor: Tensor, names: list[str], strength: float) -> Spot:
+def _spot(base: Mapping[str, Tensor], edits: Iterable[Edit], held: Held, names: list[str], strength: float) -> Spot:
     active: dict[str, Active] = {}
     for values in (base, *(edit.directions for edit in edits)):
-        held = [name for name in names if name in values]
-        if any(not same_bits(values[name], values[held[0]]) for name in held[1:]):
+        said = [values[name] for name in names if name in values]
+        if any(not same_bits(value, said[0]) for value in said[1:]):
             raise PatchError(f"{', '.join(names)}: one tensor in this model; the patch was made on one where they are several")
     for edit in edits:
         for name in names:
             if name in edit.directions:
                 active.setdefault(edit.digest, Active(edit, name, strength))
-    return Spot(tensor, names[0], base[names[0]], active)
+    return Spot(held, names[0], base[names[0]], active)
 
 
 def added(spots: Sequence[Spot]) -> list[Change]:
@@ -179,7 +226,7 @@ def _added(spot: Spot) -> Change:
             raise PatchError(f"{spot.name}: {_concepts(known)} was applied on top of the patch's base; revert that first")
         else:
             raise _not_the_base(spot)
-    return Change(spot.tensor, new, new.content())
+    return Change(spot.held, new, new.content())
 
 
 def removed(spots: Sequence[Spot]) -> list[Change]:
@@ -192,7 +239,7 @@ def removed(spots: Sequence[Spot]) -> list[Change]:
     for spot, held in zip(spots, _held(spots), strict=True):
         rest = {digest: active for digest, active in held.active.items() if digest not in spot.active}
         left = replace(held, active=rest)
-        changes.append(Change(spot.tensor, left if rest else left.below, left.content()))
+        changes.append(Change(spot.held, left if rest else left.below, left.content()))
     return changes
 
 
@@ -205,7 +252,7 @@ def adjusted(spots: Sequence[Spot], strength: float) -> list[Change]:
     changes = []
     for spot, held in zip(spots, _held(spots), strict=True):
         new = replace(held, active=held.active | _at(spot.active, strength))
-        changes.append(Change(spot.tensor, new, new.content()))
+        changes.append(Change(spot.held, new, new.content()))
     return changes
 
 
@@ -220,7 +267,7 @@ def recognised(spots: Sequence[Spot]) -> list[Change]:
             raise PatchError(f"{spot.name}: the model is not what the patch makes of its base")
         if spot.known is not None and _acting(spot.known) != _acting(spot.made()):
             raise PatchError(f"{spot.name}: {_concepts(spot.known)} is known to be applied, and not only what the patch says")
-    return [Change(spot.tensor, spot.known or spot.made(), None) for spot in spots]
+    return [Change(spot.held, spot.known or spot.made(), None) for spot in spots]
 
 
 def carry_out(changes: Iterable[Change]) -> None:
@@ -228,12 +275,9 @@ def carry_out(changes: Iterable[Change]) -> None:
     with torch.no_grad():
         for change in changes:
             if change.content is not None:
-                # Not by `.data`: whoever watches the version must notice.
-                change.tensor.copy_(placed(change.content, change.tensor))
-            if change.known is not None:
-                _KNOWN[change.tensor] = change.known
-            else:
-                _KNOWN.pop(change.tensor, None)
+                tensor = change.held.tensor
+                tensor.copy_(placed(change.content, tensor))  # not by `.data`: whoever watches the version must notice
+            change.held.remember(change.known)
 
 
 Plan = Callable[[Sequence[Spot]], list[Change]]

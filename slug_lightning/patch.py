@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from slug_lightning.applied import Active, Plan, added, adjusted, carry_out, history_of, recognised, removed, spots
+from slug_lightning.applied import Active, Held, Model, Plan, added, adjusted, carry_out, held_by, recognised, removed, spots
 from slug_lightning.dialects import translations
 from slug_lightning.edits import Edit, PatchError, digest_of, edited, same_bits
-from slug_lightning.layers import plain_name
 
 __all__ = ["Edit", "PatchError", "UnlearnPatch", "at_once", "digest_of", "edited", "same_bits"]
 
 FORMAT = "slug-lightning patch 2"
-
-Model = nn.Module | MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +31,8 @@ class UnlearnPatch:
 
     Several patches may be applied to a model, each at its own strength. Whatever the order in which they are applied,
     adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make: edited tensors
-    are rebuilt from the base, never added to. What is applied is known by the tensors themselves (`slug_lightning.applied`),
-    in this process. A copy of the model, another state dict of it, or weights from a file are known by their content, which
+    are rebuilt from the base, never added to. What is applied is remembered with the model (`slug_lightning.applied`) in this
+    process. A copy of the model, another state dict of it, or weights from a file are known by their content, which
     tells one patch at full strength from its base, and no more; for that there is `active`, saved beside the weights, and
     `recognise`.
 
@@ -47,7 +44,7 @@ class UnlearnPatch:
         PatchError: if an edit occurs twice, or the base is not what the edits name.
 
     Example:
-        >>> model = nn.Linear(2, 1, bias=False)
+        >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> before = model.weight.detach().clone()
         >>> cats = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
         >>> dogs = UnlearnPatch({"weight": before}, [Edit("dogs", 0.25, {"weight": torch.ones(1, 2)})])
@@ -131,7 +128,7 @@ class UnlearnPatch:
             PatchError: as `revert` does, or if the strength is no number. The model is as it was.
 
         Example:
-            >>> model = nn.Linear(2, 1, bias=False)
+            >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> before = model.weight.detach().clone()
             >>> patch = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
             >>> patch.apply(model)
@@ -157,11 +154,11 @@ class UnlearnPatch:
                 be applied.
 
         Example:
-            >>> model = nn.Linear(2, 1, bias=False)
+            >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> base = {"weight": model.weight.detach().clone()}
             >>> patch = UnlearnPatch(base, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
             >>> patch.apply(model, strength=0.25)
-            >>> kept, copy = UnlearnPatch.active(model), nn.Linear(2, 1, bias=False)
+            >>> kept, copy = UnlearnPatch.active(model), torch.nn.Linear(2, 1, bias=False)
             >>> _ = copy.load_state_dict(model.state_dict())
             >>> kept.recognise(copy)
             >>> patch.revert(copy)
@@ -184,10 +181,10 @@ class UnlearnPatch:
         """
         base: dict[str, Tensor] = {}
         found: dict[tuple[str, float], dict[str, Active]] = {}
-        seen = set()
-        for name, tensor in _tensors_of(model).items():
-            known = history_of(tensor) if id(tensor) not in seen else None  # tied weights: once, by the first name
-            seen.add(id(tensor))
+        seen: set[Held] = set()
+        for name, held in held_by(model).items():
+            known = held.history() if held not in seen else None  # tied weights: once, by the first name
+            seen.add(held)
             if known is not None:
                 base[name] = known.base
                 for digest, active in known.active.items():
@@ -278,21 +275,22 @@ class UnlearnPatch:
         """Carry out a plan where it can be: on the part nearest the model's root, if several fit the patch by name."""
         _refuse_infinite(strength)
         refused: PatchError | None = None
-        for patch, targets in self._places(_tensors_of(model)):
+        held = held_by(model)
+        for patch, targets in self._places(held):
             try:
                 changes = plan(spots(patch.base, patch.edits, targets, strength))
             except PatchError as error:
                 refused = refused or error
             else:
                 return carry_out(changes)
-        missing = next((name for name in self.base if name not in _tensors_of(model)), "the patch")
+        missing = next((name for name in self.base if name not in held), "the patch")
         raise refused or PatchError(f"{missing}: the model has no such tensor; the patch was made on another model")
 
-    def _places(self, held: Mapping[str, Tensor]) -> Iterator[tuple[UnlearnPatch, dict[str, Tensor]]]:
+    def _places(self, held: Mapping[str, Held]) -> Iterator[tuple[UnlearnPatch, dict[str, Held]]]:
         """Where the patch may belong: by its own names, then by those that another library has for the same tensors."""
         for targets in _places(list(self.base), held):
             yield self, targets
-        bases = {name: known.base if (known := history_of(tensor)) else tensor for name, tensor in held.items()}
+        bases = {name: known.base if (known := one.history()) else one.tensor for name, one in held.items()}
         for patch in translations(self, bases):
             yield patch, {name: held[name] for name in patch.base}
 
@@ -358,7 +356,7 @@ def at_once(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _places(names: Sequence[str], held: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _places(names: Sequence[str], held: Mapping[str, Held]) -> Iterator[dict[str, Held]]:
     """Find tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
 
     Where several parts fit by name, the one nearest the root comes first.
@@ -375,10 +373,3 @@ def _places(names: Sequence[str], held: Mapping[str, Tensor]) -> Iterator[dict[s
         if all(name.startswith(prefix) and name.removeprefix(prefix) in held for name in names):
             yield {name: held[name.removeprefix(prefix)] for name in names}
             return
-
-
-def _tensors_of(model: Model) -> dict[str, Tensor]:
-    """Every tensor under every name it has; not by `state_dict`, which a model may override to give copies."""
-    if isinstance(model, nn.Module):
-        model = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {plain_name(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}

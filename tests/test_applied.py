@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor, nn
 
 from slug_lightning import PatchError, UnlearnPatch
-from slug_lightning.applied import History, history_of
+from slug_lightning.applied import History, held_by
 from slug_lightning.patch import Edit
 from slug_lightning.sharded import whole
 
@@ -238,12 +238,16 @@ def test_the_base_loaded_anew_may_be_edited_anew():
     assert bits(net) == bits(rebuilt(model().state_dict(), {0: 1.0}, [cats]))
 
 
-def test_moving_to_a_device_changes_nothing_that_is_known():
+@pytest.mark.parametrize("swap", [False, True])
+def test_moving_to_a_device_changes_nothing_that_is_known(swap):
     net = model()
-    cats = patch_of(net, list(DTYPES), 0)
+    cats = patch_of(net, [*DTYPES, "buffer"], 0)
     cats.apply(net, 0.5)
-    for parameter in net.parameters():
-        parameter.data = parameter.data.clone()  # as `to` of another device does: the same parameter, other memory
+    torch.__future__.set_swap_module_params_on_conversion(swap)  # torch's two ways to move a parameter
+    try:
+        net._apply(torch.clone)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
     cats.revert(net)
     assert bits(net) == bits(model())
 
@@ -274,7 +278,7 @@ def test_of_an_edit_whose_other_tensors_were_trained_the_rest_is_active_and_can_
 def test_a_model_that_is_gone_takes_along_what_was_known_of_it():
     net = model()
     patch_of(net, ["wide"], 0).apply(net)
-    known = weakref.ref(history_of(net.wide))
+    known = weakref.ref(held_by(net)["wide"].history())
     assert isinstance(known(), History)
     del net
     gc.collect()
@@ -329,10 +333,15 @@ def test_tied_weights_are_one_tensor_whatever_a_patch_calls_it():
     expected = rebuilt({"w": net.lm_head.weight.detach().clone()}, {}, [])["w"]
     for edit in both.edits:
         expected = expected + next(iter(edit.directions.values())) * edit.step
+    for held in (dict(net.named_parameters(remove_duplicate=False)), net):
+        both.apply(held)
+        assert torch.equal(net.lm_head.weight, expected)
+        both.revert(held)
     both.apply(net)
-    assert torch.equal(net.lm_head.weight, expected)
     refused(dogs.apply, net, "applied already")
     assert list(UnlearnPatch.active(net).base) == [embedding]
+    for part, name in ((net.lm_head, "weight"), (net.transformer, "wte.weight")):
+        assert len(UnlearnPatch.active(part).edits) == 2 and list(UnlearnPatch.active(part).base) == [name]
     cats.revert(net)
     dogs.revert(net)
     assert bits(net) == original
@@ -468,7 +477,7 @@ def test_siblings_of_an_edit_that_changes_no_bit_are_siblings_in_every_order():
     for net, order in ((one, (invisible, cats)), (other, (cats, invisible))):
         for patch in order:
             patch.apply(net)
-        assert len(list(history_of(net.brain).levels())) == 1
+        assert len(list(held_by(net)["brain"].history().levels())) == 1
     for net in (one, other):
         invisible.revert(net)
     assert bits(one) == bits(other)
@@ -494,6 +503,7 @@ def composed(net: nn.Module, patches: list[UnlearnPatch]) -> Any:
     for i in (2, 0, 1):
         patches[i].apply(net, 0.5 + i)
     yield
+    net.cpu()  # which makes other parameters of what is sharded, as at the end of every fit
     patches[0].revert(net)
     patches[1].adjust(net, -1.0)
     yield
