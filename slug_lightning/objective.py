@@ -17,13 +17,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.fingerprints import digest
 from slug_lightning.gradients import Gradient, mean_gradient
 from slug_lightning.layers import Layer
 from slug_lightning.metrics import Metric, describe_metric
-from slug_lightning.patch import digest_of
 from slug_lightning.processes import Processes
 from slug_lightning.replay import Replay
-from slug_lightning.steps import Attempt, Collectives, LogReader, batch_samples, call_step, loss_in, read_logs, same_draws
+from slug_lightning.steps import (
+    Attempt,
+    Collectives,
+    Logged,
+    LogReader,
+    batch_samples,
+    call_step,
+    loss_in,
+    read_logs,
+    same_draws,
+)
 from slug_lightning.strategies import Runner
 from slug_lightning.turns import DIFFERENT_BATCHES, Turn, take_turns
 
@@ -176,13 +186,13 @@ class Objective:
             UnlearnError: if the split is empty or a named metric is never logged (the message lists what is).
         """
         names = self.names[kind]
-        by_loss = names == [LOSS]
+        by_loss = self.step_name(kind) != "validation_step"
         if not by_loss and not _defines(self.module, "validation_step"):
             raise UnlearnError(
                 f"{kind}_metric: {names} cannot be measured, {type(self.module).__name__} has no validation_step; define "
                 f"one that logs it, or leave {kind}_metric out to use the loss"
             )
-        where = f"{kind}_step" if by_loss else "validation_step", kind, split
+        where = self.step_name(kind), kind, split
         samples = 0
         stopped = False
         # Before anything is edited: does the module itself communicate? Then the processes must run every step alike.
@@ -231,14 +241,37 @@ class Objective:
                 )
             )
             raise UnlearnError(f"{kind}_metric: {problem}; name one that it logs")
-        for name in sorted(set(reader.logged()) & {name for names in self.names.values() for name in names} - set(self.metrics)):
-            described = describe_metric(name, self.module, reader.objects.get(name))
-            self.metrics[name] = self.processes.agreed("a metric", described)
+        self._describe(reader)
         if stopped:
             return None
         if edited is None:
             self.complete[kind, split] = reader
         return {name: found[name] for name in names}
+
+    def recall(self, kind: Kind, split: str, entries: Sequence[Logged]) -> dict[str, float]:
+        """Take over what `measure` has found out about one split before, for the same model and data.
+
+        Args:
+            kind: "forget" or "retain".
+            split: "val" or "test".
+            entries: all that was logged, of `complete`.
+
+        Returns:
+            As `measure`, to the last bit.
+        """
+        reader = LogReader()
+        reader.entries += entries
+        self._describe(reader)
+        self.complete[kind, split] = reader
+        found = reader.values()
+        return {name: found[name] for name in self.names[kind]}
+
+    def _describe(self, reader: LogReader) -> None:
+        """Settle which way the metrics are better that were logged for the first time."""
+        named = {name for names in self.names.values() for name in names}
+        for name in sorted(set(reader.logged()) & named - set(self.metrics)):
+            described = describe_metric(name, self.module, reader.objects.get(name))
+            self.metrics[name] = self.processes.agreed("a metric", described)
 
     def measured(self, kind: Kind, split: str, *, record: Sequence[str] = (), edited: str | None = None) -> dict[str, float]:
         """Measure to the end, as `measure` without `stop`."""
@@ -279,9 +312,40 @@ class Objective:
     def fingerprint(self, kind: Kind, split: str) -> str:
         """What tells these data from others: a digest of the tensors and plain values of the first batch."""
         alone = take_turns(self.loaders[kind][split], Processes.alone())  # of the whole set, not of this process's share
-        leaves = tree_leaves(next((turn.batch for turn in alone), None))
-        tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        return digest_of(tensors, repr([leaf for leaf in leaves if isinstance(leaf, (str, int, float))]))
+        # What nobody can look into counts by its kind alone.
+        return digest(next((turn.batch for turn in alone), None), lambda leaf: type(leaf).__qualname__)
+
+    def digest(self, kind: Kind, split: str) -> str | None:
+        """A digest of everything that the steps get to see of one split, and of how it is batched; all of it is read.
+
+        Returns:
+            The same in every process, or None if a batch holds something that nobody can look into.
+        """
+        told: list[tuple[int, str | None]] = []
+        with nullcontext() if split == "train" else self.runner.validating():
+            for turn in self._turns(kind, split):
+                if turn.counts:
+                    told.append((turn.number, _digest_or_none(turn.batch)))
+        found = sorted(itertools.chain(*self.processes.exchange("a digest of data", told, each_share=True)))
+        return None if any(batch is None for _, batch in found) else digest([batch for _, batch in found])
+
+    def first_loss(self, kind: Kind, split: str) -> str | None:
+        """The loss of the first batch of a gradient's pass, to the last bit; the same in every process.
+
+        Returns:
+            As text, or None if there is no batch, or it has no loss.
+        """
+        told, samples = None, 0
+        with torch.no_grad(), self.runner.passing(), read_logs(self.module):
+            for turn in itertools.islice(self._turns(kind, split), 1):
+                same_draws(turn.number)
+                with self.runner.forward_context():
+                    loss = self._loss(kind, turn.batch, turn.number)
+                told = None if loss is None else repr(loss.item())
+                samples = batch_samples(turn.batch) * turn.counts
+        found = self.processes.exchange("the first loss", (told, samples), each_share=True)
+        self.forward_samples += sum(samples for _, samples in found)
+        return found[0][0]
 
     def at_best(self, kind: Kind, split: str, reader: LogReader) -> dict[str, float]:
         """What the metrics of a pass can still become at best.
@@ -311,6 +375,10 @@ class Objective:
             else:
                 call_step(self.module.validation_step, batch, number)
 
+    def step_name(self, kind: Kind) -> str:
+        """The step that measures a kind."""
+        return f"{kind}_step" if self.names[kind] == [LOSS] else "validation_step"
+
     def metrics_of(self, kind: Kind) -> dict[str, Metric]:
         """The metrics of one kind, by name; known after its first measurement."""
         return {name: self.metrics[name] for name in self.names[kind]}
@@ -320,6 +388,13 @@ class Objective:
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
         return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))
+
+
+def _digest_or_none(batch: Any) -> str | None:
+    try:
+        return digest(batch)
+    except (RuntimeError, TypeError):  # a kind of object, or of tensor, that nobody here can look into
+        return None
 
 
 def _first_half(batch: Any) -> Any:

@@ -71,9 +71,11 @@ class Classifier(pl.LightningModule):
 class PlainRunner:
     """Takes batches as they come: the place of `slug_lightning.strategies.Runner`, without a trainer."""
 
-    def __init__(self) -> None:
-        self.processes = Processes()
-        self.backward = Backward()
+    def __init__(self, processes: Processes | None = None, precision: str = "32-true") -> None:
+        self.processes = processes or Processes()
+        self.backward = Backward(self.processes)
+        self.precision = precision
+        self.is_sharded = False
 
     def turns(self, loader: Any) -> Iterator[Turn]:
         return take_turns(loader, self.processes)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from contextlib import nullcontext
+from collections import UserDict
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from _simulated import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
 from _tiny import FORGET, PlainRunner, blobs, loader, trained
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective import Objective
-from slug_lightning.steps import LogReader
+from slug_lightning.processes import Processes
+from slug_lightning.steps import LogReader, untouched
 from slug_lightning.strategies import only_differentiating
+from slug_lightning.turns import take_turns
 
 
 class Failure(Exception):
@@ -169,6 +175,115 @@ def test_a_metric_object_has_no_bound():
     bounds = []
     measuring.measure("retain", "val", stop=lambda reader: bounds.append(measuring.at_best("retain", "val", reader)))
     assert bounds == [{}, {}]
+
+
+# ---- what tells data apart
+
+
+class Drawing(TensorDataset):
+    """Augmented by every source of random numbers that there is."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + torch.rand(1) + np.random.rand() + random.random()
+
+
+def digest_of(batches, processes=None):
+    with untouched(nn.Identity()):
+        return Objective(Scripted(), {"retain": {"train": batches}}, PlainRunner(processes)).digest("retain", "train")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    count=st.integers(1, 9), size=st.integers(1, 4), processes=st.integers(2, 3), shuffle=st.booleans(), seed=st.integers(0, 99)
+)
+def test_a_digest_is_that_of_one_process_and_comes_again_by_the_same_seeds(count, size, processes, shuffle, seed):
+    def data(**how):
+        return DataLoader(Drawing(torch.arange(float(count))[:, None]), batch_size=size, shuffle=shuffle, **how)
+
+    torch.manual_seed(seed)
+    alone = digest_of(data())
+    assert simulate(processes, lambda each: digest_of(data(), each)) == [alone] * processes
+    assert alone == digest_of(list(take_turns_of(data())))
+
+
+def take_turns_of(data):
+    with untouched(nn.Identity()):
+        return [turn.batch for turn in take_turns(data, Processes())]
+
+
+X = torch.arange(6.0)
+DIFFERENT = [
+    [X], [X.flip(0)], [X.double()], [X.view(2, 3)], [X[:3], X[3:]], [X[:2], X[2:]], [torch.cat([-X[:1], X[1:]])], [[X]], [(X,)],
+    [{"x": X}], [{"y": X}], [{"x": X, "n": 1}], [{"x": X, "n": 1.0}], [{"x": X, "n": True}], [{"x": X, "n": "1"}], [[X, X]],
+    [UserDict(x=X)], [UserDict(x=[X])], [UserDict(y=X)], [X.numpy()[:3]], [{"x": X, "n": np.int64(1)}], [{"x": X, "n": None}], [],
+]  # fmt: skip
+
+
+def test_a_digest_sees_content_names_kinds_order_and_how_things_are_put_together():
+    digests = [digest_of(batches) for batches in DIFFERENT]
+    assert None not in digests and len(set(digests)) == len(DIFFERENT)
+    assert digests == [digest_of(copy.deepcopy(batches)) for batches in DIFFERENT]
+
+
+@pytest.mark.parametrize("strange", [object(), torch.eye(2).to_sparse(), np.array([{}])])
+def test_of_what_nobody_can_look_into_there_is_no_digest_and_a_fingerprint_all_the_same(strange):
+    assert digest_of([X, [X, strange]]) is None
+    reads = [{"forget": {"val": [[x, object()]]}} for x in (X, X, X + 1)]
+    told = [Objective(Scripted(), loaders, PlainRunner()).fingerprint("forget", "val") for loaders in reads]
+    assert told[0] == told[1] != told[2]
+
+
+def test_a_fingerprint_is_of_the_first_batch_in_whatever_container():
+    def told(*batches):
+        return Objective(Scripted(), {"forget": {"val": list(batches)}}, PlainRunner()).fingerprint("forget", "val")
+
+    assert told(UserDict(x=X), X) == told(UserDict(x=X.clone()), X + 1) != told(UserDict(x=X + 1), X)
+    assert told() == told() != told(X)
+
+
+def test_data_are_read_as_they_are_measured():
+    stages = []
+
+    class Runner(PlainRunner):
+        @contextmanager
+        def validating(self):
+            stages.append("in")
+            yield
+            stages.append("out")
+
+    measuring = Objective(Scripted(), {"retain": {split: [X] for split in ("train", "val", "test")}}, Runner())
+    assert len({measuring.digest("retain", split) for split in ("train", "val", "test")}) == 1
+    assert stages == ["in", "out"] * 2
+
+
+# ---- the first loss
+
+
+def first_loss(losses, processes=None, counts=(2, 3, 4)):
+    module = Scripted([None if loss is None else torch.tensor(loss) for loss in losses])
+    measuring = Objective(module, {"retain": {"train": batches_of(*counts[: len(losses)])}}, PlainRunner(processes))
+    return measuring.first_loss("retain", "train"), measuring.forward_samples
+
+
+def test_the_first_loss_is_that_of_the_first_batch_to_the_last_bit_whoever_runs_it():
+    nearly = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)).item()
+    assert first_loss([0.1, 5.0]) == (repr(torch.tensor(0.1).item()), 2) != first_loss([nearly, 5.0])
+    assert simulate(2, lambda each: first_loss([0.1, 5.0, 6.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 2
+    assert simulate(3, lambda each: first_loss([0.1, 5.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 3
+    assert [first_loss([None, 1.0]), first_loss([])] == [(None, 2), (None, 0)]
+
+
+def test_the_first_loss_leaves_no_gradient_and_draws_as_a_gradient_does():
+    class Noisy(Scripted):
+        def training_step(self, batch, batch_idx):
+            self.last = (self.weight * torch.rand(())).sum()
+            return self.last
+
+    measuring = objective(Noisy(), batches=batches_of(3))
+    told = measuring.first_loss("retain", "train")
+    assert not measuring.module.last.requires_grad and measuring.module.weight.grad is None
+    measuring.gradient("retain", {"weight": measuring.module.weight})
+    assert told == repr(measuring.module.last.item())
 
 
 # ---- to the end or not
