@@ -334,8 +334,12 @@ def _refuse_infinite(strength: float) -> None:
 
 
 @contextmanager
-def at_once(path: Path) -> Iterator[Path]:
+def at_once(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Write a file whole or not at all: inside, under another name.
+
+    Args:
+        path: of the file.
+        folder: where the part lies meanwhile, if others may be writing the same file; on the same disk.
 
     Example:
         >>> import tempfile
@@ -347,7 +351,7 @@ def at_once(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         '{}'
     """
-    part = path.with_name(path.name + ".part")
+    part = (folder or path.parent) / (path.name + ".part")
     try:
         yield part
         part.chmod(0o644)  # safetensors leaves what only its owner reads

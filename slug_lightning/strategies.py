@@ -71,6 +71,7 @@ class Runner:
             group = mesh[DATA].get_group() if mesh else None
             self.processes = Processes(data["rank"], data["num_replicas"], group, in_step=mesh is not None)
         self.is_sharded = self.processes.in_step
+        self.precision = str(strategy.precision_plugin.precision)
         averages = self.processes.shares if self.is_sharded else 1
         self.scaler: GradScaler | None = getattr(strategy.precision_plugin, "scaler", None)
         self.backward = Backward(self.processes, self.scaler, averages)

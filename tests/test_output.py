@@ -135,3 +135,16 @@ def test_the_part_of_a_run_that_was_killed_is_no_obstacle(tmp_path):
         part.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "whole"
+
+
+def test_two_that_write_the_same_file_at_the_same_time_leave_one_that_is_whole(tmp_path):
+    path, folders = tmp_path / "kept", [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with at_once(path, folders[0]) as one:
+        one.write_text("one")
+        with at_once(path, folders[1]) as other:
+            other.write_text("other")
+            assert not path.exists()
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and not any(list(folder.iterdir()) for folder in folders)

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
-from slug_lightning import RetainCache
 from slug_lightning import replay as replaying
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.fingerprints import fingerprint
@@ -626,35 +625,7 @@ def test_after_a_run_no_tensor_of_ours_is_alive(monkeypatch):
     assert "numpy" not in vars(torch.Tensor)
 
 
-# ---- the next request
-
-
-def test_the_retain_gradient_is_used_again_at_the_same_weights_and_only_there():
-    cache, model, retain = RetainCache(), trained(), loader(False)
-
-    def request(**options):
-        forgetting = UnlearnCallback(forget=loader(True), retain=retain, retain_cache=cache, **options)
-        fit(forgetting, model)
-        return forgetting.report
-
-    first, reused = request(), []
-    reused.append(cache.reused)
-    first.patch.revert(model)
-    second = request()
-    reused.append(cache.reused)
-    assert second.scores == first.scores and second.step_size == first.step_size
-    assert second.cost["backward_samples"] < first.cost["backward_samples"]
-    second.patch.revert(model)
-    request(layers="net.6.weight").patch.revert(model)  # other candidates
-    reused.append(cache.reused)
-    with torch.no_grad():
-        model.net[0].weight[0, 0] += 1e-6  # other weights
-    request(layers="net.6.weight").patch.revert(model)
-    reused.append(cache.reused)
-    retain = loader(False)  # other data, for all that it can tell
-    request(layers="net.6.weight")
-    reused.append(cache.reused)
-    assert reused == [0, 1, 1, 1, 1]
+# ---- batches
 
 
 def test_a_batch_is_known_by_every_byte_and_its_place():

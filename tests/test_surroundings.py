@@ -36,7 +36,6 @@ from slug_lightning.datamodules.loaders import Chained, EveryFourth, First
 from slug_lightning.datamodules.overlap import samples_in
 from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.modules import ClassifierModule
-from slug_lightning.retained import RetainCache
 
 
 def callback(**options: Any) -> UnlearnCallback:
@@ -144,15 +143,6 @@ def test_a_fast_run_writes_only_where_it_is_told_to(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*"))
     forgotten(callback(output_dir=str(tmp_path / "run")), fast_dev_run=True, logger=CSVLogger(tmp_path / "logs"))
     assert (tmp_path / "run" / "report.json").is_file() and not Path("logs").exists()
-
-
-def test_a_retain_gradient_of_fewer_batches_is_not_used_again():
-    cache, data = RetainCache(), {"forget": loader(True), "retain": loader(False)}
-    model, reused = trained(), []
-    for limit in (1, 1.0, 1.0):
-        forgotten(callback(**data, retain_cache=cache, forget_target=1e6, max_evaluations=1), model, limit_train_batches=limit)
-        reused.append(cache.reused)
-    assert reused == [0, 0, 1]
 
 
 def test_lengths_are_known_wherever_they_can_be():
