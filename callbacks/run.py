@@ -15,14 +15,13 @@ from slug_lightning.collateral import MOST, collateral, strength_curves
 from slug_lightning.compete import recorded
 from slug_lightning.cost import CostMeter, joined
 from slug_lightning.datamodules.loaders import UnlearnLoaders
-from slug_lightning.datamodules.names import concept_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.joint import Joint
 from slug_lightning.joint_report import JointReport
 from slug_lightning.layers import find_layers, some_of
 from slug_lightning.metrics import damage
 from slug_lightning.modules.base import own_model
-from slug_lightning.objective import Objective
+from slug_lightning.objective import Kind, Objective
 from slug_lightning.output import earlier_edits
 from slug_lightning.patch import UnlearnPatch
 from slug_lightning.progress import Progress
@@ -212,23 +211,33 @@ class Run:
 
     def _measure(self, edits: Sequence[Request]) -> None:
         """Measure on report data, before and after; what was taken over was measured on them by its own run."""
-        # Where only one layer is edited, the evaluation after it is spared what that does not change.
-        alone = len(edits) == 1 and not self.several
-        layers = [request.layer for request in edits] if alone else []
-        edited = layers[0].name if alone else "together"
-        moves = [request.move() for request in edits]
-        for request in self.new:
-            with recorded(request.objective, "forget", "test", layers) as before, self.bench.step(*moves):
-                after = request.objective.measured("forget", "test", edited=edited) if edits else before
-            request.report.before, request.report.after = {"forget": before}, {"forget": after}
-        objective = self.requests[0].objective if alone else self.objective
-        with recorded(objective, "retain", "test", layers) as self.before["retain"], self.bench.step(*moves):
-            self.after["retain"] = objective.measured("retain", "test", edited=edited) if edits else self.before["retain"]
+        (self._measure_together if self.several else self._measure_alone)(edits)
         for request in self.new:
             request.report.before["retain"], request.report.after["retain"] = self.before["retain"], self.after["retain"]
         for request in self.requests:
             (self.before["forget"][request.name],) = request.report.before["forget"].values()
             (self.after["forget"][request.name],) = request.report.after["forget"].values()
+
+    def _measure_alone(self, edits: Sequence[Request]) -> None:
+        """One concept: after the edit only what that changes is computed."""
+        (request,) = self.requests
+        layers = [edit.layer for edit in edits]
+        kinds: tuple[Kind, ...] = ("forget", "retain")
+        for kind in kinds:
+            with recorded(request.objective, kind, "test", layers) as before, self.bench.step(*(edit.move() for edit in edits)):
+                after = request.objective.measured(kind, "test", edited=request.layer.name) if edits else before
+            request.report.before[kind], request.report.after[kind] = before, after
+        self.before["retain"], self.after["retain"] = request.report.before["retain"], request.report.after["retain"]
+
+    def _measure_together(self, edits: Sequence[Request]) -> None:
+        """Several concepts, with all edits."""
+        for request in self.new:
+            request.report.before["forget"] = request.objective.measured("forget", "test")
+        self.before["retain"] = self._retain_before()
+        with self.bench.step(*(edit.move() for edit in edits)):
+            for request in self.new:
+                request.report.after["forget"] = request.objective.measured("forget", "test", edited="together")
+            self.after["retain"] = self.objective.measured("retain", "test", edited="together")
 
     def _retain_gradient(self, request: Request) -> dict[str, Tensor]:
         """Computed for the first request, and let go of with the last."""
@@ -239,17 +248,15 @@ class Run:
     def _first_retain_gradient(self) -> dict[str, Tensor]:
         """Computed, or the one that an earlier run left in the cache."""
         parameters = {name: p for layer in self.layers for name, p in layer.parameters.items()}
-
-        def compute() -> dict[str, Tensor]:
+        if self.callback.retain_cache is None:
             return self.objective.gradient("retain", parameters).tensors
+        return self.callback.retain_cache.gradient(self.objective, parameters, self.notes)
 
-        cache = self.callback.retain_cache
-        if cache is None:
-            return compute()
-        source = getattr(self.trainer, "datamodule", None) if self.callback.retain is None else self.callback.retain
-        limit = self.trainer.limit_train_batches
-        how = self.trainer.precision, str(self.module.device), concept_of(source), repr(limit)  # 1 is one batch, 1.0 all
-        return cache.gradient(self.module, source, how, list(parameters), compute)
+    def _retain_before(self) -> dict[str, float]:
+        """The retain metrics on report data before any edit, measured or from the cache."""
+        if self.callback.retain_cache is None:
+            return self.objective.measured("retain", "test")
+        return self.callback.retain_cache.measured(self.objective, "test", self.notes)
 
     # ---- the report
 

@@ -77,7 +77,8 @@ class UnlearnCallback(pl.Callback):
             quarter of what is free when the search starts. A small budget makes the search slower.
         count_cost: whether the report's `cost` also counts floating-point operations and the bytes of live tensors, in
             every phase; this slows the run.
-        retain_cache: shared by the callbacks of several requests, so that the retain gradient is computed once.
+        retain_cache: where later requests at the same weights find what this run computes of the data to keep: a folder,
+            or a `RetainCache` that several callbacks share.
         offload_gradient: whether the forget gradient waits in the host's memory while the retain gradient is computed, so
             that a device need not hold both.
 
@@ -110,7 +111,7 @@ class UnlearnCallback(pl.Callback):
         replay: bool = True,
         replay_budget: Optional[int] = None,
         count_cost: bool = False,
-        retain_cache: Optional[RetainCache] = None,
+        retain_cache: Union[str, RetainCache, None] = None,
         offload_gradient: bool = False,
     ) -> None:
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
@@ -151,7 +152,7 @@ class UnlearnCallback(pl.Callback):
         self.replay = replay
         self.replay_budget = replay_budget
         self.count_cost = count_cost
-        self.retain_cache = retain_cache
+        self.retain_cache = RetainCache(retain_cache) if isinstance(retain_cache, str) else retain_cache
         self.offload_gradient = offload_gradient
         self._report: Optional[AnyReport] = None
         self._data: Optional[str] = None
