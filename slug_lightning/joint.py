@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slug_lightning.bench import Bench
+from slug_lightning.layers import some_of
 from slug_lightning.metrics import damage
 from slug_lightning.objective import Objective
 from slug_lightning.progress import Progress
@@ -97,9 +98,9 @@ class Joint:
             if not found.remembered and found.damage <= 1:
                 break
             again = self._costliest() if changes >= self.max_rounds else None
-            if changes < self.max_rounds and self._change_steps(found):
+            if changes < self.max_rounds and (changed := self._change_steps(found)):
                 changes += 1
-                found.change = "steps changed"
+                found.change = changed
             elif again is not None:
                 found.change = self._search_again(again)
             else:
@@ -127,19 +128,21 @@ class Joint:
         """The requests whose edits may be changed."""
         return [request for request in self.requests if not request.is_taken_over]
 
-    def _change_steps(self, found: Round) -> bool:
-        """Larger where something is remembered, smaller where what is forgotten costs too much; gives whether any changed."""
-        changed = False
+    def _change_steps(self, found: Round) -> str:
+        """Larger where something is remembered, smaller where what is forgotten costs too much; says what has changed."""
+        larger, smaller = [], []
         for request in self._own:
             assert request.chosen is not None
             step, low = request.chosen.step, self._too_small.get(request.name, 0.0)
             if request.name in found.remembered:
                 self._too_small[request.name] = step
                 request.set_step(GROW * step)
+                larger.append(request.name)
             elif found.damage > 1:
                 request.set_step(max(SHRINK * step, (low + step) / 2 if low < step else 0.0))
-            changed |= request.chosen.step != step
-        return changed
+                smaller.append(request.name)
+        said = {"larger": larger, "smaller": smaller}
+        return "; ".join(f"steps {how}: {some_of(names)}" for how, names in said.items() if names)
 
     def _costliest(self) -> Request | None:
         """The concept that costs most, of those whose layers were not searched again yet; None after a few."""

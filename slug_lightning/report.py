@@ -138,8 +138,12 @@ class UnlearnReport:
             return f"{'≤' if higher else '≥'} {number(self.bounds['forget_target'])}"
         if before is None:
             return "–"
+        return f"{'≥' if higher else '≤'} {number(self.limit(name, before))}"
+
+    def limit(self, name: str, before: float) -> float:
+        """What a retain metric may be at worst."""
         tolerance = self.bounds["retain_tolerance"]
-        return f"≥ {number(before - tolerance)}" if higher else f"≤ {number(before + tolerance * abs(before))}"
+        return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
@@ -203,9 +207,7 @@ class UnlearnReport:
             right.plot(self.search_after["retain"][retain_name], after, label="chosen", **star)
         before = self.search_before["retain"][retain_name]
         right.plot(before, forget_before, "s", color="grey", label="before")
-        tolerance = self.bounds["retain_tolerance"]
-        bound = before - tolerance if self.bounds["higher_is_better"][retain_name] else before + tolerance * abs(before)
-        right.axvline(bound, color="grey", linestyle=":", label="retain bound")
+        right.axvline(self.limit(retain_name, before), color="grey", linestyle=":", label="retain bound")
         for axes in (left, right):
             axes.axhline(self.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
             axes.set_ylabel(f"forget: {forget_name}")
@@ -235,6 +237,7 @@ def strength_figure(reports: dict[str, UnlearnReport]) -> Figure:
     left.set_ylabel(f"forget: {some.bounds['forget_metric']}")
     for axes, name in zip(right, names, strict=True):
         axes.set_ylabel(f"retain: {name}")
+        axes.axhline(some.limit(name, some.search_before["retain"][name]), color="grey", linestyle="--", linewidth=1)
     for axes in (left, *right):
         axes.set_xlabel("strength of the edit")
         axes.axvline(1, color="grey", linestyle=":", linewidth=1)
