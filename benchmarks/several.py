@@ -28,15 +28,16 @@ from slug_lightning.modules.clip import contrastive_loss, matching_loss
 from slug_lightning.patch import same_bits
 
 
-def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Path, **options):
+def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Path, tolerance: float, **options):
     """One run; the module is as before afterwards."""
     callback = UnlearnCallback(
         forget=forget,
         retain=retain,
         forget_metric="thing_accuracy",
         retain_metric=["style_accuracy", "thing_accuracy"],
-        retain_tolerance=0.03,
+        retain_tolerance=tolerance,
         max_evaluations=12,
+        margin=0.2,
         count_cost=True,
         retain_cache=str(folder / "retain"),
         output_dir=str(folder / "run"),
@@ -64,7 +65,7 @@ def passes(module: EmbeddedClip, data: EmojiDataModule, concept: str) -> dict[st
     return flops | {"evaluation": evaluation(module, of_split)}
 
 
-def draw(seed: int, count: int, later: bool) -> dict:
+def draw(seed: int, count: int, tolerance: float, later: bool) -> dict:
     """One draw: the run, and what came of it."""
     names = load_drawings().thing_names
     chosen = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[: count + 1]]
@@ -74,12 +75,12 @@ def draw(seed: int, count: int, later: bool) -> dict:
     module = EmbeddedClip().eval()
     needed = passes(module, data, things[0])
     with tempfile.TemporaryDirectory() as folder:
-        report = run(module, dict.fromkeys(things, data), data, Path(folder))
+        report = run(module, dict.fromkeys(things, data), data, Path(folder), tolerance)
         print(report.to_text(width=180), flush=True)
         line = told(seed, report) | {"ratio": sum(report.cost["flops"].values()) / sum(needed.values())}
         line["phases"] = {phase: flops / sum(needed.values()) for phase, flops in report.cost["flops"].items()}
         if later:
-            line["later"] = one_more(module, report, things, eleventh, data, Path(folder), needed)
+            line["later"] = one_more(module, report, things, eleventh, data, Path(folder), tolerance, needed)
     return line
 
 
@@ -101,15 +102,15 @@ def told(seed: int, report) -> dict:
     }
 
 
-def one_more(module, report, things, eleventh, data, folder, needed) -> dict:
+def one_more(module, report, things, eleventh, data, folder, tolerance, needed) -> dict:
     """The eleventh thing beside the ten, and the same from the start."""
     another = EmojiDataModule(thing=eleventh, seed=data.seed)
     another.setup("fit")
     forget = dict.fromkeys(things, data) | {eleventh: another}
     # What was left out of the first run is not asked for again.
     beside = {name: source for name, source in forget.items() if name in report.unlearned or name == eleventh}
-    found = run(module, beside, data, folder, earlier=str(folder / "run"))
-    whole = run(module, beside, data, folder)
+    found = run(module, beside, data, folder, tolerance, earlier=str(folder / "run"))
+    whole = run(module, beside, data, folder, tolerance)
     same = {
         name: (found.concepts[name].layer, found.concepts[name].step_size)
         == (whole.concepts[name].layer, whole.concepts[name].step_size)
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many draws (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10, help="things in a draw (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.03, help="of what is kept (default: %(default)s)")
     parser.add_argument("--later", action="store_true", help="also forget one more thing, beside the others, in each draw")
     parser.add_argument("--output", type=Path, default=Path("runs/several_ten.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
@@ -147,7 +149,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         if any(line["seed"] == seed for line in lines):
             continue
-        lines.append(draw(seed, arguments.count, arguments.later))
+        lines.append(draw(seed, arguments.count, arguments.tolerance, arguments.later))
         print(json.dumps(lines[-1]), flush=True)
         arguments.output.write_text(json.dumps(lines, indent=2) + "\n")
     table = pandas.DataFrame(lines).drop(columns=["phases", "later"], errors="ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ SHRINK, GROW = 0.85, 1.1
 """Factors of a step that costs too much, and of one that forgets too little."""
 SEARCHES = 2
 """Concepts whose layers are searched again where changing steps has not helped."""
-AFTER_LEAVING_OUT = 3
+AFTER_LEAVING_OUT = 6
 """Rounds in which steps may be changed anew, once an edit is left out."""
 
 
@@ -82,7 +83,8 @@ class Joint:
         self.rounds: list[Round] = []
         self._costs = {r.name: r.chosen.damage or 0.0 for r in requests if r.chosen}
         self._too_small: dict[str, float] = {}
-        """The last step of each concept that did not forget it."""
+        self._enough: dict[str, float] = {}
+        """The last step of each concept that did not forget it, and that did: in the presence of steps that change, too."""
         self._searched: set[str] = set()
 
     def settle(self) -> list[Request]:
@@ -133,12 +135,15 @@ class Joint:
         larger, smaller = [], []
         for request in self._own:
             assert request.chosen is not None
-            step, low = request.chosen.step, self._too_small.get(request.name, 0.0)
+            step = request.chosen.step
             if request.name in found.remembered:
                 self._too_small[request.name] = step
-                request.set_step(GROW * step)
+                enough = self._enough.get(request.name, math.inf)
+                request.set_step(min(GROW * step, (step + enough) / 2 if enough > step else math.inf))
                 larger.append(request.name)
             elif found.damage > 1:
+                self._enough[request.name] = step
+                low = self._too_small.get(request.name, 0.0)
                 request.set_step(max(SHRINK * step, (low + step) / 2 if low < step else 0.0))
                 smaller.append(request.name)
         said = {"larger": larger, "smaller": smaller}
@@ -155,7 +160,8 @@ class Joint:
         before = request.chosen
         with self.bench.step(*(r.move() for r in self.requests if r is not request)):
             self._costs[request.name] = request.search_again(self.bench, self.kept)
-        self._too_small.pop(request.name, None)
+        for known in (self._too_small, self._enough):
+            known.pop(request.name, None)
         if request.chosen is None:
             request.chosen = before
             return f"{request.name}: no step of its layers forgets it in the presence of the others"

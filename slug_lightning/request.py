@@ -185,8 +185,9 @@ class Request:
         self.report = replace(report, patch=None)
         self.gradient = {named[short]: d.to(self.parameters()[named[short]].device) for short, d in edit.directions.items()}
         self.layers = {name: layer for name, layer in self.layers.items() if name == report.layer}
-        trial = next(t for t in report.trace if (t["layer"], t["step"]) == (report.layer, report.step_size))
-        self.chosen = Trial(**{name: value for name, value in trial.items() if name != "together"})
+        assert report.layer is not None and report.relative_step is not None
+        (forget,) = report.search_after["forget"].values()
+        self.chosen = Trial(report.layer, edit.step, report.relative_step, True, None, forget, None)
 
     # ---- what it has found
 
