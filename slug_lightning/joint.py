@@ -16,6 +16,8 @@ from slug_lightning.search import Trial
 
 SHRINK, GROW = 0.85, 1.1
 """Factors of a step that costs too much, and of one that forgets too little."""
+NEAR = 1.02
+"""Steps nearer to each other than this factor tell nothing: what matters there is what other edits have become."""
 SEARCHES = 2
 """Concepts whose layers are searched again where changing steps has not helped."""
 AFTER_LEAVING_OUT = 6
@@ -139,7 +141,7 @@ class Joint:
             if request.name in found.remembered:
                 self._too_small[request.name] = step
                 enough = self._enough.get(request.name, math.inf)
-                request.set_step(min(GROW * step, (step + enough) / 2 if enough > step else math.inf))
+                request.set_step(min(GROW * step, (step + enough) / 2 if enough > NEAR * step else math.inf))
                 larger.append(request.name)
             elif found.damage > 1:
                 self._enough[request.name] = step
