@@ -182,7 +182,7 @@ class Request:
                 )
         (edit,) = patch.edits
         self.is_taken_over = True
-        self.report = replace(report, patch=None)
+        self.report = replace(report, patch=patch)
         self.gradient = {named[short]: d.to(self.parameters()[named[short]].device) for short, d in edit.directions.items()}
         self.layers = {name: layer for name, layer in self.layers.items() if name == report.layer}
         assert report.layer is not None and report.relative_step is not None
