@@ -139,4 +139,6 @@ class AnotherCLI(UnlearnCLI):
         if not (earlier / CONFIG).is_file():
             raise FileNotFoundError(f"run: no {CONFIG} in {earlier}; name the folder of a run of slug-lightning fit")
         cls.earlier = earlier
+        # Lightning expects what it is told to stand on the command line; some of it stands in RUN instead.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         return cls.run(["fit", "--config", str(earlier / CONFIG), *args])
