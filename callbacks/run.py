@@ -115,8 +115,8 @@ class Run:
             if self.callback.strengths and edits:
                 with self.meter.phase("strength"):
                     curves = strength_curves(edits, self.objective, self.bench, self.callback.strengths, self.progress)
-                    for request in edits:
-                        request.report.strengths = curves[request.name]
+                    for name, curve in curves.items():
+                        next(request for request in edits if request.name == name).report.strengths = curve
             return self._report(edits, found)
 
     @property

@@ -45,7 +45,7 @@ def strength_curves(
     """Measure forget and retain metrics over the strength of each edit, on search data; all others stay at full strength.
 
     Args:
-        requests: with an edit each.
+        requests: with an edit each; of those of an earlier run the curves are known.
         objective: measures what is kept.
         bench: without any edit.
         strengths: 1 is added.
@@ -56,9 +56,10 @@ def strength_curves(
     """
     others = sorted(set(strengths) - {1.0})
     curves: dict[str, list[dict[str, Any]]] = {}
-    layers = list({request.layer.name: request.layer for request in requests}.values())
+    new = [request for request in requests if not request.is_taken_over]
+    layers = list({request.layer.name: request.layer for request in new}.values())
     with bench.step(*(request.move() for request in requests)):
-        for request in progress.track(requests, "strength, what is forgotten"):
+        for request in progress.track(new, "strength, what is forgotten"):
             layer = request.layer
             with request.objective.sparing([layer]), recorded(request.objective, "forget", "val", [layer]) as full:
                 curve = curves[request.name] = [{"strength": 1.0, "forget": full}]
@@ -68,7 +69,7 @@ def strength_curves(
                         values = request.objective.measured("forget", "val", edited=layer.name)
                     curve.append({"strength": strength, "forget": values})
         with objective.sparing(layers), recorded(objective, "retain", "val", layers) as full:
-            for request in progress.track(requests, "strength, what is kept"):
+            for request in progress.track(new, "strength, what is kept"):
                 for point in curves[request.name]:
                     point["retain"] = full
                     if point["strength"] != 1:

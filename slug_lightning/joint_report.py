@@ -108,8 +108,7 @@ class JointReport:
         for found in self.rounds:
             if found["change"]:
                 console.print(f"together, damage {number(found['damage'])} of what is allowed: {found['change']}")
-        evaluations = sum(len(report.trace) for report in self.concepts.values())
-        closing_lines(console, evaluations, self.cost, self.notes, width)
+        closing_lines(console, self.cost.get("evaluations", 0), self.cost, self.notes, width)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")
 
