@@ -191,14 +191,15 @@ class Run:
             kept=kept,
             tolerance=self.callback.retain_tolerance,
             max_rounds=self.callback.max_evaluations,
+            margin=self.callback.margin,
             progress=self.progress,
         )
         edits = joint.settle()
         self.rounds = [vars(found) for found in joint.rounds]
-        if edits:
+        if joint.final is not None:
             for request in edits:
-                values = {request.report.bounds["forget_metric"]: joint.rounds[-1].forget[request.name]}
-                request.report.search_after = {"forget": values, "retain": joint.rounds[-1].retain}
+                values = {request.report.bounds["forget_metric"]: joint.final.forget[request.name]}
+                request.report.search_after = {"forget": values, "retain": joint.final.retain}
         return [] if self.callback.on_infeasible == "stop" and len(edits) < len(self.requests) else edits
 
     def _collateral(self, edits: Sequence[Request]) -> dict[str, dict[str, float]]:

@@ -44,6 +44,11 @@ class Round:
     remembered: list[str]
     change: str | None = None
 
+    @property
+    def is_fine(self) -> bool:
+        """Whether all bounds hold."""
+        return not self.remembered and self.damage <= 1
+
 
 class Joint:
     """Settles which edits are made together, and how far each goes.
@@ -61,6 +66,7 @@ class Joint:
         kept: retain metrics on search data, unedited.
         tolerance: of the retain metrics.
         max_rounds: how often steps may be changed.
+        margin: by what share steps go beyond those that were found together, as far as what is kept allows.
         progress: shows how far it is.
     """
 
@@ -73,6 +79,7 @@ class Joint:
         kept: dict[str, float],
         tolerance: float,
         max_rounds: int,
+        margin: float,
         progress: Progress,
     ) -> None:
         self.requests = list(requests)
@@ -81,8 +88,11 @@ class Joint:
         self.kept = kept
         self.tolerance = tolerance
         self.max_rounds = max_rounds
+        self.margin = margin
         self.progress = progress
         self.rounds: list[Round] = []
+        self.final: Round | None = None
+        """The one whose steps are taken."""
         self._costs = {r.name: r.chosen.damage or 0.0 for r in requests if r.chosen}
         self._too_small: dict[str, float] = {}
         self._enough: dict[str, float] = {}
@@ -99,7 +109,9 @@ class Joint:
         while self.requests:
             found = self._measure()
             self.rounds.append(found)
-            if not found.remembered and found.damage <= 1:
+            if found.is_fine:
+                # Steps that were not changed have their margin already.
+                self.final = self._go_further(found) if len(self.rounds) > 1 else found
                 break
             again = self._costliest() if changes >= self.max_rounds else None
             if changes < self.max_rounds and (changed := self._change_steps(found)):
@@ -126,6 +138,26 @@ class Joint:
         lost = damage(self.objective.metrics_of("retain"), self.kept, retain, self.tolerance)
         steps = {r.name: r.chosen.relative_step for r in self.requests if r.chosen}
         return Round(forget, retain, lost, steps, [r.name for r in self.requests if not r.is_forgotten(forget[r.name])])
+
+    def _go_further(self, found: Round) -> Round:
+        """Make all steps larger, up to the margin, while what is kept allows it."""
+        gone = GROW
+        while gone <= 1 + self.margin:
+            before = [(request, request.chosen) for request in self._own]
+            for request, trial in before:
+                assert trial is not None
+                request.set_step(GROW * trial.step)
+            further = self._measure()
+            self.rounds.append(further)
+            if not further.is_fine:
+                for request, trial in before:
+                    request.chosen = trial
+                further.change = "steps as they were before"
+                break
+            found.change = "all steps larger, for the margin"
+            found = further
+            gone *= GROW
+        return found
 
     @property
     def _own(self) -> list[Request]:
