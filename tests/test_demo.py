@@ -22,3 +22,23 @@ def test_a_shipped_config_forgets_within_its_bounds(name, tmp_path):
         assert after <= 0.2 and report["holds"]
     for metric, kept in report["after"]["retain"].items():
         assert kept >= report["before"]["retain"][metric] - 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_several_things_are_forgotten_and_one_more_later(tmp_path):
+    cache = "--trainer.callbacks.init_args.retain_cache", tmp_path / "retain"
+    assert run("fit", "--config", CONFIGS / "several.yaml", "--output_dir", tmp_path / "several", *cache) == 0
+    more = "--forget", "EmojiDataModule", "--forget.thing", "dog"
+    assert run("forget-another", "--run", tmp_path / "several", "--output_dir", tmp_path / "more", *more) == 0
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("several", "more"))
+    assert [*second["concepts"]] == [*first["concepts"], "dog"]
+    assert any(note.startswith("retain: gradient taken from") for note in second["notes"])
+    for name, report in first["concepts"].items():
+        assert report["patch_digest"] == second["concepts"][name]["patch_digest"]
+    for report in (first, second):
+        assert all(before >= 0.7 for before in report["before"]["forget"].values())
+        assert all(after <= 0.03 for after in report["after"]["forget"].values())
+        for metric, kept in report["after"]["retain"].items():
+            assert kept >= report["before"]["retain"][metric] - 0.03
