@@ -14,8 +14,8 @@ from slug_lightning.progress import Progress
 from slug_lightning.request import Request
 from slug_lightning.search import Trial
 
-SHRINK, GROW = 0.85, 1.1
-"""Factors of a step that costs too much, and of one that forgets too little."""
+SHRINK, GROW, GENTLY = 0.85, 1.1, 0.3
+"""Factors of steps that cost too much, and of one that forgets too little; the former is nearer 1 the less is too much."""
 NEAR = 1.02
 """Steps nearer to each other than this factor tell nothing: what matters there is what other edits have become."""
 SEARCHES = 2
@@ -167,6 +167,7 @@ class Joint:
     def _change_steps(self, found: Round) -> str:
         """Larger where something is remembered, smaller where what is forgotten costs too much; says what has changed."""
         larger, smaller = [], []
+        shrink = max(SHRINK, 1 - GENTLY * (found.damage - 1))
         for request in self._own:
             assert request.chosen is not None
             step = request.chosen.step
@@ -178,7 +179,7 @@ class Joint:
             elif found.damage > 1:
                 self._enough[request.name] = step
                 low = self._too_small.get(request.name, 0.0)
-                request.set_step(max(SHRINK * step, (low + step) / 2 if low < step else 0.0))
+                request.set_step(max(shrink * step, (low + step) / 2 if low < step else 0.0))
                 smaller.append(request.name)
         said = {"larger": larger, "smaller": smaller}
         return "; ".join(f"steps {how}: {some_of(names)}" for how, names in said.items() if names)
@@ -202,19 +203,24 @@ class Joint:
         return f"{request.name}: {_words(before)} became {_words(request.chosen)}"
 
     def _leave_out(self, found: Round) -> str:
-        """Take edits out, until the rest should be within bounds: the remembered, else the costliest."""
-        out = [r for r in self._own if r.name in found.remembered] if found.damage <= 1 else []
-        excess = found.damage - 1
-        for request in sorted(self._own, key=lambda r: -self._costs[r.name]) if not out else []:
-            out.append(request)
-            excess -= max(self._costs[request.name], 0.0)
-            if excess <= 0:
-                break
+        """Take edits out: the one furthest from its target, or where too little is kept, the costliest."""
+        if found.damage <= 1:
+            out = sorted((r for r in self._own if r.name in found.remembered), key=lambda r: -self._distance(r, found))[:1]
+        else:
+            # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
+            count = (found.damage - 1) / found.damage * len(self.requests) / 2
+            out = sorted(self._own, key=lambda r: -self._costs[r.name])[: max(1, round(count))]
         out = out or self.requests  # edits of an earlier run that do not go together any more
         for request in out:
             request.chosen = None
         self.requests = [r for r in self.requests if r not in out]
         return f"{', '.join(r.name for r in out)}: left out, as not all bounds hold together"
+
+    def _distance(self, request: Request, found: Round) -> float:
+        """How far a concept is from its target, as a share of the whole way."""
+        target, value = request.report.bounds["forget_target"], found.forget[request.name]
+        (before,) = request.report.search_before["forget"].values()
+        return (target - value) / (target - before) if math.isfinite(value) else math.inf
 
 
 def _words(trial: Trial | None) -> str:
