@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -151,8 +152,8 @@ class JointReport:
         table.add_column("edit")
         for concept in self.collateral:
             table.add_column(concept, justify="right", overflow="fold")
-        rows = {"none": self._search("before"), **self.collateral, "all": self._search("after")}
-        for edit, values in rows.items():
+        # Pairs: a concept may be called "all".
+        for edit, values in [("none", self._search("before")), *self.collateral.items(), ("all", self._search("after"))]:
             table.add_row(edit, *(number(values.get(concept)) for concept in self.collateral))
         return table
 
@@ -192,14 +193,15 @@ class JointReport:
         from matplotlib.figure import Figure
 
         concepts = list(self.collateral)
-        rows = {"no edit": self._search("before"), **self.collateral, "all edits": self._search("after")}
-        values = [[row.get(concept, float("nan")) for concept in concepts] for row in rows.values()]
+        rows = [("no edit", self._search("before")), *self.collateral.items(), ("all edits", self._search("after"))]
+        # None is what JSON gives back for what isn't finite.
+        values = [[math.nan if row.get(concept) is None else row[concept] for concept in concepts] for _, row in rows]
         side = max(5.0, 0.5 * len(concepts) + 3)
         figure = Figure(figsize=(side + 1, side), layout="constrained")
         axes = figure.subplots()
         shown = axes.imshow(values, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(concepts)), concepts, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_yticks(range(len(rows)), [edit for edit, _ in rows], fontsize=8)
         if len(concepts) <= SHOWN:
             low, high = shown.get_clim()
             for y, row in enumerate(values):
