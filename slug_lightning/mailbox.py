@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from slug_lightning.joint_report import JointReport, report_from_json
-from slug_lightning.output import PATCH, REPORT
+from slug_lightning.output import PATCH, REPORT, patch_of
 from slug_lightning.patch import UnlearnPatch, at_once
 from slug_lightning.report import UnlearnReport
 
@@ -37,6 +37,9 @@ class Mailbox:
         self.folder.mkdir(mode=0o700)
         if report.patch is not None:
             report.patch.save(self.folder / PATCH)
+            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
+                assert single.patch is not None
+                single.patch.save(patch_of(self.folder, name))
         with at_once(self.folder / REPORT) as part:
             part.write_text(json.dumps(report.to_dict()))  # not by `to_json`, which knows no infinity
 
@@ -47,5 +50,7 @@ class Mailbox:
         report = report_from_json(self.folder / REPORT)
         if (self.folder / PATCH).exists():
             report.patch = UnlearnPatch.load(self.folder / PATCH)
+            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
+                single.patch = UnlearnPatch.load(patch_of(self.folder, name))
         shutil.rmtree(self.folder)
         return report
