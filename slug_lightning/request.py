@@ -171,8 +171,10 @@ class Request:
         """Take the edit of an earlier run on the same base.
 
         Raises:
-            UnlearnError: if the model holds other tensors than that run's.
+            UnlearnError: if the model holds other tensors than that run's, or another metric is asked for.
         """
+        if (metric := report.bounds["forget_metric"]) not in self.objective.names["forget"]:
+            raise UnlearnError(f"earlier: {self.name!r} was forgotten by {metric!r}; give forget_metric={metric!r}")
         named = {name.removeprefix(self._prefix): name for name in self.parameters()}
         for short, base in patch.base.items():
             if short not in named or not same_bits(self.parameters()[named[short]], base):
