@@ -29,7 +29,6 @@ class JointReport:
         collateral: by edit, then by concept, the concept's forget metric on search data under that edit alone.
         before: on report data, `{"forget": {concept: value}, "retain": {metric: value}}`.
         after: the same with all edits.
-        bounds: retain metrics, their tolerance, and which way metrics are better.
         holds: whether all bounds of what was forgotten hold on report data as well; None where nothing was edited.
         cost: as in `UnlearnReport`, of the whole run.
         notes: what was decided on the way.
@@ -49,7 +48,6 @@ class JointReport:
     collateral: dict[str, Values] = field(default_factory=dict)
     before: dict[str, Values] = field(default_factory=dict)
     after: dict[str, Values] = field(default_factory=dict)
-    bounds: dict[str, Any] = field(default_factory=dict)
     holds: bool | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
