@@ -34,7 +34,7 @@ def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> N
             _publish_search(single, logger, prefix)
         for when, measured in (("before", report.before), ("after", report.after)):
             flat = {f"{when}/{kind}_{name}": v for kind, values in measured.items() for name, v in values.items()}
-            logger.log_metrics(flat, step=0)
+            _log(logger, flat, 0)
         if hasattr(getattr(logger, "experiment", None), "add_figure"):
             _publish_tensorboard(report, reports, logger)
         logger.save()
@@ -46,10 +46,15 @@ def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
         kind = f"{prefix}search" + ("_together" if trial.get("together") else "")
         values = {f"{kind}/forget/{trial['layer']}": trial["forget"]}
         values |= {f"{kind}/retain_{name}/{trial['layer']}": v for name, v in (trial["retain"] or {}).items()}
-        logger.log_metrics(values, step=round(trial["relative_step"] * STEP_SCALE))
+        _log(logger, values, trial["relative_step"])
     for point in report.strengths:
         values = {f"{prefix}strength/{kind}_{name}": v for kind in ("forget", "retain") for name, v in point[kind].items()}
-        logger.log_metrics(values, step=round(point["strength"] * STEP_SCALE))
+        _log(logger, values, point["strength"])
+
+
+def _log(logger: Logger, values: dict[str, float | None], place: float) -> None:
+    """Without the None that stands for what isn't finite in the report of an earlier run: loggers refuse it."""
+    logger.log_metrics({name: v for name, v in values.items() if v is not None}, step=round(place * STEP_SCALE))
 
 
 def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str, UnlearnReport], logger: Any) -> None:
@@ -59,7 +64,9 @@ def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str,
     for prefix, single in reports.items():
         writer.add_text(f"unlearn/{prefix}front", front_table(single))
     writer.add_text("unlearn/report", f"<pre>{report.to_text()}</pre>")
-    outcome = {f"hp/{kind}_{name}": value for kind, values in report.after.items() for name, value in values.items()}
+    outcome = {
+        f"hp/{kind}_{name}": value for kind, values in report.after.items() for name, value in values.items() if value is not None
+    }
     some = next(iter(reports.values()))
     parameters = {
         "concept": report.concept,
