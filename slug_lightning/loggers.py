@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -52,7 +52,7 @@ def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
         _log(logger, values, point["strength"])
 
 
-def _log(logger: Logger, values: dict[str, float | None], place: float) -> None:
+def _log(logger: Logger, values: Mapping[str, float | None], place: float) -> None:
     """Without the None that stands for what isn't finite in the report of an earlier run: loggers refuse it."""
     logger.log_metrics({name: v for name, v in values.items() if v is not None}, step=round(place * STEP_SCALE))
 
