@@ -146,6 +146,12 @@ class Run:
             raise UnlearnError(
                 f"earlier: {self.callback.earlier} has also forgotten {some_of(missing)}; give its data in forget, too"
             )
+        if earlier:
+            self.notes.append(
+                "earlier: what was forgotten before was checked with the new edits on search data; its values on report data "
+                "are those of its own run"
+            )
+        self._refuse_twice()
         for request in self.requests:
             if request.name in earlier:
                 request.take_over(*earlier[request.name])
@@ -160,6 +166,14 @@ class Run:
         spares = self.callback.replay and not self.processes.in_step
         for objective in (self.objective, *(request.objective for request in self.requests)):
             objective.spares = spares
+
+    def _refuse_twice(self) -> None:
+        """Refuse the same data under two names: one edit would be made twice."""
+        names: dict[str, str] = {}
+        for request in self.requests:
+            other = names.setdefault(request.objective.fingerprint("forget", "train"), request.name)
+            if other != request.name:
+                raise UnlearnError(f"forget: {other!r} and {request.name!r} are the same data; ask for them once")
 
     def _search(self, request: Request, to_the_end: bool = False) -> list[Request]:
         """One concept by itself: gradients, scores, competition; and if it is the only one, its report data.
@@ -297,7 +311,7 @@ class Run:
         """Complete the report of one concept, with its patch; of a sharded model, in every process."""
         report, trial = request.report, request.chosen
         if not is_edited or trial is None:
-            report.status, report.holds, report.search_after = "infeasible", None, report.search_before
+            report.status, report.holds, report.search_after, report.patch = "infeasible", None, report.search_before, None
             return
         if request.is_taken_over:
             return

@@ -44,7 +44,7 @@ class Move:
     @cached_property
     def digest(self) -> str:
         """That of the edit in the patch, by which edits of one tensor are ordered."""
-        return digest_of(self.directions, json.dumps(self.step))
+        return digest_of(self.directions, json.dumps(float(self.step)))
 
 
 class Bench:

@@ -46,7 +46,7 @@ class Edit:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the directions and the step as it was made: what it does, whatever it is called and how strongly."""
-        return self.origin or digest_of(self.directions, json.dumps(self.step))
+        return self.origin or digest_of(self.directions, json.dumps(float(self.step)))
 
 
 def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:

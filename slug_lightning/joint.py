@@ -171,12 +171,12 @@ class Joint:
         for request in self._own:
             assert request.chosen is not None
             step = request.chosen.step
-            if request.name in found.remembered:
+            if request.name in found.remembered and math.isfinite(found.forget[request.name]):
                 self._too_small[request.name] = step
                 enough = self._enough.get(request.name, math.inf)
                 request.set_step(min(GROW * step, (step + enough) / 2 if enough > NEAR * step else math.inf))
                 larger.append(request.name)
-            elif found.damage > 1:
+            elif request.name in found.remembered or found.damage > 1:  # a model that breaks went too far
                 self._enough[request.name] = step
                 low = self._too_small.get(request.name, 0.0)
                 request.set_step(max(shrink * step, (low + step) / 2 if low < step else 0.0))
@@ -208,7 +208,8 @@ class Joint:
             out = sorted((r for r in self._own if r.name in found.remembered), key=lambda r: -self._distance(r, found))[:1]
         else:
             # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
-            count = (found.damage - 1) / found.damage * len(self.requests) / 2
+            excess = (found.damage - 1) / found.damage if math.isfinite(found.damage) else 0.0
+            count = excess * len(self.requests) / 2
             out = sorted(self._own, key=lambda r: -self._costs[r.name])[: max(1, round(count))]
         out = out or self.requests  # edits of an earlier run that do not go together any more
         for request in out:

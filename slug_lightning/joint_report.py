@@ -28,7 +28,7 @@ class JointReport:
             of the tolerance, `remembered`, and the `change` that was made: what was traded for what.
         collateral: by edit, then by concept, the concept's forget metric on search data under that edit alone.
         before: on report data, `{"forget": {concept: value}, "retain": {metric: value}}`.
-        after: the same with all edits.
+        after: the same with all edits; of concepts that an earlier run has forgotten, as measured there.
         holds: whether all bounds of what was forgotten hold on report data as well; None where nothing was edited.
         cost: as in `UnlearnReport`, of the whole run.
         notes: what was decided on the way.

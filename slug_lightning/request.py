@@ -186,10 +186,11 @@ class Request:
         self.is_taken_over = True
         self.report = replace(report, patch=patch)
         self.gradient = {named[short]: d.to(self.parameters()[named[short]].device) for short, d in edit.directions.items()}
-        self.layers = {name: layer for name, layer in self.layers.items() if name == report.layer}
-        assert report.layer is not None and report.relative_step is not None
+        # By the patch, as layers may be grouped otherwise now.
+        parameters = {named[short]: self.parameters()[named[short]] for short in edit.directions}
+        self.layers = {str(report.layer): Layer(str(report.layer), parameters)}
         (forget,) = report.search_after["forget"].values()
-        self.chosen = Trial(report.layer, edit.step, report.relative_step, True, None, forget, None)
+        self.chosen = Trial(str(report.layer), edit.step, report.relative_step or 0.0, True, None, forget, None)
 
     # ---- what it has found
 
@@ -261,7 +262,7 @@ class Request:
         """Let go of the layers that neither were chosen nor may be later, and of their gradients."""
         measured = [t for t in trials if t.dropped or (t.forgotten and t.retain is not None)]
         measured.sort(key=lambda t: (t is not self.chosen, math.inf if t.damage is None else t.damage))
-        keep = [t.layer for t in measured[: self.wanted.alternatives + 1]] if self.wanted.alternatives or self.chosen else []
+        keep = [t.layer for t in measured[: self.wanted.alternatives + 1]] if self.chosen else []
         self.layers = {name: layer for name, layer in self.layers.items() if name in keep}
         held = {name for layer in self.layers.values() for name in layer.parameters}
         self.gradient = {name: gradient for name, gradient in self.gradient.items() if name in held}
