@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import time
+import weakref
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import slug_lightning.callbacks.run as run
 from _tiny import blobs, changed, snapshot, trained, trainer
-from slug_lightning import UnlearnPatch
+from slug_lightning import UnlearnError, UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.collateral import MOST
 from slug_lightning.datamodules.names import file_name
 from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.joint_report import JointReport, report_from_json
+from slug_lightning.objective import Objective
 from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.patch import same_bits
+from slug_lightning.request import ALTERNATIVES
 
 TWO = {"one": (1,), "two": (2,)}
 THREE = {**TWO, "three": (3,)}
@@ -280,3 +288,276 @@ def test_where_nothing_can_be_forgotten_no_bit_changes():
     assert not changed(model, snapshot(trained())) and report.before == report.after and report.collateral == {}
     assert "the weights are as they were" in report.to_text() and set(report.figures()) >= {"pareto/one", "trade_off/two"}
     assert made.state_dict()["report"]["status"] == "infeasible"
+
+
+# ---- what concepts share
+
+
+def test_a_concept_within_another_is_forgotten_beside_it_and_that_is_told():
+    model, made = forget({"both": (1, 2), "one": (1,)})
+    report = made.report
+    assert report.status == "unlearned" and any("'one' lies within 'both'" in note for note in report.notes)
+    assert len(report.patch.edits) == 2
+    for single in report.concepts.values():
+        single.patch.revert(model)
+    assert not changed(model, snapshot(trained()))
+
+
+def test_two_concepts_may_choose_the_same_tensor(two):
+    _, report, _ = two
+    assert len(set(report.tensors)) == 1 and len(report.patch.edits) == 2
+    assert report.layer == report.tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (lambda: {"one": of(1), "again": of(1)}, "'one' and 'again' are the same data"),
+        (lambda: {"one": of(1), "kept": of(0)}, "'kept'.*the same data as retain, or a part of it"),
+        (lambda: {"one": of(1), "One!": of(2)}, "the concepts 'one' and 'One!' would have the same files"),
+    ],
+)
+def test_concepts_that_cannot_be_told_apart_are_refused(asked, message):
+    model = trained()
+    with pytest.raises(UnlearnError, match=message):
+        forget(TWO, model, retain=of(0, 3), forget=asked())
+    assert not changed(model, snapshot(trained()))
+
+
+def test_an_empty_dict_of_concepts_is_refused_at_once():
+    with pytest.raises(UnlearnError, match="forget: the dict is empty"):
+        UnlearnCallback(forget={})
+
+
+def test_the_same_samples_under_two_names_end_in_an_error_and_change_nothing():
+    """Nobody sees that they are the same but by the edit, which would be there twice."""
+    model = trained()
+    with pytest.raises(UnlearnError, match="'again'|'one'|twice"):
+        forget(TWO, model, forget={"one": of(1), "again": copy_of(1)})
+    assert not changed(model, snapshot(trained()))
+
+
+def test_a_single_patch_is_refused_on_another_base(two):
+    _, report, _ = two
+    other = trained()
+    with torch.no_grad():
+        dict(other.named_parameters())[report.tensors[0]].mul_(1.5)
+    before = snapshot(other)
+    for single in report.concepts.values():
+        with pytest.raises(UnlearnError, match="not the patch's base"):
+            single.patch.apply(other)
+    assert not changed(other, before)
+
+
+# ---- one more, later
+
+
+WIDE = 2.0
+"""A margin for an earlier run, whose edits cannot grow any more when others get in their way."""
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory):
+    """`one` and `two`, and then `three` beside them."""
+    folder = tmp_path_factory.mktemp("later")
+    options = {"retain": of(0), "retain_cache": str(folder / "kept")}
+    _, first = forget(TWO, output_dir=str(folder / "first"), margin=WIDE, **options)
+    options["logger"] = TensorBoardLogger(folder, name="", version="events")
+    model, made = forget(THREE, earlier=str(folder / "first"), output_dir=str(folder / "run"), **options)
+    return model, made.report, folder, first.report
+
+
+def test_one_more_concept_leaves_the_earlier_edits_as_they_are(later):
+    model, report, folder, first = later
+    assert report.status == "unlearned" and list(report.concepts) == list(THREE)
+    assert {e.digest for e in first.patch.edits} < {e.digest for e in report.patch.edits}
+    for name in TWO:
+        assert report.concepts[name].patch_digest == first.concepts[name].patch_digest
+        assert report.concepts[name].step_size == first.concepts[name].step_size
+        found = UnlearnPatch.load(folder / "run" / "patches" / f"{name}.safetensors")
+        assert found.digest == first.concepts[name].patch_digest
+    made = trained()
+    report.patch.apply(made)
+    assert not changed(model, snapshot(made))
+    for single in report.concepts.values():
+        single.patch.revert(model)
+    assert not changed(model, snapshot(trained()))
+    report.patch.apply(model)
+
+
+def test_the_retain_gradient_is_taken_from_the_folder(later):
+    _, report, *_ = later
+    assert any("retain: gradient taken from" in note for note in report.notes)
+    assert set(report.collateral) == {"three"}
+
+
+def test_with_the_same_layer_and_step_the_bits_are_those_of_asking_for_all_at_once(later, monkeypatch):
+    model, report, *_ = later
+    asked = {name: (single.layer, single.step_size) for name, single in report.concepts.items()}
+    own = run.Request.search
+
+    def search(self, bench):
+        """As always, and then the step of the run before: which step that is, the interplay with others decides."""
+        own(self, bench)
+        layer, step = asked[self.name]
+        assert layer == self.chosen.layer
+        self.set_step(step)
+
+    monkeypatch.setattr(run.Request, "search", search)
+    all_at_once, made = forget(THREE)
+    assert {name: (single.layer, single.step_size) for name, single in made.report.concepts.items()} == asked
+    assert [found["change"] for found in made.report.rounds] == [None]
+    assert {e.digest for e in made.report.patch.edits} == {e.digest for e in report.patch.edits}
+    assert not changed(all_at_once, snapshot(model))
+
+
+def test_the_run_after_an_earlier_one_can_be_an_earlier_one(later):
+    _, report, folder, _ = later
+    _, made = forget({**THREE, "pair": (2, 3)}, retain=of(0), earlier=str(folder / "run"))
+    assert {e.digest for e in report.patch.edits} <= {e.digest for e in made.report.patch.edits}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "module"])
+def test_an_earlier_run_of_one_concept_counts_too_however_it_has_grouped_tensors(granularity, tmp_path):
+    where = str(tmp_path / "run")
+    _, made = forget({"one": (1,)}, retain=of(0, 3), output_dir=where, granularity=granularity, margin=WIDE)
+    model, again = forget(TWO, earlier=where)
+    report = again.report
+    assert report.status == "unlearned" and len(report.patch.edits) == 2
+    assert report.concepts["one"].patch_digest == made.report.patch_digest and report.concepts["one"].layer == made.report.layer
+    report.patch.revert(model)
+    assert not changed(model, snapshot(trained()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": {"two": (2,), "three": (3,)}}, "earlier: .* has also forgotten one; give its data in forget, too"),
+        ({"classes": TWO}, "has forgotten all of this; name another concept"),
+        ({"forget_metric": "val_acc", "forget_target": 0.25, "retain_metric": "val_acc"}, "was forgotten by 'loss'"),
+        ({"earlier": "nowhere"}, "no report.json in nowhere"),
+    ],
+)
+def test_what_does_not_fit_an_earlier_run_is_refused(options, message, two):
+    _, _, folder = two
+    options = {"classes": THREE, "earlier": str(folder / "run"), **options}
+    model = trained()
+    with pytest.raises((UnlearnError, FileNotFoundError), match=message):
+        forget(model=model, **options)
+    assert not changed(model, snapshot(trained()))
+
+
+def test_an_earlier_run_on_another_base_is_refused(two):
+    _, report, folder = two
+    model = trained()
+    report.patch.apply(model)  # as that run has left it, for one
+    before = snapshot(model)
+    with pytest.raises(UnlearnError, match="is not what it was when 'one' was forgotten; run on the model that the earlier run"):
+        forget(THREE, model, earlier=str(folder / "run"))
+    assert not changed(model, before)
+
+
+# ---- again
+
+
+def test_the_same_request_again_changes_nothing(tmp_path):
+    model, made = forget(TWO, output_dir=str(tmp_path / "run"))
+    after, report = snapshot(model), made.report
+    retain = of(0)
+    trainer(made).fit(model, retain, retain)
+    assert made.report is report and not changed(model, after)
+    # And from the checkpoint, with a callback that knows nothing.
+    again = UnlearnCallback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5)
+    other = trained()
+    trainer(again).fit(other, retain, retain, ckpt_path=tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert not changed(other, after) and again.report == report
+
+
+def test_another_set_of_concepts_is_another_request():
+    model, made = forget(TWO)
+    after = snapshot(model)
+    made.forget = concepts({"three": (3,)})
+    made.retain = of(0)
+    trainer(made).fit(model, of(0), of(0))
+    assert made.report.concept == "three" and changed(model, after)
+
+
+# ---- many
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Weak references to all gradients that a run computes."""
+    refs = []
+    own = Objective.gradient
+
+    def gradient(self, kind, parameters):
+        found = own(self, kind, parameters)
+        refs.extend(weakref.ref(tensor) for tensor in found.tensors.values())
+        return found
+
+    monkeypatch.setattr(Objective, "gradient", gradient)
+    return refs
+
+
+def test_a_request_keeps_only_the_layers_that_may_be_edited_and_the_run_none(watched, monkeypatch):
+    held = []
+    own = run.Request.search
+
+    def search(self, bench):
+        own(self, bench)
+        assert self.chosen.layer in self.layers and len(self.layers) <= 1 + ALTERNATIVES
+        assert set(self.gradient) == {name for layer in self.layers.values() for name in layer.parameters}
+        # Each by itself: a view would keep the whole gradient alive.
+        assert all(g.untyped_storage().nbytes() == g.nbytes for g in self.gradient.values())
+        # Of the concepts before nothing is left; of what is kept all, unless this is the last.
+        held.append(sum(ref() is not None for ref in watched))
+
+    monkeypatch.setattr(run.Request, "search", search)
+    _, made = forget(THREE)
+    layers = sum(p.ndim == 2 for p in trained().parameters())
+    assert made.report.status == "unlearned" and len(watched) == (1 + len(THREE)) * layers
+    assert held == [layers, layers, 0]
+    assert all(ref() is None for ref in watched)
+
+
+class Hundreds(pl.LightningModule):
+    """Tells 200 classes apart, by which of 200 inputs is largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(*(nn.Linear(200, 200, bias=False) for _ in range(6)))
+        with torch.no_grad():
+            for layer in self.net:
+                layer.weight.copy_(1.4 * torch.eye(200) + 0.005 * torch.randn(200, 200, generator=generator))
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def samples(labels, seed: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(labels)
+    noise = 0.01 * torch.randn(len(labels), 200, generator=generator)
+    return DataLoader(TensorDataset(nn.functional.one_hot(labels, 200) + noise, labels), batch_size=64)
+
+
+@pytest.mark.slow
+def test_two_hundred_concepts_take_bounded_memory_and_time(watched):
+    module, retain = Hundreds(), samples(list(range(190, 200)) * 3, 0)
+    made = UnlearnCallback(
+        forget={f"c{i}": samples([i] * 4, i + 1) for i in range(190)}, retain=retain, retain_tolerance=5.0, forget_target=3.0
+    )
+    before, start = snapshot(module), time.perf_counter()
+    trainer(made).fit(module, retain)
+    seconds = time.perf_counter() - start
+    report = made.report
+    assert len(report.concepts) == 190 and len(report.collateral) == min(MOST, len(report.unlearned))
+    assert all(ref() is None for ref in watched)
+    assert seconds < 60, "a shared machine"
+    report.patch.revert(module)
+    assert not changed(module, before)
