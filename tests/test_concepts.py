@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
+from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from _processes import in_processes
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_several import assert_near
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -561,3 +566,29 @@ def test_two_hundred_concepts_take_bounded_memory_and_time(watched):
     assert seconds < 60, "a shared machine"
     report.patch.revert(module)
     assert not changed(module, before)
+
+
+# ---- several processes
+
+
+def in_one_of() -> tuple[dict, dict[str, torch.Tensor]]:
+    """What one of several processes finds; alone where it is the only one."""
+    several = int(os.environ["WORLD_SIZE"])
+    made = UnlearnCallback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5, strengths=[0.5])
+    options = {"strategy": DDPStrategy(timeout=timedelta(seconds=30))} if several > 1 else {}
+    model = trained()
+    trainer(made, devices=several, **options).fit(model, of(0), of(0))
+    report = {name: value for name, value in made.report.to_dict().items() if name not in ("cost", "notes", "patch_digest")}
+    for single in report["concepts"].values():
+        del single["patch_digest"]
+    return report, snapshot(model)
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_two_processes_find_what_one_finds():
+    (one, alone), *_ = in_processes(1, in_one_of)
+    (report, weights), (other, others) = in_processes(2, in_one_of)
+    assert report == other and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert_near(report, one)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5)
