@@ -244,3 +244,103 @@ def test_a_wrong_file_is_refused_and_nothing_is_written(files, args, message, ca
     assert run("patch", *args) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (files / "new.safetensors").exists()
+
+
+# ---- one more concept, beside those of an earlier run
+
+TINY = """
+import torch
+from torch.utils.data import Subset
+from _tiny import Classifier, blobs, trained
+from slug_lightning.datamodules import UnlearnDataModule
+
+
+class Trained(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.load_state_dict(trained().state_dict())
+
+
+class Data(UnlearnDataModule):
+    def __init__(self, concepts: dict[str, int], kept: int = 0) -> None:
+        super().__init__(batch_size=16)
+        self.chosen, self.kept = concepts, kept
+
+    def setup(self, stage: str) -> None:
+        labels = blobs().tensors[1]
+        for name, label in self.chosen.items():
+            self.set_parts("forget", Subset(blobs(), (labels == label).nonzero()[:, 0].tolist()), concept=name)
+        self.set_parts("retain", Subset(blobs(), (labels == self.kept).nonzero()[:, 0].tolist()))
+"""
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch):
+    """The folder of a run that forgot two concepts of a tiny model."""
+    (tmp_path / "tiny_for_cli.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    callback = {"retain_tolerance": 1e5, "margin": 2.0, "retain_cache": str(tmp_path / "kept")}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    config = {
+        "model": {"class_path": "tiny_for_cli.Trained"},
+        "data": {"class_path": "tiny_for_cli.Data", "init_args": {"concepts": {"one": 1, "two": 2}}},
+        "output_dir": str(tmp_path / "run"),
+        "trainer": {
+            **quiet, "max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+            "callbacks": [{"class_path": "slug_lightning.callbacks.UnlearnCallback", "init_args": callback}],
+        },
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run("fit", "--config", tmp_path / "config.yaml") == 0
+    yield tmp_path / "run"
+    sys.modules.pop("tiny_for_cli", None)
+
+
+def another(folder: Path, name: str, label: int, *more: str) -> int:
+    new = {"class_path": "tiny_for_cli.Data", "init_args": {"concepts": {name: label}}}
+    return run("forget-another", "--run", folder, "--forget", json.dumps(new), *more)
+
+
+def test_one_more_concept_is_forgotten_beside_those_of_an_earlier_run(earlier, capsys):
+    first = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+    assert another(earlier, "three", 3) == 0
+    beside = earlier.with_name("run-2")
+    assert f"unlearned: {beside}" in capsys.readouterr().out
+    report = json.loads((beside / "report.json").read_text())
+    assert list(report["concepts"]) == ["one", "two", "three"]
+    assert any(note.startswith("retain: gradient taken from") for note in report["notes"])
+    old, new = UnlearnPatch.load(earlier / PATCH), UnlearnPatch.load(beside / PATCH)
+    assert {edit.digest for edit in old.edits} < {edit.digest for edit in new.edits} and len(new.edits) == 3
+    model = trained()
+    new.apply(model)
+    assert not changed(model, load_file(beside / "weights.safetensors"))
+    assert list(beside.glob("events.out.tfevents.*")) and (beside / "config.yaml").exists()
+    assert {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()} == first
+
+
+def test_what_cannot_be_forgotten_beside_an_earlier_run_exits_with_4(earlier):
+    assert (
+        another(earlier, "three", 3, "--trainer.callbacks.max_evaluations", "1", "--trainer.callbacks.forget_target", "1e6") == 4
+    )
+    report = json.loads((earlier.with_name("run-2") / "report.json").read_text())
+    assert report["status"] == "partly" and report["concepts"]["three"]["status"] == "infeasible"
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_wrong_usage_of_forget_another_exits_with_2(earlier, tmp_path, capsys):
+    assert another(tmp_path / "none", "three", 3) == 2
+    assert "run: no config.yaml in" in capsys.readouterr().err
+    assert run("forget-another", "--run", earlier) == 2
+    assert "forget" in capsys.readouterr().err
+    assert run("forget-another", "--forget", "EmojiDataModule") == 2
+    assert another(earlier, "two", 2) == 2
+    assert "has forgotten all of this" in capsys.readouterr().err
+    (earlier / "report.json").unlink()
+    assert another(earlier, "three", 3) == 2
+    assert "no report.json in" in capsys.readouterr().err
+
+
+def test_help_of_forget_another_says_how_to_use_it(capsys):
+    assert run("forget-another", "--help") == 0
+    assert "--run RUN" in (said := capsys.readouterr().out) and "--forget EmojiDataModule" in said

@@ -255,3 +255,12 @@ def test_the_fused_layers_of_evaluation_cost_as_much_as_the_same_layers_with_gra
                 run()
             counted.append(counter.get_total_flops())
         assert counted[0] == counted[1] > 0
+
+
+def test_a_phase_that_comes_again_adds_up_and_has_the_peak_of_the_largest():
+    made = meter()
+    for size in (10, 30, 20):
+        with made.phase("search"):
+            torch.ones(size, 2) @ torch.ones(2, 3)
+    assert made.flops == {"search": 2 * 60 * 2 * 3}
+    assert made.peak_bytes == {"search": (30 * 2 + 2 * 3 + 30 * 3) * FLOAT}

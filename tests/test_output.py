@@ -148,3 +148,31 @@ def test_two_that_write_the_same_file_at_the_same_time_leave_one_that_is_whole(t
             assert not path.exists()
         assert path.read_text() == "other"
     assert path.read_text() == "one" and not any(list(folder.iterdir()) for folder in folders)
+
+
+def test_the_patches_of_an_earlier_run_are_those_of_what_it_has_forgotten(tmp_path):
+    from slug_lightning.joint_report import JointReport
+    from slug_lightning.output import earlier_edits, patch_of
+    from slug_lightning.report import UnlearnReport
+
+    def patch_for(name: str, step: float) -> patch_module.UnlearnPatch:
+        return patch_module.UnlearnPatch({"w": torch.zeros(2)}, [patch_module.Edit(name, step, {"w": torch.ones(2)})])
+
+    with pytest.raises(FileNotFoundError, match=r"earlier: no report\.json in"):
+        earlier_edits(tmp_path)
+    reports = {name: UnlearnReport("unlearned", name) for name in ("a b", "c/d")} | {"e": UnlearnReport("infeasible", "e")}
+    JointReport("partly", reports).to_json(tmp_path / REPORT)
+    with pytest.raises(FileNotFoundError, match="no patch at"):
+        earlier_edits(tmp_path)
+    made = {name: patch_for(name, step) for step, name in enumerate(("a b", "c/d"), start=1)}
+    for name, patch in made.items():
+        patch.save(patch_of(tmp_path, name))
+    found = earlier_edits(tmp_path)
+    assert {name: (report.concept, patch.digest) for name, (report, patch) in found.items()} == {
+        name: (name, patch.digest) for name, patch in made.items()
+    }
+    UnlearnReport("unlearned", "f").to_json(tmp_path / REPORT)
+    patch_for("f", 3).save(tmp_path / PATCH)
+    assert earlier_edits(str(tmp_path))["f"][1].digest == patch_for("f", 3).digest
+    UnlearnReport("infeasible", "f").to_json(tmp_path / REPORT)
+    assert earlier_edits(tmp_path) == {}
