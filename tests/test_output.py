@@ -156,7 +156,7 @@ def test_the_patches_of_an_earlier_run_are_those_of_what_it_has_forgotten(tmp_pa
     from slug_lightning.report import UnlearnReport
 
     def patch_for(name: str, step: float) -> patch_module.UnlearnPatch:
-        return patch_module.UnlearnPatch({"w": torch.zeros(2)}, [patch_module.Edit(name, step, {"w": torch.ones(2)})])
+        return patch_module.UnlearnPatch({"w": torch.zeros(2)}, [patch_module.Edit(name, float(step), {"w": torch.ones(2)})])
 
     with pytest.raises(FileNotFoundError, match=r"earlier: no report\.json in"):
         earlier_edits(tmp_path)
