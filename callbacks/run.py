@@ -148,8 +148,8 @@ class Run:
             )
         if earlier:
             self.notes.append(
-                "earlier: what was forgotten before was checked with the new edits on search data; its values on report data "
-                "are those of its own run"
+                "earlier: what was forgotten before was checked together with the new edits on search data; on report data, and "
+                "for collateral and strength, only what is new was measured"
             )
         self._refuse_twice()
         for request in self.requests:
@@ -170,8 +170,9 @@ class Run:
     def _refuse_twice(self) -> None:
         """Refuse the same data under two names: one edit would be made twice."""
         names: dict[str, str] = {}
-        for request in self.requests:
-            other = names.setdefault(request.objective.fingerprint("forget", "train"), request.name)
+        for request in self.requests if self.several else ():
+            digest = request.objective.digest("forget", "train")
+            other = names.setdefault(digest or request.name, request.name)
             if other != request.name:
                 raise UnlearnError(f"forget: {other!r} and {request.name!r} are the same data; ask for them once")
 
@@ -229,7 +230,7 @@ class Run:
         (self._measure_together if self.several else self._measure_alone)(edits)
         for request in self.new:
             request.report.before["retain"], request.report.after["retain"] = self.before["retain"], self.after["retain"]
-        for request in self.requests:
+        for request in self.new:
             (self.before["forget"][request.name],) = request.report.before["forget"].values()
             (self.after["forget"][request.name],) = request.report.after["forget"].values()
 
@@ -297,7 +298,7 @@ class Run:
             found,
             self.before,
             self.after,
-            holds=lost <= 1 and all(request.report.holds for request in edits) if edits else None,
+            holds=lost <= 1 and all(request.report.holds for request in edits if request in self.new) if edits else None,
             cost=cost,
             notes=self.notes + notes,
             versions=versions,
@@ -311,13 +312,14 @@ class Run:
         """Complete the report of one concept, with its patch; of a sharded model, in every process."""
         report, trial = request.report, request.chosen
         if not is_edited or trial is None:
-            report.status, report.holds, report.search_after, report.patch = "infeasible", None, report.search_before, None
+            nothing = {"layer": None, "step_size": None, "relative_step": None, "patch": None, "patch_digest": None}
+            vars(report).update(status="infeasible", holds=None, tensors=[], search_after=report.search_before, **nothing)
             return
         if request.is_taken_over:
             return
         (after,) = report.after["forget"].values()
         report.status = "unlearned"
-        report.holds = request.is_forgotten(after) and (is_kept or self.several)
+        report.holds = request.is_forgotten(after) and is_kept
         report.layer, report.step_size, report.relative_step = trial.layer, trial.step, trial.relative_step
         if not self.several:
             report.search_after = {"forget": {report.bounds["forget_metric"]: trial.forget}, "retain": trial.retain or {}}

@@ -58,8 +58,8 @@ class UnlearnCallback(pl.Callback):
             less likely data (see `slug_lightning.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must be kept. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose: absolute for an accuracy, relative for a loss.
-        max_evaluations: most evaluations for each layer on the front; and of several concepts, most searches that are
-            repeated for the sake of the others.
+        max_evaluations: most evaluations for each layer on the front; and of several concepts, how often steps are changed
+            for the sake of the others before any is left out.
         margin: by what share of the smallest step that forgets the step goes beyond it, so that more is forgotten of data
             that the search has not seen.
         strengths: at which the metrics are measured, besides 1, to show what more or less of each edit would do.

@@ -25,6 +25,10 @@ from slug_lightning.sharded import placed, whole
 Model = nn.Module | MutableMapping[str, Tensor]
 
 
+class AppliedAlready(PatchError):
+    """The patch is applied here, so that no other place is looked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Active:
     """An edit that acts on a tensor.
@@ -315,9 +319,9 @@ def _acting(history: History) -> dict[str, float]:
     return {digest: active.strength for digest, active in history.active.items()}
 
 
-def _already(spot: Spot, level: History) -> PatchError:
+def _already(spot: Spot, level: History) -> AppliedAlready:
     one = next(level.active[digest] for digest in spot.active if digest in level.active)
-    return PatchError(
+    return AppliedAlready(
         f"{spot.name}: {one.edit.concept!r} is applied already (at strength {one.strength:g}); revert it first, or use adjust"
     )
 

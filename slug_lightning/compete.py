@@ -89,6 +89,7 @@ class Competition:
             Every trial, in order, and the retain metrics on search data without a step of these layers.
         """
         trials: list[Trial] = []
+        smallest: dict[str, Trial] = {}
         steps: dict[str, Trial] = {}
         gain = self.target - self.before if self.name == LOSS else None
         with (
@@ -101,6 +102,7 @@ class Competition:
                 tried = search_step(evaluate, self._share, self.max_evaluations, start)
                 if (found := smallest_step(tried)) is not None:
                     gain = found.step * score.forget_norm**2
+                    smallest[score.layer] = found
                     steps[score.layer] = self._beyond(found, evaluate, tried)
                 trials += tried
         able = [score for score in front if score.layer in steps]
@@ -111,10 +113,12 @@ class Competition:
             before = without if self.kept is None else self.kept
             self.error = damage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
             for score in self.progress.track(able, "search, what is kept"):
-                trial = steps[score.layer]
-                whole = self._retain(trial, before, best)
-                trials[trials.index(trial)] = whole
-                best = best if whole.damage is None else min(best, whole.damage)
+                for trial in dict.fromkeys((steps[score.layer], smallest[score.layer])):
+                    whole = self._retain(trial, before, best)
+                    trials[trials.index(trial)] = whole
+                    best = best if whole.damage is None else min(best, whole.damage)
+                    if whole.dropped or whole.feasible:
+                        break  # else without the margin, which is more than what is kept allows
         for score in front:
             self.progress.say(_line(score.layer, [t for t in trials if t.layer == score.layer]))
         return trials, without

@@ -16,12 +16,14 @@ from slug_lightning.search import Trial
 
 SHRINK, GROW, GENTLY = 0.85, 1.1, 0.3
 """Factors of steps that cost too much, and of one that forgets too little; the former is nearer 1 the less is too much."""
+ROOM = 0.7
+"""Share of the allowed damage below which a step may grow at once to one that was enough."""
 NEAR = 1.02
 """Steps nearer to each other than this factor tell nothing: what matters there is what other edits have become."""
 SEARCHES = 2
 """Concepts whose layers are searched again where changing steps has not helped."""
 AFTER_LEAVING_OUT = 6
-"""Rounds in which steps may be changed anew, once an edit is left out."""
+"""Rounds in which steps may be changed anew, once edits are left out; half as many the next time, and so on."""
 
 
 @dataclass
@@ -43,6 +45,11 @@ class Round:
     steps: dict[str, float]
     remembered: list[str]
     change: str | None = None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model gives no numbers any more."""
+        return not math.isfinite(self.damage) or not all(map(math.isfinite, self.forget.values()))
 
     @property
     def is_fine(self) -> bool:
@@ -105,7 +112,7 @@ class Joint:
         Returns:
             The requests whose edits are made; of the others, `chosen` is None.
         """
-        changes = 0
+        changes, anew = 0, AFTER_LEAVING_OUT
         while self.requests:
             found = self._measure()
             self.rounds.append(found)
@@ -113,15 +120,15 @@ class Joint:
                 # Steps that were not changed have their margin already.
                 self.final = self._go_further(found) if len(self.rounds) > 1 else found
                 break
-            again = self._costliest() if changes >= self.max_rounds else None
             if changes < self.max_rounds and (changed := self._change_steps(found)):
                 changes += 1
                 found.change = changed
-            elif again is not None:
+            elif (again := self._costliest()) is not None:
                 found.change = self._search_again(again)
             else:
                 found.change = self._leave_out(found)
-                changes = max(0, changes - AFTER_LEAVING_OUT)
+                changes = max(0, changes - anew)
+                anew //= 2
             self.progress.say(
                 f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.damage:.2f} of the allowed damage; "
                 f"{found.change}"
@@ -142,7 +149,7 @@ class Joint:
     def _go_further(self, found: Round) -> Round:
         """Make all steps larger, up to the margin, while what is kept allows it."""
         gone = GROW
-        while gone <= 1 + self.margin:
+        while self._own and gone <= 1 + self.margin:
             before = [(request, request.chosen) for request in self._own]
             for request, trial in before:
                 assert trial is not None
@@ -167,22 +174,31 @@ class Joint:
     def _change_steps(self, found: Round) -> str:
         """Larger where something is remembered, smaller where what is forgotten costs too much; says what has changed."""
         larger, smaller = [], []
-        shrink = max(SHRINK, 1 - GENTLY * (found.damage - 1))
+        # What an earlier run has forgotten has a step that stays: then the others must weaken it less.
+        weakens = any(r.is_taken_over and r.name in found.remembered for r in self.requests)
+        shrink = max(SHRINK, 1 - GENTLY * (found.damage - 1)) if found.damage > 1 else SHRINK
         for request in self._own:
             assert request.chosen is not None
             step = request.chosen.step
-            if request.name in found.remembered and math.isfinite(found.forget[request.name]):
+            if request.name in found.remembered and not found.is_broken:
                 self._too_small[request.name] = step
-                enough = self._enough.get(request.name, math.inf)
-                request.set_step(min(GROW * step, (step + enough) / 2 if enough > NEAR * step else math.inf))
+                request.set_step(self._larger(request.name, step, found.damage))
                 larger.append(request.name)
-            elif request.name in found.remembered or found.damage > 1:  # a model that breaks went too far
-                self._enough[request.name] = step
+            elif found.is_broken or found.damage > 1 or weakens:  # a model that breaks went too far
+                if request.name not in found.remembered:
+                    self._enough[request.name] = step
                 low = self._too_small.get(request.name, 0.0)
                 request.set_step(max(shrink * step, (low + step) / 2 if low < step else 0.0))
                 smaller.append(request.name)
         said = {"larger": larger, "smaller": smaller}
         return "; ".join(f"steps {how}: {some_of(names)}" for how, names in said.items() if names)
+
+    def _larger(self, name: str, step: float, lost: float) -> float:
+        """The next step of a concept that is remembered: towards the last that was enough, and to it where there is room."""
+        enough = self._enough.get(name, 0.0)
+        if enough <= NEAR * step:
+            return GROW * step
+        return enough if lost < ROOM else min(GROW * step, (step + enough) / 2)
 
     def _costliest(self) -> Request | None:
         """The concept that costs most, of those whose layers were not searched again yet; None after a few."""
@@ -194,12 +210,13 @@ class Joint:
         self._searched.add(request.name)
         before = request.chosen
         with self.bench.step(*(r.move() for r in self.requests if r is not request)):
-            self._costs[request.name] = request.search_again(self.bench, self.kept)
-        for known in (self._too_small, self._enough):
-            known.pop(request.name, None)
+            cost = request.search_again(self.bench, self.kept)
         if request.chosen is None:
             request.chosen = before
             return f"{request.name}: no step of its layers forgets it in the presence of the others"
+        self._costs[request.name] = cost
+        for known in (self._too_small, self._enough):
+            known.pop(request.name, None)
         return f"{request.name}: {_words(before)} became {_words(request.chosen)}"
 
     def _leave_out(self, found: Round) -> str:

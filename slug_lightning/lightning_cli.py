@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -63,9 +65,7 @@ class UnlearnCLI(LightningCLI):
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(folder.parent), "name": "", "version": folder.name},
             }
-        callbacks = config.trainer.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        ours = [c for c in callbacks if str(c.class_path).rpartition(".")[2] == UnlearnCallback.__name__]
+        ours = _of_ours(config)
         if not ours:
             raise UnlearnError(f"trainer.callbacks: there is no UnlearnCallback; add one with class_path: {CALLBACK}")
         for callback in ours:
@@ -115,18 +115,28 @@ class AnotherCLI(UnlearnCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Give the events a folder of their own, beside those of the earlier run."""
-        self.config.fit.trainer.logger = None
+        """Give the events a folder of their own, beside those of the earlier run, and let the config say which that is."""
+        logger = self.config.fit.trainer.logger
+        if logger and logger.get("init_args", {}).get("version") == self.earlier.name:
+            self.config.fit.trainer.logger = None
         super().before_instantiate_classes()
+        for callback in _of_ours(self.config.fit):
+            callback.init_args.earlier = str(self.earlier)
 
     def before_fit(self) -> None:
         """Ask for what the earlier run has forgotten, which it tells how, and for the new concepts."""
-        new = self.config_init.fit.forget
-        new.prepare_data()
-        new.setup("fit")
-        names = getattr(new, "concepts", None) or [concept_of(new)]
-        self.callback.earlier = str(self.earlier)
-        self.callback.forget = dict.fromkeys(earlier_edits(self.earlier), self.datamodule) | dict.fromkeys(names, new)
+        added = [self.config_init.fit.forget, *_added(self.earlier)]
+        for datamodule in added:
+            if self.trainer.is_global_zero:
+                datamodule.prepare_data()
+            self.trainer.strategy.barrier("the data are prepared")
+            datamodule.setup("fit")
+        names = [_names(datamodule) for datamodule in added]
+        forget = dict.fromkeys(earlier_edits(self.earlier), self.datamodule)
+        # The first that was forgotten of the folder's own data, later ones of what was named then.
+        for datamodule, own in zip(added[1:], names[1:], strict=True):
+            forget |= {name: datamodule for name in own if name in forget}
+        self.callback.forget = forget | dict.fromkeys(names[0], added[0])
         self.callback.retain = self.callback.retain or self.datamodule
 
     @classmethod
@@ -142,3 +152,26 @@ class AnotherCLI(UnlearnCLI):
         # Lightning expects what it is told to stand on the command line; some of it stands in RUN instead.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         return cls.run(["fit", "--config", str(earlier / CONFIG), *args])
+
+
+def _of_ours(config: Any) -> list[Any]:
+    """The configs of the callbacks that forget."""
+    callbacks = config.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [c for c in callbacks if str(c.class_path).rpartition(".")[2] == UnlearnCallback.__name__]
+
+
+def _names(datamodule: LightningDataModule) -> list[str]:
+    """What a datamodule that is set up has to forget."""
+    return getattr(datamodule, "concepts", None) or [concept_of(datamodule)]
+
+
+def _added(folder: Path) -> list[LightningDataModule]:
+    """The datamodules that were named for `forget-another`, by the run in a folder and by those before it."""
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    if "forget" not in config:
+        return []
+    home, _, name = config["forget"]["class_path"].rpartition(".")
+    made = getattr(import_module(home), name)(**config["forget"].get("init_args") or {})
+    callbacks = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(UnlearnCallback.__name__)]
+    return [made, *_added(Path(callbacks[0]["init_args"]["earlier"]))]

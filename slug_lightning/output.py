@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slug_lightning.datamodules.names import file_name
+from slug_lightning.errors import UnlearnError
 from slug_lightning.joint_report import JointReport, report_from_json
 from slug_lightning.layers import plain_name
 from slug_lightning.modules.base import own_model
@@ -36,11 +37,15 @@ def earlier_edits(folder: str | Path) -> dict[str, tuple[UnlearnReport, UnlearnP
 
     Raises:
         FileNotFoundError: if it holds no report, or not the patch of a concept.
+        UnlearnError: if the report is damaged.
     """
     folder = Path(folder)
     if not (folder / REPORT).is_file():
         raise FileNotFoundError(f"earlier: no {REPORT} in {folder}; name the folder of a run")
-    report = report_from_json(folder / REPORT)
+    try:
+        report = report_from_json(folder / REPORT)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnlearnError(f"earlier: {folder / REPORT} is not the report of a run ({error!r})") from error
     if isinstance(report, UnlearnReport):
         return {report.concept: (report, UnlearnPatch.load(folder / PATCH))} if report.status == "unlearned" else {}
     return {name: (found, UnlearnPatch.load(patch_of(folder, name))) for name, found in report.unlearned.items()}

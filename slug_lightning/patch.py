@@ -16,7 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slug_lightning.applied import Active, Held, Model, Plan, added, adjusted, carry_out, held_by, recognised, removed, spots
+from slug_lightning.applied import (
+    Active,
+    AppliedAlready,
+    Held,
+    Model,
+    Plan,
+    added,
+    adjusted,
+    carry_out,
+    held_by,
+    recognised,
+    removed,
+    spots,
+)
 from slug_lightning.dialects import translations
 from slug_lightning.edits import Edit, PatchError, digest_of, edited, same_bits
 
@@ -279,6 +292,8 @@ class UnlearnPatch:
         for patch, targets in self._places(held):
             try:
                 changes = plan(spots(patch.base, patch.edits, targets, strength))
+            except AppliedAlready:
+                raise  # not also to a copy of the same part
             except PatchError as error:
                 refused = refused or error
             else:

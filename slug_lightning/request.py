@@ -14,7 +14,7 @@ from slug_lightning.compete import Competition
 from slug_lightning.edits import Edit, same_bits
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import NoLossError
-from slug_lightning.layers import Layer, refuse_unmovable
+from slug_lightning.layers import Layer, plain_parameters, refuse_unmovable
 from slug_lightning.metrics import damage, refuse_infinite
 from slug_lightning.modules.base import patch_prefix
 from slug_lightning.objective import Objective
@@ -24,6 +24,7 @@ from slug_lightning.progress import Progress
 from slug_lightning.report import UnlearnReport
 from slug_lightning.scores import Score, score_layers
 from slug_lightning.search import Trial, best_trial
+from slug_lightning.sharded import local, placed
 
 ALTERNATIVES = 3
 """Layers whose gradient is kept after the search, for another one where the edits of several concepts do not go together."""
@@ -171,23 +172,32 @@ class Request:
         """Take the edit of an earlier run on the same base.
 
         Raises:
-            UnlearnError: if the model holds other tensors than that run's, or another metric is asked for.
+            UnlearnError: if the model holds other tensors than that run's, if the patch is not that of the report, or if
+                other metrics were watched.
         """
-        if (metric := report.bounds["forget_metric"]) not in self.objective.names["forget"]:
-            raise UnlearnError(f"earlier: {self.name!r} was forgotten by {metric!r}; give forget_metric={metric!r}")
-        named = {name.removeprefix(self._prefix): name for name in self.parameters()}
+        for kind, earlier in (("forget", [report.bounds["forget_metric"]]), ("retain", report.bounds["retain_metrics"])):
+            if (now := self.objective.names[kind]) != earlier:  # type: ignore[index]
+                raise UnlearnError(
+                    f"earlier: {self.name!r} was forgotten by {kind}_metric {', '.join(earlier)}, not by {', '.join(now)}; give "
+                    "the same"
+                )
+        if patch.digest != report.patch_digest or len(patch.edits) != 1:
+            raise UnlearnError(f"earlier: the patch of {self.name!r} is not the one that its report speaks of")
+        held = plain_parameters(self.objective.module)
+        (edit,) = patch.edits
+        parameters = {}
         for short, base in patch.base.items():
-            if short not in named or not same_bits(self.parameters()[named[short]], base):
+            parameter = held.get(self._prefix + short)
+            if parameter is None or not same_bits(parameter, base):
                 raise UnlearnError(
                     f"earlier: {short} is not what it was when {self.name!r} was forgotten; run on the model that the earlier "
                     "run began with"
                 )
-        (edit,) = patch.edits
+            parameters[self._prefix + short] = parameter
+            self.gradient[self._prefix + short] = local(placed(edit.directions[short].to(parameter.device), parameter))
         self.is_taken_over = True
         self.report = replace(report, patch=patch)
-        self.gradient = {named[short]: d.to(self.parameters()[named[short]].device) for short, d in edit.directions.items()}
         # By the patch, as layers may be grouped otherwise now.
-        parameters = {named[short]: self.parameters()[named[short]] for short in edit.directions}
         self.layers = {str(report.layer): Layer(str(report.layer), parameters)}
         (forget,) = report.search_after["forget"].values()
         self.chosen = Trial(str(report.layer), edit.step, report.relative_step or 0.0, True, None, forget, None)

@@ -94,7 +94,9 @@ def searched(world: Table, objective: Objective, bench: Bench, **wanted) -> dict
 def joint_of(requests: Iterable[Request], objective: Objective, bench: Bench, max_rounds: int = 10) -> Joint:
     able = [request for request in requests if request.chosen]
     kept = {"kept_loss": 1.0}
-    return Joint(able, objective, bench, kept=kept, tolerance=TOLERANCE, max_rounds=max_rounds, progress=Progress(None))
+    return Joint(
+        able, objective, bench, kept=kept, tolerance=TOLERANCE, max_rounds=max_rounds, margin=0.0, progress=Progress(None)
+    )
 
 
 def steps_of(requests: Iterable[Request], world: Table) -> dict[str, float]:

@@ -81,7 +81,7 @@ def test_the_last_line_says_how_it_ended():
     report = joint("a", "b")
     report.holds = False
     assert verdict(report) == "On report data the bound of what is kept does not hold."
-    report.concepts["b"].holds = False
+    report.after["forget"]["b"] = 0.9
     assert verdict(report) == "On report data a bound does not hold for: b."
 
 
