@@ -221,13 +221,12 @@ class Joint:
 
     def _leave_out(self, found: Round) -> str:
         """Take edits out: the one furthest from its target, or where too little is kept, the costliest."""
-        if found.damage <= 1:
-            out = sorted((r for r in self._own if r.name in found.remembered), key=lambda r: -self._distance(r, found))[:1]
-        else:
-            # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
-            excess = (found.damage - 1) / found.damage if math.isfinite(found.damage) else 0.0
-            count = excess * len(self.requests) / 2
-            out = sorted(self._own, key=lambda r: -self._costs[r.name])[: max(1, round(count))]
+        # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
+        excess = 1 - 1 / found.damage if 1 < found.damage < math.inf else 0.0
+        costliest = sorted(self._own, key=lambda r: -self._costs[r.name])
+        out = costliest[: max(1, round(excess * len(self.requests) / 2))]
+        if found.damage <= 1 and (remembered := [r for r in self._own if r.name in found.remembered]):
+            out = [max(remembered, key=lambda r: self._distance(r, found))]
         out = out or self.requests  # edits of an earlier run that do not go together any more
         for request in out:
             request.chosen = None

@@ -79,9 +79,8 @@ def test_edits_that_cost_too_much_shrink_where_they_help_each_other_to_forget():
     world = Table({"a": "a", "b": "b"}, lambda name, steps: 10 * sum(steps.values()), lambda steps: 6 * sum(steps.values()))
     joint, edits, _, before = settled(world)
     assert changes(joint)[0] == "steps smaller: a, b" and joint.rounds[0].damage > 1 and changes(joint)[-1] is None
-    factor = math.prod(max(SHRINK, 1 - GENTLY * (found.damage - 1)) for found in joint.rounds[:-1])
     for name, request in edits.items():
-        assert request.chosen.step == pytest.approx(before[name].step * factor)
+        assert request.chosen.step < before[name].step * max(SHRINK, 1 - GENTLY * (joint.rounds[0].damage - 1)) + 1e-9
     assert_within_bounds(world, edits)
 
 
