@@ -74,7 +74,8 @@ def small(config: Path, folder: Path, **options) -> list[str]:
     """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations."""
     made = yaml.safe_load(config.read_text())
     (callback,) = (c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("UnlearnCallback"))
-    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, **options}
+    cache = {"retain_cache": str(folder / "retain")} if "retain_cache" in callback["init_args"] else {}
+    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, **cache, **options}
     made["trainer"]["enable_progress_bar"] = False
     path = folder / config.name
     path.write_text(yaml.safe_dump(made))
@@ -86,15 +87,15 @@ def small(config: Path, folder: Path, **options) -> list[str]:
 )
 @pytest.mark.parametrize("config", ON_ONE_DEVICE, ids=lambda path: path.name)
 def test_every_config_runs_and_leaves_its_evidence(config, tmp_path, capsys):
-    code = run(*small(config, tmp_path, retain_tolerance=2.0, forget_target=0.95))
+    code = run(*small(config, tmp_path, retain_tolerance=2.0, forget_target=0.7))
     folder = tmp_path / "run"
     report = json.loads((folder / "report.json").read_text())
-    assert code == {"unlearned": 0, "infeasible": 3}[report["status"]]
+    assert code == {"unlearned": 0, "infeasible": 3, "partly": 4}[report["status"]]
     assert list(folder.glob("events.out.tfevents.*")) and (folder / "config.yaml").exists()
     assert str(folder) in capsys.readouterr().out
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["output_dir"] == str(folder) and saved["seed_everything"] == 0
-    if code == 0:
+    if code in (0, 4):
         assert {"patch.safetensors", "unlearned.ckpt", "weights.safetensors"} <= {path.name for path in folder.iterdir()}
 
 

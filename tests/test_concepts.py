@@ -439,7 +439,7 @@ def test_an_earlier_run_of_one_concept_counts_too_however_it_has_grouped_tensors
     [
         ({"classes": {"two": (2,), "three": (3,)}}, "earlier: .* has also forgotten one; give its data in forget, too"),
         ({"classes": TWO}, "has forgotten all of this; name another concept"),
-        ({"forget_metric": "val_acc", "forget_target": 0.25, "retain_metric": "val_acc"}, "was forgotten by 'loss'"),
+        ({"forget_metric": "val_acc", "forget_target": 0.25, "retain_metric": "val_acc"}, "was forgotten by forget_metric loss"),
         ({"earlier": "nowhere"}, "no report.json in nowhere"),
     ],
 )
