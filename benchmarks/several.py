@@ -27,7 +27,6 @@ from slug_lightning.modules import EmbeddedClip
 from slug_lightning.modules.clip import contrastive_loss, matching_loss
 from slug_lightning.patch import same_bits
 
-
 MORE = 0.03
 """How much more may be lost of what is kept for the sake of a later request."""
 
