@@ -554,16 +554,19 @@ def samples(labels, seed: int) -> DataLoader:
 @pytest.mark.slow
 def test_two_hundred_concepts_take_bounded_memory_and_time(watched):
     module, retain = Hundreds(), samples(list(range(190, 200)) * 3, 0)
-    made = UnlearnCallback(
-        forget={f"c{i}": samples([i] * 4, i + 1) for i in range(190)}, retain=retain, retain_tolerance=5.0, forget_target=3.0
-    )
-    before, start = snapshot(module), time.perf_counter()
-    trainer(made).fit(module, retain)
-    seconds = time.perf_counter() - start
+    seconds = {}
+    for count in (19, 190):  # the machine may be slow, but the time must not grow faster than the number
+        forget = {f"c{i}": samples([i] * 4, i + 1) for i in range(count)}
+        made = UnlearnCallback(forget=forget, retain=retain, retain_tolerance=5.0, forget_target=3.0)
+        before, start = snapshot(module), time.perf_counter()
+        trainer(made).fit(module, retain)
+        seconds[count] = time.perf_counter() - start
+        if count == 19:
+            made.report.patch.revert(module)
     report = made.report
     assert len(report.concepts) == 190 and len(report.collateral) == min(MOST, len(report.unlearned))
     assert all(ref() is None for ref in watched)
-    assert seconds < 60, "a shared machine"
+    assert seconds[190] < 2 * 10 * seconds[19]
     report.patch.revert(module)
     assert not changed(module, before)
 
