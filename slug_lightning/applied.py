@@ -291,16 +291,19 @@ def _held(spots: Sequence[Spot]) -> list[History]:
     """Of each tensor, how it is made with the patch active on it: as is known, or else as its content shows."""
     if all(spot.known is None and same_bits(spot.now, spot.base) for spot in spots):
         raise PatchError(f"{spots[0].name}: the patch is not applied")
-    return [_with_patch(spot) for spot in spots]
+    told = any(spot.known is not None for spot in spots)
+    return [_with_patch(spot, told) for spot in spots]
 
 
-def _with_patch(spot: Spot) -> History:
+def _with_patch(spot: Spot, told: bool) -> History:
+    """How a tensor is made with the patch active on it; `told`: whether this process knows what is applied to the others."""
     known = spot.known
     if known is None:
-        if same_bits(spot.now, spot.made().content()):  # also where the patch changes no bit of this tensor
-            return spot.made()
-        if same_bits(spot.now, spot.base):
+        shown = same_bits(spot.now, spot.made().content())
+        if same_bits(spot.now, spot.base) and (told or not shown):  # an edit that changes no bit can only be known of
             raise PatchError(f"{spot.name}: the patch is not applied")
+        if shown:
+            return spot.made()
         raise PatchError(f"{spot.name}: not what the patch makes at this strength; something else changed it since")
     if spot.active.keys() <= known.active.keys():
         return known

@@ -194,6 +194,18 @@ def test_order_matters_to_who_adds_to_what_is_there():
     assert len(found) > 1
 
 
+def test_of_two_combined_the_one_that_changes_no_bit_is_not_taken_for_applied_with_the_other():
+    net = model()
+    seen, invisible = patch_of(net, ["wide"], 0), patch_of(net, ["brain"], 3, step=1e-12)
+    both = UnlearnPatch.combine([seen, invisible])
+    seen.apply(net, 0.0)
+    refused(both.revert, net, "brain: the patch is not applied")
+    refused(both.adjust, net, "brain: the patch is not applied", strength=2.0)
+    invisible.apply(net)
+    both.revert(net)
+    assert bits(net) == bits(model()) and UnlearnPatch.active(net) is None
+
+
 # ---- what something else does to the tensors
 
 
