@@ -15,8 +15,8 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## forget an art style of the embedded CLIP, into runs/demo
 	$(BIN)/slug-lightning fit --config configs/demo.yaml
 
-test: $(INSTALLED)  ## tests and doctests, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-fail-under=90
+test: $(INSTALLED)  ## tests and doctests, with branch coverage, as many at once as there are cores (at most four)
+	$(BIN)/python -m pytest --cov --cov-fail-under=90 --numprocesses auto --maxprocesses 4
 
 slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
