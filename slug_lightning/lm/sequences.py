@@ -1,0 +1,70 @@
+"""Token sequences in batches: padded on the right, with a mask that says what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from slug_lightning.edits import digest_of
+
+Sequences = Mapping[str, Tensor]
+"""`input_ids` and `attention_mask`, both `[B, T]` integers, under the names that transformers models take.
+
+The mask is 1 where a token counts. Padding stands on the right; which id it has makes no difference.
+"""
+Forward = Callable[[Sequences], Tensor]
+"""Gives the logits, `[B, T, V]`, of sequences."""
+
+
+def pad(rows: Sequence[Tensor], pad_id: int = 0) -> dict[str, Tensor]:
+    """Put sequences of different lengths into one batch.
+
+    Args:
+        rows: token ids, each `[T_i]`.
+        pad_id: what stands where the mask is 0; any id of the vocabulary will do.
+
+    Example:
+        >>> batch = pad([torch.tensor([5, 6, 7]), torch.tensor([8])])
+        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
+def counted(sequences: Sequences) -> list[Tensor]:
+    """The tokens that count, each `[T_i]`, on the CPU.
+
+    Example:
+        >>> [row.tolist() for row in counted(pad([torch.tensor([5, 6, 7]), torch.tensor([8])]))]
+        [[5, 6, 7], [8]]
+    """
+    ids, mask = sequences["input_ids"].cpu(), sequences["attention_mask"].cpu().bool()
+    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
+
+def targets(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """What each position but the last is to predict, `[B, T-1]`, and which of these count, bool.
+
+    Example:
+        >>> ids, counts = targets(pad([torch.tensor([5, 6, 7]), torch.tensor([8])]))
+        >>> ids.tolist(), counts.tolist()
+        ([[6, 7], [0, 0]], [[True, True], [False, False]])
+    """
+    mask = sequences["attention_mask"].bool()
+    return sequences["input_ids"][:, 1:], mask[:, 1:] & mask[:, :-1]
+
+
+def digests(sequences: Sequences) -> list[str]:
+    """SHA-256 of the tokens of each sequence, whatever it is padded with.
+
+    Example:
+        >>> one, other = torch.tensor([5, 6]), torch.tensor([8])
+        >>> digests(pad([one, other]))[0] == digests(pad([one], pad_id=3))[0]
+        True
+    """
+    return [digest_of({"tokens": row}, "") for row in counted(sequences)]
