@@ -1,0 +1,184 @@
+"""What the original model says of a sequence, after training has changed it: from a copy, without adapters, or from disk."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, Union
+
+import torch
+from torch import Tensor, nn
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.losses import Batch, log_likelihood, sequence_kl
+from slug_lightning.lm.original import evaluating, logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.sequences import Sequences
+from slug_lightning.lm.topk import TopK
+
+__all__ = ["AdaptersOff", "FrozenCopy", "Reference", "TopK"]
+
+
+class Reference(Protocol):
+    """The original model p₀, as the losses see it. Nobody trains it, saves it or counts its parameters.
+
+    It is made while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
+    """
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Compute beforehand what cannot be computed later; before training."""
+
+    def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        """KL(p₀ ‖ p), `[B]`, as `slug_lightning.lm.losses.sequence_kl`, of a model p that gives `logits`, `[B, T, V]`."""
+
+    def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
+        """Log p₀ of each sequence from its token `start` on, `[B]`, as `slug_lightning.lm.losses.log_likelihood`."""
+
+    def memory(self) -> dict[str, int]:
+        """What it takes besides the model, in bytes, on the "device" and on "disk"."""
+
+    def digest(self) -> str:
+        """SHA-256 of the original's weights, by which a run that goes on knows that it goes on from the same."""
+
+
+class _Recomputed(ABC):
+    """Asks the original anew each time, by a forward without gradients: the logits are held, `[B, T, V]`, and no graph."""
+
+    @abstractmethod
+    def _logits(self, sequences: Sequences) -> Tensor:
+        """Of the original."""
+
+    def prepare(self, batches: Iterable[Batch]) -> None:  # noqa: B027 (on purpose)
+        """Nothing is needed beforehand."""
+
+    def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        """KL(p₀ ‖ p) of each sequence, `[B]`."""
+        return sequence_kl(logits, self._logits(sequences), sequences)
+
+    def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
+        """Log p₀ of each sequence, `[B]`."""
+        with torch.no_grad():
+            return log_likelihood(self._logits(sequences), sequences, start)
+
+
+class FrozenCopy(_Recomputed):
+    """A second model, which stays as the first one is now; it needs as much memory as that one's weights, in each process.
+
+    Args:
+        model: a transformers causal language model; it shares nothing with the copy. Tied weights are tied in the copy too.
+
+    Raises:
+        UnlearnError: if the model's weights are not here: on the meta device, or parted among processes.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
+        >>> reference = FrozenCopy(model)
+        >>> sequences = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
+        >>> reference.kl(model(**sequences).logits, sequences).tolist()
+        [0.0]
+        >>> reference.memory() == {"device": 4 * model.num_parameters() + 4 * 4 * 2, "disk": 0}  # two rotary tables
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_absent(model)
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._digest = ""
+
+    def to(self, device: Union[str, torch.device]) -> FrozenCopy:
+        """Move the copy; it also follows the sequences that it is asked about."""
+        self.model.to(device)
+        return self
+
+    def memory(self) -> dict[str, int]:
+        """All of it on the device, tied weights once."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return {"device": sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values()), "disk": 0}
+
+    def digest(self) -> str:
+        """SHA-256 of the copy's weights."""
+        self._digest = self._digest or weights_digest(self.model)
+        return self._digest
+
+    @torch.no_grad()
+    def _logits(self, sequences: Sequences) -> Tensor:
+        device = sequences["input_ids"].device
+        if next(self.model.parameters()).device != device:
+            self.to(device)
+        return logits_of(self.model, sequences)
+
+
+class AdaptersOff(_Recomputed):
+    """The model itself with its adapters switched off; of all references the cheapest, where only adapters are trained.
+
+    The original is the model without any adapter, so training must begin from fresh ones, which change nothing.
+
+    Args:
+        model: a `PeftModel` of a causal language model.
+
+    Raises:
+        UnlearnError: if it has no adapters that can be switched off, or if this would not bring the original back, because
+            other weights are trained too or the adapters are merged into them.
+
+    Example:
+        >>> AdaptersOff(nn.Linear(1, 1))
+        Traceback (most recent call last):
+        ...
+        slug_lightning.errors.UnlearnError: reference: Linear has no adapters to switch off; give a model that \
+peft.get_peft_model made, or take FrozenCopy or TopK
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(model, "disable_adapter"):
+            raise UnlearnError(
+                f"reference: {type(model).__name__} has no adapters to switch off; give a model that peft.get_peft_model made, "
+                "or take FrozenCopy or TopK"
+            )
+        refuse_absent(model)
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise UnlearnError("reference: the adapters are merged into the weights; call model.unmerge_adapter() before")
+        self.model = model
+        trained = _trained(model)
+        with warnings.catch_warnings(), self._off():
+            warnings.simplefilter("ignore")  # peft's own on trained biases, which is an error here
+            remaining = _trained(model)
+        if remaining:
+            raise UnlearnError(
+                f"reference: {remaining[0]} is trained and no layer's adapter, so that switching these off does not bring the "
+                "original back; freeze it, or take FrozenCopy or TopK"
+            )
+        self._adapters = set(trained)
+        self._digest = ""
+
+    def memory(self) -> dict[str, int]:
+        """None that lasts."""
+        return {"device": 0, "disk": 0}
+
+    def digest(self) -> str:
+        """SHA-256 of the weights without adapters: as it was before these were put in."""
+        self._digest = self._digest or weights_digest(self.model, self._adapters)
+        return self._digest
+
+    @torch.no_grad()
+    def _logits(self, sequences: Sequences) -> Tensor:
+        with self._off():
+            return logits_of(self.model, sequences)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        # Switched on again, peft lets all active adapters be trained, also those that were frozen.
+        trained = {p: p.requires_grad for p in self.model.parameters()}
+        try:
+            with evaluating(self.model), self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

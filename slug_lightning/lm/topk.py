@@ -1,0 +1,269 @@
+"""What the original model says of chosen sequences, on disk: of each position the likeliest tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
+from slug_lightning.lm.original import evaluating, logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.sequences import Sequences, digests
+from slug_lightning.patch import at_once, digest_of
+from slug_lightning.processes import Processes
+
+FORMAT = "slug-lightning reference 1"
+PENDING = 64 * 2**20
+"""Bytes that `TopK` holds in memory before it writes a file."""
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError)
+
+
+class _Row(NamedTuple):
+    """What is kept of one sequence of n + 1 tokens."""
+
+    digest: str
+    token: Tensor
+    """Log p₀ of each token but the first, `[n]`, fp32."""
+    top: Optional[tuple[Tensor, Tensor, Tensor]]
+    """The likeliest tokens, `[n, k]`, int32; their log-probabilities, `[n, k]`, fp16; that of all others, `[n]`, fp32."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.token, *(self.top or ())))
+
+
+class TopK:
+    """What the original says of chosen sequences, kept on disk: of each position of a pair its k likeliest tokens.
+
+    All other tokens make one further bucket, so that the divergence is over k + 1 of them: a lower bound on that over the
+    vocabulary, and that itself where k reaches it. Of passages and refusals, only the log-probability of each token is kept.
+
+    A position of a pair takes 6 · k + 8 bytes, any other position 4: 128 pairs of 200 tokens with k = 64 take 10 MB, where all of
+    a vocabulary of 50257 in fp32 would take 5.1 GB. Log-probabilities are kept as fp16, whose rounding moves no probability by
+    more than 2⁻¹¹/e = 0.0002 (p·|log p| is at most 1/e), so that at the beginning the divergence is not 0 but below 10⁻⁶. In
+    training the model's own logits are held once more in fp32, where the full divergence holds two copies.
+
+    The files belong to the weights (by digest) and to k; where a run finds those of its original, it computes nothing. It
+    computes anew what is damaged or was altered. While it prepares, it holds 64 MiB and a batch, and writes as many files as that
+    makes, each whole or not at all.
+
+    Args:
+        model: a transformers causal language model, while it is the original.
+        folder: of the files, on a disk that all processes see; it may be shared among runs. Nothing is ever removed from it.
+        k: how many tokens to keep of each position; at least 1.
+
+    Raises:
+        UnlearnError: if k is too small, or the model's weights are not here: on the meta device, or parted among processes.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
+        >>> reference = TopK(model, tempfile.mkdtemp(), k=4)
+        >>> sequences = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
+        >>> reference.prepare([{"pair": sequences}])
+        >>> bool(reference.kl(model(**sequences).logits, sequences).abs() < 1e-6)
+        True
+        >>> reference.memory()["disk"] < 1000
+        True
+    """
+
+    def __init__(self, model: nn.Module, folder: Union[str, Path], k: int = 64) -> None:
+        if k < 1:
+            raise UnlearnError(f"k: {k} is too small; give at least 1")
+        refuse_absent(model)
+        self.model = model
+        self.folder = Path(folder)
+        self.k = k
+        self._digest = weights_digest(model)
+        self._key = json.dumps({"weights": self._digest, "k": k}, sort_keys=True)
+        self._files: set[Path] = set()
+        # Of each sequence, by digest, parts of the files, mapped into memory.
+        self._tokens: dict[str, Tensor] = {}
+        self._tops: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Ask the original about all sequences that no file knows yet, and write that down.
+
+        The first process does so; the others wait, and read what it wrote. It must be given all batches.
+
+        Args:
+            batches: any number, with `pair`, `forget` or `refusal`, each `[B, T]`.
+
+        Raises:
+            UnlearnError: if something is to be computed, but the model is not what it was.
+            OtherProcessError: if the first process has failed.
+        """
+        processes = Processes()
+        with processes.together():
+            if processes.is_first:
+                self._open(warn=True)
+                self._compute(batches)
+        processes.exchange("reference", None)
+        if not processes.is_first:
+            self._open()
+
+    def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        """KL(p₀ ‖ p) of each sequence over k + 1 buckets, `[B]`.
+
+        Raises:
+            UnlearnError: if a sequence was not prepared as a pair.
+        """
+        found = zip(*_found(self._tops, sequences, "pair"), strict=True)
+        chosen, likeliest, rest = (torch.cat(parts).to(logits.device) for parts in found)
+        reference = torch.cat([likeliest.float(), rest[:, None]], 1).log_softmax(-1)  # as rounding leaves no sum of 1
+        scores, _, lengths = at_targets(logits, sequences)
+        return mean_divergence(reference, bucketed(scores, chosen.long()), lengths)
+
+    def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
+        """Log p₀ of each sequence, `[B]`.
+
+        Raises:
+            UnlearnError: if a sequence was not prepared.
+        """
+        rows = _found(self._tokens, sequences, "forget")
+        return torch.stack([row[start - 1 :].sum() for row in rows]).to(sequences["input_ids"].device)
+
+    def memory(self) -> dict[str, int]:
+        """The size of the files."""
+        return {"device": 0, "disk": sum(path.stat().st_size for path in self._files)}
+
+    def digest(self) -> str:
+        """SHA-256 of the weights that the model had at the beginning."""
+        return self._digest
+
+    def _compute(self, batches: Iterable[Batch]) -> None:
+        pending: list[_Row] = []
+        for batch in batches:
+            for name in ("pair", "forget", "refusal"):
+                if name in batch:
+                    pending += self._measured(batch[name], name == "pair")
+            if sum(row.bytes for row in pending) >= PENDING:
+                self._write(pending)
+                pending = []
+        if pending:
+            self._write(pending)
+
+    def _measured(self, sequences: Sequences, is_pair: bool) -> list[_Row]:
+        """What the original says of those sequences that are not known yet."""
+        known: Mapping[str, Any] = self._tops if is_pair else self._tokens
+        names = digests(sequences)
+        missing = {name: i for i, name in enumerate(names) if name not in known}
+        if not missing:
+            return []
+        if weights_digest(self.model) != self._digest:
+            raise UnlearnError(
+                f"reference: the model is no longer the original, and what that said is not in {self.folder} yet; call prepare() "
+                "before training, before its precision is changed and before a checkpoint is restored"
+            )
+        device = next(self.model.parameters()).device
+        chosen = {key: sequences[key][list(missing.values())].to(device) for key in ("input_ids", "attention_mask")}
+        with torch.no_grad(), evaluating(self.model):
+            rows = _rows(list(missing), logits_of(self.model, chosen), chosen, self.k if is_pair else 0)
+        for row in rows:
+            self._tokens[row.digest] = row.token
+            if row.top is not None:
+                self._tops[row.digest] = row.top
+        return rows
+
+    def _write(self, rows: Sequence[_Row]) -> None:
+        tops = [row.top for row in rows if row.top is not None] or [_no_top()]
+        names = ("ids", "log_probs", "rest")
+        tensors = {name: torch.cat(parts) for name, parts in zip(names, zip(*tops, strict=True), strict=True)}
+        tensors["token"] = torch.cat([row.token for row in rows])
+        content = json.dumps([[row.digest, len(row.token), row.top is not None] for row in rows])
+        sha256 = digest_of(tensors, self._key + content)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self._prefix()}-{sha256[:12]}.safetensors"  # by content: nobody writes over another's
+        metadata = {"format": FORMAT, "key": self._key, "rows": content, "sha256": sha256}
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, at_once(path, Path(folder)) as part:
+            save_file(tensors, part, metadata=metadata)
+        self._take(path)
+
+    def _open(self, warn: bool = False) -> None:
+        """Map the files that belong to the original."""
+        for path in sorted(self.folder.glob(f"{self._prefix()}-*.safetensors")):
+            if path in self._files:
+                continue
+            try:
+                self._take(path)
+            except UNREADABLE as error:
+                if warn:
+                    warnings.warn(f"reference: {path} is damaged or was altered, and is not used ({error})", stacklevel=3)
+
+    def _take(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if (metadata.get("format"), metadata.get("key")) != (FORMAT, self._key):
+            raise ValueError("it belongs to something else")
+        if metadata["sha256"] != digest_of(tensors, self._key + metadata["rows"]):
+            raise ValueError("its content does not match its digest")
+        rows = json.loads(metadata["rows"])
+        tokens = tensors["token"].split([length for _, length, _ in rows])
+        lengths = [length for _, length, has_top in rows if has_top]
+        tops = zip(*(tensors[name].split(lengths) for name in ("ids", "log_probs", "rest")), strict=True)
+        self._tokens |= {name: token for (name, _, _), token in zip(rows, tokens, strict=True)}
+        self._tops |= dict(zip([name for name, _, has_top in rows if has_top], tops, strict=True))
+        self._files.add(path)
+
+    def _prefix(self) -> str:
+        return f"reference-{hashlib.sha256(self._key.encode()).hexdigest()[:12]}"
+
+
+def bucketed(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probabilities of chosen tokens, and of all others together.
+
+    Args:
+        scores: logits, `[N, V]`, fp32.
+        chosen: ids, `[N, k]`, different in each row.
+
+    Returns:
+        `[N, k + 1]`.
+
+    Example:
+        >>> bucketed(torch.zeros(1, 4), torch.tensor([[2]])).exp()
+        tensor([[0.2500, 0.7500]])
+    """
+    # By the others' own logits: 1 - Σp has no digit left where the chosen ones have it all.
+    lowest = torch.finfo(scores.dtype).min  # not -inf, whose logarithm of a sum has no gradient where no others are
+    rest = scores.scatter(1, chosen, lowest).logsumexp(-1, keepdim=True)
+    top = scores[torch.arange(len(scores), device=scores.device)[:, None], chosen]  # gather would hold the scores too
+    return torch.cat([top, rest], 1).log_softmax(-1)
+
+
+def _rows(names: Sequence[str], logits: Tensor, sequences: Sequences, k: int) -> list[_Row]:
+    """What is kept of each sequence, on the CPU; with `k` likeliest tokens, unless that is 0."""
+    scores, ids, lengths = at_targets(logits, sequences)
+    tokens = scores.log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu().split(lengths)
+    if not k:
+        return [_Row(name, token, None) for name, token in zip(names, tokens, strict=True)]
+    chosen = scores.topk(min(k, scores.shape[1])).indices
+    logs = bucketed(scores, chosen)
+    parts = (chosen.int(), logs[:, :-1].half(), logs[:, -1])
+    tops = zip(*(part.cpu().split(lengths) for part in parts), strict=True)
+    return [_Row(name, token, top) for name, token, top in zip(names, tokens, tops, strict=True)]
+
+
+def _no_top() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.half), torch.empty(0)
+
+
+def _found(known: Mapping[str, Any], sequences: Sequences, name: str) -> list[Any]:
+    rows = digests(sequences)
+    if missing := sum(row not in known for row in rows):
+        raise UnlearnError(
+            f"reference: {missing} of {len(rows)} sequences are not among those that were prepared; give prepare() all batches "
+            f"of the training data, with these as {name!r}, in the first process, before training"
+        )
+    return [known[row] for row in rows]
