@@ -143,9 +143,10 @@ peft.get_peft_model made, or take FrozenCopy or TopK
             raise UnlearnError("reference: the adapters are merged into the weights; call model.unmerge_adapter() before")
         self.model = model
         trained = _trained(model)
-        with warnings.catch_warnings(), self._off():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's own on trained biases, which is an error here
-            remaining = _trained(model)
+            with self._off():
+                remaining = _trained(model)
         if remaining:
             raise UnlearnError(
                 f"reference: {remaining[0]} is trained and no layer's adapter, so that switching these off does not bring the "
