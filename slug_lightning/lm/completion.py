@@ -1,0 +1,240 @@
+"""What a language model says next: greedy completions, many at once, and those of every prefix from one forward.
+
+Greedy means the argmax of the model's own logits, whatever its generation config says. Hence a loop of our own over the model's
+cache: transformers' `generate` takes from that config what its caller leaves open (repetition penalties, tokens suppressed or
+forced, least lengths), and what counts as open differs between its versions. On small models both take the same time.
+
+Memory: a batch has at most `batch_tokens` tokens, with padding and what is to be generated (one sequence, if it has more). A
+teacher-forced forward holds the logits of each, vocabulary × 4 bytes, two to three times; generation holds the cache, 2 × layers ×
+width × bytes a number for each, and the logits of one position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.sequences import Sequences, counted, pad, targets
+from slug_lightning.steps import untouched
+
+BATCH_TOKENS = 4096
+
+
+def predictions(model: Any, sequences: Sequences) -> Tensor:
+    """What the model takes for the most likely next token after the true ones so far: one forward for all positions.
+
+    Args:
+        model: a causal language model of transformers, alone or with adapters of peft. It is in evaluation mode meanwhile.
+        sequences: `[B, T]`, padded on the right.
+
+    Returns:
+        `[B, T-1]` token ids on the model's device; `[b, t]` is the prediction of `input_ids[b, t + 1]`, and where that does
+        not count, any id.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> predictions(model, pad([torch.tensor([5, 6, 7]), torch.tensor([8])])).shape
+        torch.Size([2, 2])
+    """
+    with torch.no_grad(), untouched(model):
+        return _logits(model, sequences).argmax(-1)
+
+
+def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
+    """Predict every token of each sequence from the true ones before it.
+
+    Args:
+        model: as in `predictions`.
+        rows: token ids, each `[T_i]`.
+        batch_tokens: most tokens in a forward.
+
+    Returns:
+        Of each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of a predicted token in
+        nats, computed in fp32 (0 of a sequence that has none).
+    """
+    best: list[Tensor] = [row[:0] for row in rows]
+    nll = [0.0] * len(rows)
+    with torch.no_grad(), untouched(model):
+        for batch in _batches([(len(row), 0) for row in rows], batch_tokens):
+            sequences = pad([rows[i].cpu() for i in batch])
+            logits = _logits(model, sequences)
+            ids = targets(sequences)[0].to(logits.device)
+            losses = logits.float().logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0].float()
+            for i, tokens, loss in zip(batch, logits.argmax(-1).cpu(), losses.cpu(), strict=True):
+                targets_here = max(len(rows[i]) - 1, 0)
+                best[i] = tokens[:targets_here]
+                nll[i] = loss[:targets_here].sum().item() / max(targets_here, 1)
+    return best, nll
+
+
+def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Continue each prefix by the most likely token, again and again.
+
+    Each completion is the one that its prefix gets alone, up to rounding: the padding on the left is masked and has no position.
+
+    Args:
+        model: as in `predictions`.
+        prefixes: token ids, each `[P_i]`, at least one.
+        counts: how many tokens to add to each.
+        batch_tokens: most tokens in a batch, counting prefix and completion.
+
+    Returns:
+        Of each prefix the added tokens, at most `counts[i]`, on the CPU. If the model has an end-of-sequence token, the first one
+        is the last token.
+
+    Raises:
+        UnlearnError: if a prefix is empty, or the model has no cache of keys and values.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> [len(tokens) for tokens in complete(model, [torch.tensor([5, 6, 7]), torch.tensor([8])], [2, 4])]
+        [2, 4]
+    """
+    if not all(map(len, prefixes)):
+        raise UnlearnError("prefixes: one is empty; give at least one token to go on from")
+    completions = [prefix[:0].cpu() for prefix in prefixes]
+    ends = _ends(model)
+    with torch.no_grad(), untouched(model):
+        for batch in _batches([(len(p), count) for p, count in zip(prefixes, counts, strict=True)], batch_tokens):
+            steps = max(counts[i] for i in batch)
+            tokens = _generate(model, [prefixes[i].cpu() for i in batch], steps, ends).cpu()
+            for i, row in zip(batch, tokens, strict=True):
+                last = torch.isin(row, torch.tensor(sorted(ends), dtype=row.dtype)).nonzero()
+                completions[i] = row[: min(counts[i], int(last[0]) + 1 if len(last) else steps)]
+    return completions
+
+
+def complete_every_prefix(
+    model: Any, sequences: Sequences, first: int = 1, last: int = -1, batch_tokens: int = BATCH_TOKENS
+) -> list[list[Tensor]]:
+    """Complete the first tokens of each sequence, however many, to the sequence's length.
+
+    Args:
+        model: as in `predictions`.
+        sequences: `[B, T]`, padded on the right.
+        first: tokens of the shortest prefix, at least 1.
+        last: tokens of the longest prefix; below 0, less than the sequence has: with -10, at least ten are to be completed.
+        batch_tokens: most tokens in a batch.
+
+    Returns:
+        Of each sequence the completions of its prefixes, from the shortest on, each at most as long as the rest of the sequence.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> [len(tokens) for tokens in complete_every_prefix(model, pad([torch.tensor([5, 6, 7, 8])]), last=-2)[0]]
+        [3, 2]
+    """
+    rows = counted(sequences)
+    lengths = [range(first, (last if last >= 0 else len(row) + last) + 1) for row in rows]
+    return complete_prefixes(model, rows, teacher_forced(model, rows, batch_tokens)[0], lengths, batch_tokens)
+
+
+def complete_prefixes(
+    model: Any,
+    rows: Sequence[Tensor],
+    predicted: Sequence[Tensor],
+    lengths: Sequence[Sequence[int]],
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[Tensor]]:
+    """Complete prefixes of sequences to the sequences' lengths, generating only what their predictions leave open.
+
+    The completion of a prefix follows the sequence for as long as the next token is predicted right, then takes the wrong
+    prediction and goes on from there. So all prefixes that reach the same wrong prediction share one generation, and none is
+    needed where the rest is predicted right.
+
+    Args:
+        model: as in `predictions`.
+        rows: token ids, each `[T_i]`.
+        predicted: of each the predictions of this model, as `teacher_forced` gives them.
+        lengths: how many tokens the prefixes of each have, from 1 to `T_i - 1`.
+        batch_tokens: most tokens in a batch.
+
+    Returns:
+        Of each sequence, for each of `lengths`, the completion as `complete` would give it.
+    """
+    ends = _ends(model)
+    tokens = [row.cpu() for row in rows]
+    leaving = [_leaving(row.tolist(), best.tolist(), ends) for row, best in zip(tokens, predicted, strict=True)]
+    wrong = sorted({(i, leaving[i][t]) for i, wanted in enumerate(lengths) for t in wanted if leaving[i][t] < len(rows[i])})
+    tails = {(i, at): predicted[i][at - 1 : at] for i, at in wrong}
+    going_on = [(i, at) for (i, at), tail in tails.items() if at + 1 < len(rows[i]) and tail.item() not in ends]
+    prefixes = [torch.cat([tokens[i][:at], tails[i, at]]) for i, at in going_on]
+    counts = [len(rows[i]) - at - 1 for i, at in going_on]
+    for key, more in zip(going_on, complete(model, prefixes, counts, batch_tokens), strict=True):
+        tails[key] = torch.cat([tails[key], more])
+    return [
+        [torch.cat([row[t : away[t]], tails.get((i, away[t]), row[:0])]) for t in wanted]
+        for i, (row, away, wanted) in enumerate(zip(tokens, leaving, lengths, strict=True))
+    ]
+
+
+def _leaving(row: list[int], best: list[int], ends: set[int]) -> list[int]:
+    """For each position the first from there on whose token is predicted wrong or ends the completion; the length if none is."""
+    leaving = [len(row)] * (len(row) + 1)
+    for at in range(len(row) - 1, 0, -1):
+        leaving[at] = at if best[at - 1] != row[at] or row[at] in ends else leaving[at + 1]
+    return leaving
+
+
+def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) -> Tensor:
+    """Add up to `steps` tokens to each prefix, `[B, steps]`; fewer if all have ended. After an end comes anything."""
+    # Padding stands on the left, so that distances between tokens are the true ones for every kind of attention.
+    reverse = pad([prefix.flip(0) for prefix in prefixes])
+    ids, mask = (reverse[name].flip(1).to(model.device) for name in ("input_ids", "attention_mask"))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    takes = inspect.signature(own.forward).parameters
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    stop = torch.tensor(sorted(ends), device=ids.device)
+    cache, added, ended = None, [], torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    for _ in range(steps):
+        where = {"position_ids": positions} if "position_ids" in takes else {}
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **only_last)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise UnlearnError(f"model: {type(own).__name__} keeps no past_key_values; completions need an attention model")
+        ids = output.logits[:, -1:].argmax(-1)
+        added.append(ids)
+        if ends:
+            ended |= torch.isin(ids, stop)
+            if ended.all():
+                break
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(added, 1)
+
+
+def _logits(model: Any, sequences: Sequences) -> Tensor:
+    """What predicts each token but the first, `[B, T-1, V]`."""
+    inputs = {name: sequences[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model(**inputs, use_cache=False).logits[:, :-1]
+
+
+def _ends(model: Any) -> set[int]:
+    """The tokens after which the model's text is over."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def _batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the (prefix, completion) lengths that go together: alike, and with padding at most so many tokens."""
+    batch: list[int] = []
+    longest = (0, 0)
+    for i in sorted((i for i, shape in enumerate(shapes) if sum(shape)), key=lambda i: shapes[i]):
+        wider = (max(longest[0], shapes[i][0]), max(longest[1], shapes[i][1]))
+        if batch and (len(batch) + 1) * sum(wider) > batch_tokens:
+            yield batch
+            batch, wider = [], shapes[i]
+        batch.append(i)
+        longest = wider
+    if batch:
+        yield batch

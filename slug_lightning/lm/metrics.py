@@ -1,0 +1,259 @@
+"""How much a language model recites, and how it writes, as torchmetrics: each also as a function that gives the value per text.
+
+Perplexity is `torchmetrics.text.Perplexity(ignore_index=-100)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.sequences import Sequences, counted, targets
+
+
+def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
+    """Share of tokens that are predicted right from the true ones before them (Tirumala et al. 2022, arXiv 2205.10770).
+
+    Args:
+        predictions: `[B, T-1]` token ids, as `slug_lightning.lm.completion.predictions` gives them.
+        sequences: `[B, T]`, padded on the right.
+
+    Returns:
+        `[B]` fp32 from 0 to 1, on the device of the predictions.
+
+    Raises:
+        UnlearnError: if a sequence has no token to predict.
+
+    Example:
+        >>> from slug_lightning.lm.sequences import pad
+        >>> texts = pad([torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2])])
+        >>> memorization_accuracy(torch.tensor([[2, 3, 9, 5], [2, 0, 0, 0]]), texts)
+        tensor([0.7500, 1.0000])
+    """
+    ids, counts = (part.to(predictions.device) for part in targets(sequences))
+    if not counts.any(1).all():
+        raise UnlearnError("sequences: one has fewer than 2 tokens, so nothing is predicted; leave it out")
+    return ((predictions == ids) & counts).sum(1) / counts.sum(1)
+
+
+def extraction_likelihood(completions: Sequence[Sequence[Tensor]], sequences: Sequences, n: int = 10) -> Tensor:
+    """How much of the rest of a text the model says from its beginnings (EL_n of Jang et al. 2023, arXiv 2210.01504).
+
+    Of every prefix that leaves at least n tokens: the share of the completion's n-grams that occur in the true rest, 0 for a
+    completion that is shorter than n. Then the mean over prefixes.
+
+    Args:
+        completions: of each sequence the completions of its prefixes of 1, 2, …, T-n tokens, as
+            `slug_lightning.lm.completion.complete_every_prefix(model, sequences, last=-n)` gives them.
+        sequences: `[B, T]`, padded on the right.
+        n: tokens of an n-gram.
+
+    Returns:
+        `[B]` fp32 from 0 to 1, on the CPU.
+
+    Raises:
+        UnlearnError: if a sequence has no more than n tokens, or not one completion for each prefix.
+
+    Example:
+        >>> from slug_lightning.lm.sequences import pad
+        >>> said = [torch.tensor([2, 3, 4]), torch.tensor([3, 9])]  # after [1] and after [1, 2]
+        >>> extraction_likelihood([said], pad([torch.tensor([1, 2, 3, 4])]), n=2)
+        tensor([0.5000])
+    """
+    values = []
+    for said, row in zip(completions, counted(sequences), strict=True):
+        if len(row) <= n:
+            raise UnlearnError(f"n: a sequence of {len(row)} tokens leaves no {n}-gram after a prefix; give a smaller n")
+        if len(said) != len(row) - n:
+            raise UnlearnError(
+                f"completions: {len(said)} for a sequence of {len(row)} tokens; with n={n} give those of its first "
+                f"{len(row) - n} prefixes"
+            )
+        # An n-gram is in the rest after t tokens if it starts there for the last time.
+        latest = {gram: start for start, gram in enumerate(_ngrams(row, n))}
+        shares = 0.0
+        for t, tokens in enumerate(said, start=1):
+            grams = _ngrams(tokens, n)
+            shares += sum(latest.get(gram, 0) >= t for gram in grams) / max(len(grams), 1)
+        values.append(shares / len(said))
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def ngram_diversity(texts: Sequence[Tensor], n: int = 4) -> Tensor:
+    """Share of different n-grams among the n-grams of a text (distinct-n): low where it repeats itself.
+
+    Args:
+        texts: token ids, each `[T_i]`.
+        n: tokens of an n-gram.
+
+    Returns:
+        fp32 above 0 and at most 1, one for each text; 0 for a text that is shorter than n.
+
+    Example:
+        >>> ngram_diversity([torch.tensor([1, 2, 1, 2, 1]), torch.tensor([1, 2, 3])], n=2)
+        tensor([0.5000, 1.0000])
+    """
+    grams = [_ngrams(text, n) for text in texts]
+    return torch.tensor([len(set(found)) / max(len(found), 1) for found in grams], dtype=torch.float32)
+
+
+def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
+    """How much of a text's words stand in a reference in the same order, text by text.
+
+    BLEU of sacrebleu with its tokenizer, from 0 to 1. Not smoothed: two passages that have nothing to do with each other get
+    0.02 with smoothing (in the mean of Python's help texts; 86 % get more than 0.01), for which "forgotten" could not be told
+    by a small number; without it 98 % get 0. Texts shorter than four words are judged by the n-grams that they have
+    (effective order), so that what is recited gets 1 at any length.
+
+    Args:
+        candidates: what the model says.
+        references: what it should, or should no longer, say; as many.
+
+    Returns:
+        fp32 from 0 to 1, one for each pair; 0 where either is empty.
+
+    Raises:
+        UnlearnError: if sacrebleu is not installed.
+
+    Example:
+        >>> bleu(["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "the cat"])
+        tensor([1., 0.])
+    """
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise UnlearnError("BLEU needs sacrebleu; install it with: pip install 'slug-lightning[lm]'") from error
+    scorer = BLEU(effective_order=True, smooth_method="none")
+    scores = [scorer.sentence_score(said, [true]).score for said, true in zip(candidates, references, strict=True)]
+    return torch.tensor(scores, dtype=torch.float32).div(100).clamp(max=1)  # sacrebleu gives 100.00000000000004, too
+
+
+def _ngrams(tokens: Tensor, n: int) -> list[tuple[int, ...]]:
+    """Every n-gram, in order."""
+    numbers = tokens.tolist()
+    return list(zip(*(numbers[i:] for i in range(n)), strict=False))
+
+
+class _Mean(Metric):
+    """The mean over texts; of several processes, over the texts of all."""
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _add(self, values: Tensor) -> None:
+        self.total += values.sum().to(self.total.device)
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        """The mean, a scalar."""
+        return self.total / self.count
+
+
+class MemorizationAccuracy(_Mean):
+    """Mean of `memorization_accuracy` over sequences, from 0 to 1.
+
+    Args:
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> from slug_lightning.lm.sequences import pad
+        >>> metric = MemorizationAccuracy()
+        >>> metric.update(torch.tensor([[2, 3, 9, 5]]), pad([torch.tensor([1, 2, 3, 4, 5])]))
+        >>> metric.compute()
+        tensor(0.7500)
+    """
+
+    higher_is_better = True
+
+    def update(self, predictions: Tensor, sequences: Sequences) -> None:
+        """Take in predictions `[B, T-1]` for sequences `[B, T]`."""
+        self._add(memorization_accuracy(predictions, sequences))
+
+
+class ExtractionLikelihood(_Mean):
+    """Mean of `extraction_likelihood` over sequences, from 0 to 1.
+
+    Args:
+        n: tokens of an n-gram, at least 1.
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> from slug_lightning.lm.sequences import pad
+        >>> metric = ExtractionLikelihood(n=2)
+        >>> metric.update([[torch.tensor([2, 3, 4]), torch.tensor([3, 9])]], pad([torch.tensor([1, 2, 3, 4])]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+
+    def __init__(self, n: int = 10, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.n = _checked(n)
+
+    def update(self, completions: Sequence[Sequence[Tensor]], sequences: Sequences) -> None:
+        """Take in the completions of every prefix of sequences `[B, T]`."""
+        self._add(extraction_likelihood(completions, sequences, self.n))
+
+
+class NgramDiversity(_Mean):
+    """Mean of `ngram_diversity` over texts, from 0 to 1.
+
+    Args:
+        n: tokens of an n-gram, at least 1.
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = NgramDiversity(n=2)
+        >>> metric.update([torch.tensor([1, 2, 1, 2, 1]), torch.tensor([1, 2, 3])])
+        >>> metric.compute()
+        tensor(0.7500)
+    """
+
+    higher_is_better = True
+
+    def __init__(self, n: int = 4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.n = _checked(n)
+
+    def update(self, texts: Sequence[Tensor]) -> None:
+        """Take in token ids, each `[T_i]`."""
+        self._add(ngram_diversity(texts, self.n))
+
+
+class Bleu(_Mean):
+    """Mean of `bleu` over pairs of texts, from 0 to 1.
+
+    Args:
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Bleu()
+        >>> metric.update(["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "the cat"])
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+
+    def update(self, candidates: Sequence[str], references: Sequence[str]) -> None:
+        """Take in what the model says, and what it should say."""
+        self._add(bleu(candidates, references))
+
+
+def _checked(n: int) -> int:
+    if n < 1:
+        raise UnlearnError(f"n: {n} tokens are no n-gram; give at least 1")
+    return n
