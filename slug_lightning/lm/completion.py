@@ -4,9 +4,9 @@ Greedy means the argmax of the model's own logits, whatever its generation confi
 cache: transformers' `generate` takes from that config what its caller leaves open (repetition penalties, tokens suppressed or
 forced, least lengths), and what counts as open differs between its versions. On small models both take the same time.
 
-Memory: a batch has at most `batch_tokens` tokens, with padding and what is to be generated (one sequence, if it has more). A
-teacher-forced forward holds the logits of each, vocabulary × 4 bytes, two to three times; generation holds the cache, 2 × layers ×
-width × bytes a number for each, and the logits of one position.
+Memory: a batch has at most `batch_tokens` tokens, with padding and with what is to be generated (if one sequence has more, it is
+a batch by itself). Of each, a teacher-forced forward holds the logits, vocabulary × 4 bytes, about three times; generation holds
+keys and values, 2 × layers × width numbers, and logits of one position of a sequence only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.sequences import Sequences, counted, pad, targets
+from slug_lightning.lm.losses import sequence_nll
+from slug_lightning.lm.sequences import Sequences, counted, pad
 from slug_lightning.steps import untouched
 
 BATCH_TOKENS = 4096
@@ -43,7 +44,7 @@ def predictions(model: Any, sequences: Sequences) -> Tensor:
         torch.Size([2, 2])
     """
     with torch.no_grad(), untouched(model):
-        return _logits(model, sequences).argmax(-1)
+        return _logits(model, sequences).argmax(-1)[:, :-1]
 
 
 def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
@@ -55,21 +56,17 @@ def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH
         batch_tokens: most tokens in a forward.
 
     Returns:
-        Of each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of a predicted token in
-        nats, computed in fp32 (0 of a sequence that has none).
+        Of each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the
+        first, in nats.
     """
     best: list[Tensor] = [row[:0] for row in rows]
     nll = [0.0] * len(rows)
     with torch.no_grad(), untouched(model):
         for batch in _batches([(len(row), 0) for row in rows], batch_tokens):
-            sequences = pad([rows[i].cpu() for i in batch])
+            sequences = _on(model, pad([rows[i].cpu() for i in batch]))
             logits = _logits(model, sequences)
-            ids = targets(sequences)[0].to(logits.device)
-            losses = logits.float().logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0].float()
-            for i, tokens, loss in zip(batch, logits.argmax(-1).cpu(), losses.cpu(), strict=True):
-                targets_here = max(len(rows[i]) - 1, 0)
-                best[i] = tokens[:targets_here]
-                nll[i] = loss[:targets_here].sum().item() / max(targets_here, 1)
+            for i, tokens, loss in zip(batch, logits.argmax(-1).cpu(), sequence_nll(logits, sequences).tolist(), strict=True):
+                best[i], nll[i] = tokens[: len(rows[i]) - 1], loss
     return best, nll
 
 
@@ -212,10 +209,12 @@ def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) ->
     return torch.cat(added, 1)
 
 
+def _on(model: Any, sequences: Sequences) -> dict[str, Tensor]:
+    return {name: sequences[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
 def _logits(model: Any, sequences: Sequences) -> Tensor:
-    """What predicts each token but the first, `[B, T-1, V]`."""
-    inputs = {name: sequences[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    return model(**inputs, use_cache=False).logits[:, :-1]
+    return model(**_on(model, sequences), use_cache=False).logits
 
 
 def _ends(model: Any) -> set[int]:

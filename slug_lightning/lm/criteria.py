@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Union
 
+import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
@@ -28,7 +29,8 @@ class Evidence:
         completion_tokens: at most as many.
         memorization_accuracy: share of the passage's tokens that are predicted right, 0 to 1.
         nll: mean negative log-likelihood of the passage's tokens, in nats.
-        extraction_likelihood: EL_n, 0 to 1; None where it was not asked for.
+        extraction_likelihood: EL_n, 0 to 1, or an estimate of it; None where it was not asked for.
+        n: of that.
     """
 
     prefix: str
@@ -39,16 +41,23 @@ class Evidence:
     memorization_accuracy: float
     nll: float
     extraction_likelihood: float | None = None
+    n: int | None = None
 
 
 def gather(
-    model: Any, tokenizer: Any, passages: Sequence[Tensor], prefix: int, batch_size: int, el: int | None = None
+    model: Any,
+    tokenizer: Any,
+    passages: Sequence[Tensor],
+    prefix: int,
+    batch_size: int,
+    el: int | None = None,
+    prefixes: int | None = None,
 ) -> list[Evidence]:
     """Measure what the model remembers of passages, by one forward and what that leaves to be generated.
 
     The forward is teacher-forced, and says how far the model follows each passage by itself: a passage that is recited costs no
-    generation, any other one of its own (with `el`, one for each of its tokens that is predicted wrong, which is most of
-    the cost by far).
+    generation, any other one of its own; with `el`, one for each of its tokens that is predicted wrong, or of `prefixes`
+    one each.
 
     Args:
         model: a causal language model of transformers; in evaluation mode meanwhile.
@@ -57,33 +66,46 @@ def gather(
         prefix: how many tokens of a passage the model is given to complete.
         batch_size: passages of full length that a forward, or a step of generation, takes at once.
         el: n of the extraction likelihood EL_n; None leaves it out.
+        prefixes: how many prefixes of each passage it is estimated from, evenly spaced, but for one that is `prefix` and costs
+            nothing more; None: all, as it is defined.
 
     Raises:
         UnlearnError: if a passage has no token after its prefix, or no more than `el`; or the model's loss is not finite.
     """
-    shortest = max(prefix, el or 0)
-    if prefix < 1 or any(len(passage) <= shortest for passage in passages):
-        raise UnlearnError(f"prefix={prefix}, el={el}: a passage has no more tokens than that; give longer passages")
     if not passages:
         return []
+    shortest = min(map(len, passages))
+    if prefix < 1 or shortest <= max(prefix, el or 0):
+        raise UnlearnError(f"prefix={prefix}, el={el}: a passage has {shortest} tokens, and needs more; give longer ones")
     batch_tokens = batch_size * max(map(len, passages))
     predicted, nll = teacher_forced(model, passages, batch_tokens)
     if not all(map(math.isfinite, nll)):
-        raise UnlearnError("model: its loss on a passage is no finite number, so training has diverged; lower the learning rate")
-    # The prefix comes last, behind the prefixes that EL_n asks for.
-    lengths = [[*(range(1, len(passage) - el + 1) if el else ()), prefix] for passage in passages]
-    completions = complete_prefixes(model, passages, predicted, lengths, batch_tokens)
+        raise UnlearnError("model: its loss on a passage is no finite number: training has diverged; lower the learning rate")
+    asked = [_spread(len(passage) - el, prefix, prefixes) if el else [] for passage in passages]
+    completions = complete_prefixes(model, passages, predicted, [[prefix, *lengths] for lengths in asked], batch_tokens)
     sequences = pad([passage.cpu() for passage in passages])
     accuracies = memorization_accuracy(pad(predicted)["input_ids"], sequences).tolist()
-    likelihoods = extraction_likelihood([c[:-1] for c in completions], sequences, el).tolist() if el else [None] * len(passages)
+    likelihoods: list[float | None] = [None] * len(passages)
+    if el:
+        likelihoods = extraction_likelihood([found[1:] for found in completions], sequences, el, asked).tolist()
 
     def text(tokens: Tensor) -> str:
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return [
-        Evidence(text(p[:prefix]), text(p[prefix:]), text(c[-1]), p[prefix:], c[-1], *numbers)
-        for p, c, *numbers in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
+        Evidence(text(p[:prefix]), text(p[prefix:]), text(found[0]), p[prefix:], found[0], *numbers, el)
+        for p, found, *numbers in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
     ]
+
+
+def _spread(longest: int, prefix: int, count: int | None) -> list[int]:
+    """Lengths of prefixes from 1 to `longest`: all, or the middles of `count` equal parts, `prefix` in place of the nearest."""
+    if count is None or count >= longest:
+        return list(range(1, longest + 1))
+    lengths = [1 + (2 * k + 1) * longest // (2 * count) for k in range(count)]
+    if prefix <= longest:
+        lengths[min(range(count), key=lambda k: abs(lengths[k] - prefix))] = prefix
+    return lengths
 
 
 @dataclass
@@ -106,33 +128,9 @@ class Criterion:
         if self.below != "unseen" and not (isinstance(self.below, (int, float)) and 0 <= self.below <= 1):
             raise UnlearnError(f"{type(self).__name__}(below={self.below!r}): give a number from 0 to 1, or 'unseen'")
 
-    @property
-    def el(self) -> int | None:
-        """The n of the extraction likelihood that the evidence must hold; None if it need not."""
-        return None
-
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """The value of each passage."""
         raise NotImplementedError
-
-    def threshold(self, unseen: Sequence[Evidence] = ()) -> float:
-        """The bound as a number.
-
-        Args:
-            unseen: evidence on passages that the model never saw, for `below="unseen"`.
-
-        Raises:
-            UnlearnError: if that is needed and there is none, or its mean is not a number.
-        """
-        if self.below != "unseen":
-            return float(self.below)
-        values = self.values(unseen)
-        if not values or not math.isfinite(mean := sum(values) / len(values)):
-            raise UnlearnError(
-                f"{type(self).__name__}(below='unseen'): there are no passages that the model never saw, or no values of them; "
-                "give the datamodule unseen=…, or a number as below"
-            )
-        return mean
 
     def forgotten(self, values: Sequence[float], threshold: float) -> list[bool]:
         """Whether each value is at or below the threshold; what is not a number is not forgotten."""
@@ -148,7 +146,7 @@ class BleuBelow(Criterion):
 
     Example:
         >>> criterion = BleuBelow()
-        >>> criterion.forgotten([0.0, 0.01, 0.3, math.nan], criterion.threshold())
+        >>> criterion.forgotten([0.0, 0.01, 0.3, math.nan], threshold=criterion.below)
         [True, True, False, False]
     """
 
@@ -170,11 +168,9 @@ class BertScoreBelow(Criterion):
     Args:
         model: name or folder of a transformers encoder with its tokenizer.
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
-        num_layers: whose output is compared; None: the last.
     """
 
     model: str = ""
-    num_layers: Optional[int] = None
     name = "BERTScore"
 
     def __post_init__(self) -> None:
@@ -188,25 +184,36 @@ class BertScoreBelow(Criterion):
         Raises:
             UnlearnError: if the model cannot be loaded.
         """
-        scores = [0.0] * len(evidence)
-        filled = [i for i, e in enumerate(evidence) if e.completion.strip() and e.truth.strip()]
-        if filled:
-            said, true = [evidence[i].completion for i in filled], [evidence[i].truth for i in filled]
-            for i, score in zip(filled, self._scorer(said, true)["f1"].reshape(-1).tolist(), strict=True):
-                scores[i] = score
-        return scores
+        return [self._score(e.completion, e.truth) if e.completion.strip() and e.truth.strip() else 0.0 for e in evidence]
+
+    def _score(self, completion: str, truth: str) -> float:
+        # Pair by pair: torchmetrics (1.9) sorts both lists by length, each by itself, and does not put them back.
+        self._scorer.reset()
+        self._scorer.update([completion], [truth])
+        return self._scorer.compute()["f1"].item()
 
     @cached_property
     def _scorer(self) -> Any:
         from torchmetrics.text import BERTScore
+        from transformers import AutoModel, AutoTokenizer
 
         try:
-            return BERTScore(self.model, num_layers=self.num_layers, truncation=True)
-        except (ImportError, OSError, ValueError) as error:
+            encoder = AutoModel.from_pretrained(self.model)
+            longest = min(512, AutoTokenizer.from_pretrained(self.model).model_max_length)
+        except (OSError, ValueError) as error:
             raise UnlearnError(
-                f"BertScoreBelow(model={self.model!r}): it cannot be loaded ({error}); give a folder that "
-                "`save_pretrained` of model and tokenizer wrote, or another criterion"
+                f"BertScoreBelow(model={self.model!r}): it cannot be loaded; give a folder that `save_pretrained` of an encoder "
+                "and of its tokenizer wrote, or take another criterion"
             ) from error
+        # Given a name only, it would load the encoder again each time. Every process scores passages of its own.
+        return BERTScore(
+            self.model,
+            model=encoder,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            max_length=longest,
+            truncation=True,
+            sync_on_compute=False,
+        )
 
 
 @dataclass
@@ -241,21 +248,15 @@ class ExtractionBelow(Criterion):
         if self.n < 1:
             raise UnlearnError(f"ExtractionBelow(n={self.n}): give at least 1 token")
 
-    @property
-    def el(self) -> int:
-        """The n of the extraction likelihood that the evidence must hold."""
-        return self.n
-
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """EL_n of each passage.
 
         Raises:
-            UnlearnError: if it was not measured.
+            UnlearnError: if it was not measured with this n.
         """
-        values = [e.extraction_likelihood for e in evidence]
-        if None in values:
-            raise UnlearnError(f"ExtractionBelow(n={self.n}): it was not measured; gather the evidence with el={self.n}")
-        return [value for value in values if value is not None]
+        if any(e.n != self.n for e in evidence):
+            raise UnlearnError(f"ExtractionBelow(n={self.n}): EL_{self.n} was not measured; gather the evidence with el={self.n}")
+        return [float(e.extraction_likelihood) for e in evidence if e.extraction_likelihood is not None]
 
 
 @dataclass

@@ -41,7 +41,12 @@ def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
     return ((predictions == ids) & counts).sum(1) / counts.sum(1)
 
 
-def extraction_likelihood(completions: Sequence[Sequence[Tensor]], sequences: Sequences, n: int = 10) -> Tensor:
+def extraction_likelihood(
+    completions: Sequence[Sequence[Tensor]],
+    sequences: Sequences,
+    n: int = 10,
+    lengths: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """How much of the rest of a text the model says from its beginnings (EL_n of Jang et al. 2023, arXiv 2210.01504).
 
     Of every prefix that leaves at least n tokens: the share of the completion's n-grams that occur in the true rest, 0 for a
@@ -52,12 +57,13 @@ def extraction_likelihood(completions: Sequence[Sequence[Tensor]], sequences: Se
             `slug_lightning.lm.completion.complete_every_prefix(model, sequences, last=-n)` gives them.
         sequences: `[B, T]`, padded on the right.
         n: tokens of an n-gram.
+        lengths: how many tokens the prefixes have, if these are only some of them: an estimate.
 
     Returns:
         `[B]` fp32 from 0 to 1, on the CPU.
 
     Raises:
-        UnlearnError: if a sequence has no more than n tokens, or not one completion for each prefix.
+        UnlearnError: if a sequence has no prefix that leaves n tokens, or not one completion for each prefix.
 
     Example:
         >>> from slug_lightning.lm.sequences import pad
@@ -65,19 +71,18 @@ def extraction_likelihood(completions: Sequence[Sequence[Tensor]], sequences: Se
         >>> extraction_likelihood([said], pad([torch.tensor([1, 2, 3, 4])]), n=2)
         tensor([0.5000])
     """
+    rows = counted(sequences)
+    lengths = [range(1, len(row) - n + 1) for row in rows] if lengths is None else lengths
     values = []
-    for said, row in zip(completions, counted(sequences), strict=True):
-        if len(row) <= n:
-            raise UnlearnError(f"n: a sequence of {len(row)} tokens leaves no {n}-gram after a prefix; give a smaller n")
-        if len(said) != len(row) - n:
-            raise UnlearnError(
-                f"completions: {len(said)} for a sequence of {len(row)} tokens; with n={n} give those of its first "
-                f"{len(row) - n} prefixes"
-            )
+    for said, row, starts in zip(completions, rows, lengths, strict=True):
+        if not starts:
+            raise UnlearnError(f"n: a sequence of {len(row)} tokens leaves no {n} of them after a prefix; give a smaller n")
+        if len(said) != len(starts):
+            raise UnlearnError(f"completions: {len(said)} of a sequence of {len(row)} tokens; with n={n} give {len(starts)}")
         # An n-gram is in the rest after t tokens if it starts there for the last time.
         latest = {gram: start for start, gram in enumerate(_ngrams(row, n))}
         shares = 0.0
-        for t, tokens in enumerate(said, start=1):
+        for t, tokens in zip(starts, said, strict=True):
             grams = _ngrams(tokens, n)
             shares += sum(latest.get(gram, 0) >= t for gram in grams) / max(len(grams), 1)
         values.append(shares / len(said))
