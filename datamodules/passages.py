@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -14,6 +14,7 @@ from slug_lightning.datamodules.active import ActiveSampler
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.datamodules.pairing import Method, near_duplicates, needed, pair
 from slug_lightning.datamodules.texts import read_texts
+from slug_lightning.edits import digest_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import pad
 
@@ -170,7 +171,11 @@ class PassageDataModule(UnlearnDataModule):
 
     @property
     def active(self) -> list[int]:
-        """Which passages to forget are trained, ascending; at first all. Set it between epochs, alike in every process."""
+        """Which passages to forget are trained, ascending; at first all.
+
+        Set it alike in every process, in `on_train_start` or between epochs: the next epoch serves these, and where there are
+        none, Lightning ends the fit.
+        """
         return self._active
 
     @active.setter
@@ -178,19 +183,59 @@ class PassageDataModule(UnlearnDataModule):
         chosen = sorted(set(indices))
         if chosen and not 0 <= chosen[0] <= chosen[-1] < len(self.forget_passages):
             raise UnlearnError(f"active: {chosen} is out of range; there are {len(self.forget_passages)} passages to forget")
+        if chosen != self._active and self.trainer is not None:
+            # Lightning counts the batches of an epoch when it loads the loader: it must load it again, as for its own tuner.
+            # Else it neither validates after a shorter epoch nor takes its last step, and cuts a longer one off.
+            self.trainer.fit_loop._combined_loader = None
         self._active = chosen
 
+    @property
+    def digest(self) -> str:
+        """Tells other passages to forget, or others in another order, from these."""
+        return digest_of({str(i): row for i, row in enumerate(self.forget_passages)}, str(self.prefix))
+
     def setup(self, stage: str | None = None) -> None:
-        """Read, cut, divide and pair the texts, once; further calls change nothing.
+        """Read, cut, divide and pair the texts, once; before every fit, make all passages active.
 
         Args:
-            stage: Lightning's; it makes no difference.
+            stage: Lightning's.
 
         Raises:
             UnlearnError: as the class says.
         """
-        if self.notes:
-            return
+        if not self.notes:
+            self._read()
+        if stage in ("fit", None):
+            self.active = range(len(self.forget_passages))
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches of the active passages; of several processes, each draws its share."""
+        if not self.forget_passages:
+            raise UnlearnError("forget: there are no passages yet; call setup()")
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise UnlearnError("overfit_batches: it takes the sampler away; give fewer passages to forget instead")
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        drawn = _Drawn(len(self.forget_passages))
+        sampler = ActiveSampler(drawn, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share)
+        return DataLoader(drawn, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
+
+    def every_batch(self) -> Iterator[dict[str, Any]]:
+        """Training batches of all passages in order, whatever is active, in every process alike."""
+        drawn = [(i, 1.0) for i in range(len(self.forget_passages))]
+        for start in range(0, len(drawn), self.batch_size):
+            yield self._training_batch(drawn[start : start + self.batch_size])
+
+    def passages(self, kind: Literal["forget", "unseen"]) -> DataLoader:
+        """All passages of one kind in order, whatever is active, in every process alike; none of unseen if none were given.
+
+        Args:
+            kind: "forget" or "unseen".
+        """
+        return self._loader(Numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
+
+    # ---- from texts to tokens
+
+    def _read(self) -> None:
         self.tokenizer = self._tokenizer()
         given = self._passages("forget", self.forget)
         forget = _different(given)
@@ -205,38 +250,12 @@ class PassageDataModule(UnlearnDataModule):
         self.pairs = self._paired(said[0])
         self._refused = self._refusing(forget)
         self.forget_passages, self.unseen_passages = forget, unseen
-        self.active = range(len(forget))
         self.set_parts("retain", Numbered(self.keep_passages))
         self.notes["retain"] += left_out
         passages = Numbered(forget)
         self.set_parts("forget", passages, passages, passages)
         repeated = f"; {len(given) - len(forget)} more were given again" if len(given) > len(forget) else ""
         self.notes["forget"] = f"forget: the same {len(forget)} passages serve gradient, search and report{repeated}"
-
-    def train_dataloader(self) -> DataLoader:
-        """Training batches of the active passages; of several processes, each draws its share.
-
-        Where what is active changes between epochs, set `trainer.reload_dataloaders_every_n_epochs = 1`: Lightning counts the
-        batches when it loads the loader, and neither validates after a shorter epoch nor serves a longer one whole.
-        """
-        if not self.forget_passages:
-            raise UnlearnError("forget: there are no passages yet; call setup()")
-        if self.trainer is not None and self.trainer.overfit_batches:
-            raise UnlearnError("overfit_batches: it takes the sampler away; give fewer passages to forget instead")
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        drawn = _Drawn(len(self.forget_passages))
-        sampler = ActiveSampler(drawn, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share)
-        return DataLoader(drawn, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
-
-    def passages(self, kind: Literal["forget", "unseen"]) -> DataLoader:
-        """All passages of one kind in order, whatever is active, in every process alike; none of unseen if none were given.
-
-        Args:
-            kind: "forget" or "unseen".
-        """
-        return self._loader(Numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
-
-    # ---- from texts to tokens
 
     def _tokenizer(self) -> Any:
         given = self.tokenizer
