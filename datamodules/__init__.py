@@ -5,6 +5,8 @@ from slug_lightning.datamodules.concept import ConceptDataModule
 from slug_lightning.datamodules.emoji import EmojiDataModule
 from slug_lightning.datamodules.image_text import ImageTextDataModule
 from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextShards
+from slug_lightning.datamodules.passages import PassageDataModule
+from slug_lightning.datamodules.python_docs import PythonDocsDataModule
 
 __all__ = [
     "ConceptDataModule",
@@ -12,5 +14,7 @@ __all__ = [
     "ImageTextDataModule",
     "ImageTextFolder",
     "ImageTextShards",
+    "PassageDataModule",
+    "PythonDocsDataModule",
     "UnlearnDataModule",
 ]

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 UNLEARNED, FAILURE, USAGE, INFEASIBLE, PARTLY = 0, 1, 2, 3, 4
 
-EPILOG = """Options of the callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback
+EPILOG = """Options of a callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback (or ICUCallback)
 
 exit codes:
   0  unlearned (fit, forget-another), done (patch); whether the bounds hold on report data too, the report says ("holds")
   1  failure
   2  usage: an argument, a config or a file is not what it should be
-  3  infeasible: no step meets both bounds, the weights are untouched
+  3  infeasible: no step meets both bounds, the weights are untouched; of ICU: passages are remembered after the last epoch
   4  partly: of several concepts some were left as they were
 """
 
@@ -54,7 +54,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
         args: without the program's name; default: those of the process.
 
     Returns:
-        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible, 4 partly.
+        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible or unfinished, 4 partly.
     """
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["fit"]:
@@ -87,7 +87,7 @@ def fit(args: Optional[Sequence[str]] = None, earlier: Optional[Path] = None) ->
     except (UnlearnError, FileNotFoundError) as error:
         print(f"slug-lightning: {error}", file=sys.stderr)
         return FAILURE if isinstance(error, OtherProcessError) else USAGE  # what it was, the other process says
-    return {"unlearned": UNLEARNED, "partly": PARTLY, "infeasible": INFEASIBLE}[report.status]
+    return {"unlearned": UNLEARNED, "partly": PARTLY, "infeasible": INFEASIBLE, "unfinished": INFEASIBLE}[report.status]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -15,14 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import slug_lightning.callbacks
 import slug_lightning.datamodules
 import slug_lightning.modules  # noqa: F401  (imported, so that a config may name classes by their short names)
-from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.callbacks import ICUCallback, UnlearnCallback
 from slug_lightning.callbacks.run import AnyReport
 from slug_lightning.datamodules.names import concept_of
 from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.report import PassagesReport
 from slug_lightning.output import earlier_edits, fresh_folder
 
 CONFIG = "config.yaml"
-CALLBACK = "slug_lightning.callbacks.UnlearnCallback"
+OURS = (UnlearnCallback, ICUCallback)
 # Lightning reads a torch class that torch has renamed; nobody who runs this command can mend that.
 TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
 
@@ -67,17 +68,18 @@ class UnlearnCLI(LightningCLI):
             }
         ours = _of_ours(config)
         if not ours:
-            raise UnlearnError(f"trainer.callbacks: there is no UnlearnCallback; add one with class_path: {CALLBACK}")
+            names = " or ".join(f"slug_lightning.callbacks.{kind.__name__}" for kind in OURS)
+            raise UnlearnError(f"trainer.callbacks: none of them forgets; add one with class_path: {names}")
         for callback in ours:
             callback.init_args.output_dir = str(folder)
 
     @property
-    def callback(self) -> UnlearnCallback:
+    def callback(self) -> Any:
         """The one that forgets."""
-        return next(c for c in self.trainer.callbacks if isinstance(c, UnlearnCallback))  # type: ignore[attr-defined]
+        return next(c for c in self.trainer.callbacks if isinstance(c, OURS))  # type: ignore[attr-defined]
 
     @classmethod
-    def run(cls, args: Optional[Sequence[str]]) -> AnyReport:
+    def run(cls, args: Optional[Sequence[str]]) -> Union[AnyReport, PassagesReport]:
         """Parse (None: what the process was started with), forget, and give the report."""
         warnings.filterwarnings("ignore", TORCH_NOISE)
         cli = cls(
@@ -140,7 +142,7 @@ class AnotherCLI(UnlearnCLI):
         self.callback.retain = self.callback.retain or self.datamodule
 
     @classmethod
-    def beside(cls, earlier: Path, args: Sequence[str]) -> AnyReport:
+    def beside(cls, earlier: Path, args: Sequence[str]) -> Union[AnyReport, PassagesReport]:
         """Forget another concept beside those of an earlier run, and give the report.
 
         Raises:
@@ -158,7 +160,7 @@ def _of_ours(config: Any) -> list[Any]:
     """The configs of the callbacks that forget."""
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [c for c in callbacks if str(c.class_path).rpartition(".")[2] == UnlearnCallback.__name__]
+    return [c for c in callbacks if str(c.class_path).rpartition(".")[2] in {kind.__name__ for kind in OURS}]
 
 
 def _names(datamodule: LightningDataModule) -> list[str]:

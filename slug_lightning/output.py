@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
@@ -19,13 +20,18 @@ from slug_lightning.processes import Processes
 from slug_lightning.report import UnlearnReport
 from slug_lightning.sharded import whole
 
-REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES, PATCHES = (
+if TYPE_CHECKING:
+    from slug_lightning.lm.report import PassagesReport
+    from slug_lightning.modules.causal_lm import CausalLMModule
+
+REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES, PATCHES, MODEL = (
     "report.json",
     "patch.safetensors",
     "unlearned.ckpt",
     "weights.safetensors",
     "figures",
     "patches",
+    "model",
 )
 
 
@@ -109,10 +115,7 @@ def save_run(
                 single.patch.save(patch_of(folder, name))
             with at_once(folder / WEIGHTS) as part:
                 save_file(weights, part)
-        for name, figure in report.figures().items():
-            (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
-            with at_once(folder / FIGURES / f"{name}.png") as part:
-                figure.savefig(part, dpi=150, format="png")
+        _save_figures(folder, report)
     processes.exchange("files", None)
     if report.patch is not None:
         with processes.elsewhere():  # the Trainer has its own ways to wait for the others
@@ -120,6 +123,39 @@ def save_run(
     if processes.is_first:
         with at_once(folder / REPORT) as part:
             report.to_json(part)
+
+
+def save_passages(
+    folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes
+) -> None:
+    """Write what a run over passages leaves: report, figures, checkpoint, and the model as transformers loads it.
+
+    Args:
+        folder: where to.
+        report: of the run.
+        trainer: writes the checkpoint in its own format.
+        module: holds the trained model and its tokenizer.
+        processes: of which the first writes; the others help to gather what is sharded.
+    """
+    state = {name: whole(tensor).cpu() for name, tensor in module.model.state_dict().items()}
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        module.model.save_pretrained(folder / MODEL, state_dict=state)
+        module.tokenizer.save_pretrained(folder / MODEL)
+        _save_figures(folder, report)
+    processes.exchange("files", None)
+    with processes.elsewhere():
+        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
+    if processes.is_first:
+        with at_once(folder / REPORT) as part:
+            report.to_json(part)
+
+
+def _save_figures(folder: Path, report: UnlearnReport | JointReport | PassagesReport) -> None:
+    for name, figure in report.figures().items():
+        (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
+        with at_once(folder / FIGURES / f"{name}.png") as part:
+            figure.savefig(part, dpi=150, format="png")
 
 
 def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ class BleuBelow(Criterion):
     """
 
     below: Union[float, Literal["unseen"]] = 0.01
-    name = "BLEU"
+    name = "bleu"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """BLEU of each completion, 0 to 1."""
@@ -171,7 +171,7 @@ class BertScoreBelow(Criterion):
     """
 
     model: str = ""
-    name = "BERTScore"
+    name = "bertscore"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,7 +224,7 @@ class MemorizationBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
-    name = "MA"
+    name = "memorization_accuracy"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """Share of each passage's tokens that are predicted right."""
@@ -241,7 +241,7 @@ class ExtractionBelow(Criterion):
     """
 
     n: int = 10
-    name = "EL"
+    name = "extraction_likelihood"
 
     def __post_init__(self) -> None:
         super().__post_init__()

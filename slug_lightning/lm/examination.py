@@ -1,0 +1,126 @@
+"""What a model makes of passages now, found out by all processes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.text import Perplexity
+
+from slug_lightning.lm.criteria import Criterion, gather
+from slug_lightning.lm.metrics import bleu, ngram_diversity
+from slug_lightning.lm.sequences import Sequences, targets
+from slug_lightning.progress import Progress
+from slug_lightning.steps import untouched
+from slug_lightning.strategies import Runner
+
+Finding = dict[str, Any]
+"""Of one passage, as plain data: `memorization_accuracy`, `extraction_likelihood`, `bleu`, `diversity`, `nll`, `completion`,
+`prefix`, `truth`, and `values` by criterion."""
+MEANS = ("memorization_accuracy", "extraction_likelihood", "bleu", "diversity")
+IGNORED = -100
+
+
+class Examiner:
+    """Completes passages and measures them, shared out among the processes; all of them get what all have found.
+
+    Args:
+        module: holds the model and its tokenizer.
+        runner: knows the trainer's strategy and precision.
+        prefix: how many tokens of a passage are given to complete.
+        criteria: whose values are wanted.
+        n: of the extraction likelihood.
+        batch_size: passages at once.
+        progress: shows how far it is.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        runner: Runner,
+        prefix: int,
+        criteria: Sequence[Criterion],
+        n: int,
+        batch_size: int,
+        progress: Progress,
+    ) -> None:
+        self.module = module
+        self.runner = runner
+        self.processes = runner.processes
+        self.prefix = prefix
+        self.criteria = criteria
+        self.n = n
+        self.batch_size = batch_size
+        self.progress = progress
+
+    def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
+        """Complete each passage and measure it.
+
+        Args:
+            passages: token ids, each `[T]`.
+            prefixes: from how many of its prefixes, evenly spaced, the extraction likelihood of each is estimated; None: from
+                all of them, as it is defined.
+            name: what they are, for the progress bar.
+        """
+        # A sharded model is run by all processes together: each examines all.
+        share, shares = (0, 1) if self.runner.is_sharded else (self.processes.share, self.processes.shares)
+        mine = list(range(share, len(passages), shares))
+        found: list[tuple[int, Finding]] = []
+        with self.runner.forward_context():
+            starts = range(0, len(mine), self.batch_size)
+            for start in self.progress.track(starts, f"completing {name}") if len(starts) > 1 else starts:
+                chosen = mine[start : start + self.batch_size]
+                found += zip(chosen, self._batch([passages[i] for i in chosen], prefixes), strict=True)
+        gathered = dict(pair for of_one in self.processes.exchange(f"completions of {name}", found) for pair in of_one)
+        return [gathered[i] for i in range(len(passages))]
+
+    def _batch(self, passages: Sequence[Tensor], prefixes: int | None) -> list[Finding]:
+        model, tokenizer = self.module.model, self.module.tokenizer
+        evidence = gather(model, tokenizer, passages, self.prefix, self.batch_size, el=self.n, prefixes=prefixes)
+        values = {criterion.name: criterion.values(evidence) for criterion in self.criteria}
+        overlap = bleu([e.completion for e in evidence], [e.truth for e in evidence]).tolist()
+        diversity = ngram_diversity([e.completion_tokens for e in evidence], 3).tolist()
+        return [
+            {
+                "memorization_accuracy": e.memorization_accuracy,
+                "extraction_likelihood": e.extraction_likelihood,
+                "bleu": overlap[i],
+                "diversity": diversity[i],
+                "nll": e.nll,
+                "prefix": e.prefix,
+                "truth": e.truth,
+                "completion": e.completion,
+                "values": {name: of_all[i] for name, of_all in values.items()},
+            }
+            for i, e in enumerate(evidence)
+        ]
+
+    def perplexity(self, batches: Iterable[Sequences]) -> float:
+        """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
+        metric = Perplexity(ignore_index=IGNORED).to(self.module.device)
+        share, shares = (0, 1) if self.runner.is_sharded else (self.processes.share, self.processes.shares)
+        with torch.no_grad(), untouched(self.module), self.runner.forward_context():
+            for number, batch in enumerate(batches):
+                if number % shares == share:
+                    on_device = {name: batch[name].to(self.module.device) for name in ("input_ids", "attention_mask")}
+                    ids, counts = targets(on_device)
+                    metric.update(self.module.logits(on_device)[:, :-1].float(), ids.masked_fill(~counts, IGNORED))
+        return float(metric.compute())
+
+
+def means_of(found: Sequence[Finding]) -> dict[str, float]:
+    """Means over passages by metric; the perplexity is that of a token of a mean passage.
+
+    Example:
+        >>> one = {name: 0.5 for name in MEANS} | {"nll": 0.0, "values": {"probability": 0.25}}
+        >>> means_of([one, one])["perplexity"], means_of([one])["probability"]
+        (1.0, 0.25)
+    """
+    named = {name: [f[name] for f in found] for name in MEANS} | {
+        name: [f["values"][name] for f in found] for name in found[0]["values"]
+    }
+    means = {name: sum(values) / len(values) for name, values in named.items()}
+    return means | {"perplexity": math.exp(sum(f["nll"] for f in found) / len(found))}
