@@ -180,7 +180,9 @@ class ICUCallback(pl.Callback):
         """Take over from a checkpoint what the original model did, and the status of every passage."""
         loaded, self._loaded = self._loaded, {}
         if loaded["digest"] != self._data.digest:
-            raise UnlearnError("datamodule: the checkpoint belongs to other passages; give the same ones, or fit without ckpt_path")
+            raise UnlearnError(
+                "datamodule: the checkpoint belongs to other passages; give the same ones, or fit without ckpt_path"
+            )
         self.report = PassagesReport.from_dict(loaded["report"])
         self._refinement.restore(loaded["passages"])
         self._first = loaded["first"]
@@ -204,7 +206,7 @@ class ICUCallback(pl.Callback):
         return means, forget
 
     def _thresholds(self) -> dict[str, float]:
-        """Numbers as they were given, and of unseen passages what the original model shows on them, measured as after an epoch."""
+        """Numbers as they were given; of unseen passages what the original shows on them, measured as after an epoch."""
         asked = {criterion.name: criterion.below for criterion in self.forgotten} | self.stop
         unseen = {}
         if "unseen" in asked.values():
@@ -244,7 +246,11 @@ class ICUCallback(pl.Callback):
         names = ("memorization_accuracy", "extraction_likelihood", "bleu")
         report.passages = [
             {"number": i, **status}
-            | {"before": {name: was[name] for name in names}, "after": {name: now[name] for name in names}, "values": now["values"]}
+            | {
+                "before": {name: was[name] for name in names},
+                "after": {name: now[name] for name in names},
+                "values": now["values"],
+            }
             for i, (status, was, now) in enumerate(zip(self._refinement.to_list(), self._first, last, strict=True))
         ]
         report.samples = [

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 UNLEARNED, FAILURE, USAGE, INFEASIBLE, PARTLY = 0, 1, 2, 3, 4
 
-EPILOG = """Options of a callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback (or ICUCallback)
+EPILOG = """Options of a callback: slug-lightning fit --trainer.callbacks.help slug_lightning.callbacks.UnlearnCallback
+(or slug_lightning.callbacks.ICUCallback, for passages that a language model recites)
 
 exit codes:
   0  unlearned (fit, forget-another), done (patch); whether the bounds hold on report data too, the report says ("holds")

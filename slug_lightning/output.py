@@ -125,9 +125,7 @@ def save_run(
             report.to_json(part)
 
 
-def save_passages(
-    folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes
-) -> None:
+def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes) -> None:
     """Write what a run over passages leaves: report, figures, checkpoint, and the model as transformers loads it.
 
     Args:

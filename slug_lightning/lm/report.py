@@ -133,7 +133,7 @@ def samples_table(samples: list[dict[str, str]]) -> str:
     """Completions before and after, as a Markdown table.
 
     Example:
-        >>> print(samples_table([{"prompt": "to be", "truth": "or not", "before": "or not", "after": "| a\\nb"}]))
+        >>> print(samples_table([{"prompt": "to be", "truth": "or not", "before": "or not", "after": "| a" + chr(10) + "b"}]))
         | prompt (its end) | truth | before | after |
         |---|---|---|---|
         | to be | or not | or not | ¦ a⏎b |

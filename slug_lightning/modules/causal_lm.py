@@ -153,8 +153,8 @@ class CausalLMModule(UnlearnModule):
         """Refuse to go on against another original than before."""
         if self.reference is not None and checkpoint.get("original", self.reference.digest()) != self.reference.digest():
             raise UnlearnError(
-                "model: the checkpoint belongs to a run that began from another model; build the module from the original weights "
-                "(not from the checkpoint), and pass the checkpoint as ckpt_path"
+                "model: the checkpoint belongs to a run that began from another model; build the module from the original "
+                "weights (not from the checkpoint), and pass the checkpoint as ckpt_path"
             )
 
     # ---- evaluation

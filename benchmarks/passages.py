@@ -1,0 +1,221 @@
+"""Make a language model forget passages that it recites: ICU beside its baselines and SLUG, at equal forgetting.
+
+Every method starts from the same model, on the same passages, and stops as soon as memorization accuracy and extraction
+likelihood (from one prefix) are where they are on passages that the model never saw. What counts then is what it cost: the
+perplexity of other text. Rates of learning were chosen on draw 100, which is not reported.
+
+    python benchmarks/passages.py                                    # the embedded model, five draws of passages
+    python benchmarks/passages.py --model FOLDER --texts stories.txt # another model, which first learns its passages by heart
+
+Each line is added to the output as soon as it is there; what stands there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas
+import torch
+
+from slug_lightning.callbacks import ICUCallback, UnlearnCallback
+from slug_lightning.datamodules import PassageDataModule, PythonDocsDataModule
+from slug_lightning.datamodules.texts import read_texts
+from slug_lightning.lm.criteria import MemorizationBelow
+from slug_lightning.lm.examination import Examiner, means_of
+from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent, LMLoss, SimNPO
+from slug_lightning.modules import CausalLMModule, EmbeddedLM
+
+METHODS: dict[str, tuple[Callable[[], LMLoss], str]] = {
+    "ICU": (ICU, "nearest"),
+    "KUMPR": (GradientAscent, "random"),
+    "GradDiff": (GradDiff, "random"),
+    "KL": (KL, "random"),
+    "NPO": (NPO, "random"),
+    "SimNPO": (SimNPO, "random"),
+    "DPO": (DPO, "random"),
+}
+"""Loss, and which texts are kept beside each passage: only ICU is about neighbours."""
+Make = Callable[[LMLoss | None], CausalLMModule]
+Make = Callable[[LMLoss | None], CausalLMModule]
+N = 10
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
+
+
+def run(method: str, make: Make, data: PassageDataModule, options: argparse.Namespace) -> dict:
+    """Forget, by one method; gives a line of the table."""
+    pl.seed_everything(0, verbose=False)
+    began = time.perf_counter()
+    if method == "SLUG":
+        return slug(make(None), data, options) | {"seconds": time.perf_counter() - began}
+    loss, data.pairing = METHODS[method][0](), METHODS[method][1]  # type: ignore[assignment]
+    callback = ICUCallback(forgotten=[MemorizationBelow()], refine=method == "ICU", n=N)
+    trainer = pl.Trainer(max_epochs=options.epochs, limit_val_batches=4, callbacks=[callback], **QUIET)
+    trainer.fit(make(loss), data)
+    report = callback.report
+    assert report is not None
+    seconds = report.cost["seconds"]
+    return {
+        "status": report.status,
+        "epochs": len(report.trace) - 1,
+        "validation / training": seconds["validation"] / seconds["training"],
+        "seconds": seconds["validation"] + seconds["training"],
+    } | line(report.before, report.after)
+
+
+def slug(module: CausalLMModule, data: PassageDataModule, options: argparse.Namespace) -> dict:
+    """The same by one step along one layer: as far as it takes to forget, whatever that costs."""
+    data.tokenizer = module.tokenizer
+    data.setup()
+    before = measured(module, data)
+    callback = UnlearnCallback(
+        forget_target=before["unseen"]["memorization_accuracy"], retain_tolerance=1e6, max_evaluations=options.evaluations
+    )
+    pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(module, data)
+    report = callback.report
+    assert report is not None
+    return {"status": report.status, "epochs": 0, "layer": report.layer} | line(before, measured(module, data))
+
+
+def measured(module: CausalLMModule, data: PassageDataModule) -> dict[str, dict[str, float]]:
+    """What `ICUCallback` reports, for a method that it has no part in."""
+    from slug_lightning.progress import Progress
+    from slug_lightning.strategies import Runner
+
+    trainer = pl.Trainer(max_epochs=1, **QUIET)
+    trainer.strategy.connect(module)
+    examiner = Examiner(module, Runner(trainer.strategy), data.prefix, [], N, 64, Progress(None))
+    means = {
+        kind: means_of(examiner.of(rows, None))
+        for kind, rows in (("forget", data.forget_passages), ("unseen", data.unseen_passages))
+    }
+    return means | {"other": {"perplexity": examiner.perplexity(data.test_dataloader())}}
+
+
+def line(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What the table shows of a run; all on whole passages and report data."""
+    found = {"MA before": before["forget"]["memorization_accuracy"], "MA unseen": before["unseen"]["memorization_accuracy"]}
+    found |= {"MA": after["forget"]["memorization_accuracy"], f"EL_{N} before": before["forget"]["extraction_likelihood"]}
+    found |= {f"EL_{N} unseen": before["unseen"]["extraction_likelihood"], f"EL_{N}": after["forget"]["extraction_likelihood"]}
+    found |= {"BLEU": after["forget"]["bleu"], "diversity": after["forget"]["diversity"]}
+    was, now = before["other"]["perplexity"], after["other"]["perplexity"]
+    return found | {"other perplexity": was, "rise %": 100 * (now / was - 1)}
+
+
+# ---- another model, which first learns its passages by heart
+
+
+def own_texts(path: str, tokenizer: Any, length: int, seed: int, passages: int) -> dict[str, list[str]]:
+    """Texts of at least `length` tokens: those to learn and forget, those never seen, and the rest."""
+    texts = [text for text in read_texts("texts", path) if len(tokenizer(text)["input_ids"]) >= length]
+    random.Random(seed).shuffle(texts)
+    return {"forget": texts[:passages], "unseen": texts[passages : 3 * passages], "keep": texts[3 * passages :]}
+
+
+def learn(model: torch.nn.Module, data: PassageDataModule, most: int = 200) -> float:
+    """Train a model on its passages and, so that it stays what it is, on as many other texts, until it recites 97 %."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    module = CausalLMModule(model, tokenizer=data.tokenizer)
+    recited = 0.0
+    for _ in range(most):
+        for batch in data.every_batch():
+            loss = sum(module.forget_step(batch[part], 0) for part in ("forget", "pair"))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[union-attr]
+            optimizer.step()
+        recited = measured(module, data)["forget"]["memorization_accuracy"]
+        if recited >= 0.97:
+            break
+    return recited
+
+
+def world(
+    options: argparse.Namespace, draw: int
+) -> tuple[Callable[[LMLoss | None], CausalLMModule], Callable[[], PassageDataModule]]:
+    """What makes the model of a draw, and its data."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=options.lr, betas=(0.9, 0.98))
+
+    if options.model is None:
+        return (
+            lambda loss: EmbeddedLM(loss=loss, optimizer=optimizer),
+            lambda: PythonDocsDataModule(options.passages, seed=draw),
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    texts = own_texts(options.texts, tokenizer, options.prefix + options.suffix, draw, options.passages)
+
+    def data(**more: Any) -> PassageDataModule:
+        sizes = {"prefix": options.prefix, "suffix": options.suffix, "seed": draw}
+        return PassageDataModule(**texts, **sizes, tokenizer=tokenizer, **more)
+
+    folder = options.output.parent / f"recites-{draw}"
+    if not folder.exists():
+        torch.manual_seed(draw)
+        model = AutoModelForCausalLM.from_pretrained(options.model).float()
+        with_pairs = data(pairing="random")
+        with_pairs.setup()
+        print(f"draw {draw}: learned by heart, memorization accuracy {learn(model, with_pairs):.3f}", flush=True)
+        model.save_pretrained(folder)
+    return lambda loss: CausalLMModule(folder, tokenizer=tokenizer, loss=loss, optimizer=optimizer), data
+
+
+def table(lines: list[dict]) -> str:
+    """Mean ± standard deviation over draws, by method."""
+    frame = pandas.DataFrame(lines).drop(columns=["draw", "layer"], errors="ignore")
+    rows = {}
+    for method, of_method in frame.groupby("method", sort=False):
+        numbers = of_method.select_dtypes("number")
+        rows[method] = {"forgotten": f"{(of_method.status == 'unlearned').sum()} of {len(of_method)}"} | {
+            name: f"{column.mean():.3g} ± {column.std():.2g}" for name, column in numbers.items()
+        }
+    return pandas.DataFrame(rows).T.to_markdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, nargs="+", default=list(range(5)), help="seeds of the passages (default: 0 to 4)")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "SLUG"], choices=[*METHODS, "SLUG"], metavar="METHOD")
+    parser.add_argument("--passages", type=int, default=32, help="how many to forget (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=60, help="at most (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of Adam (default: %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=10, help="of SLUG, for each layer (default: %(default)s)")
+    parser.add_argument("--model", help="folder or name of another causal language model; needs --texts")
+    parser.add_argument("--texts", help="of that model: a .txt file with blank lines between texts, or .jsonl")
+    parser.add_argument("--prefix", type=int, default=32, help="tokens, of another model (default: %(default)s)")
+    parser.add_argument("--suffix", type=int, default=32, help="tokens, of another model (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/passages.jsonl"), help="(default: %(default)s)")
+    options = parser.parse_args()
+    if (options.model is None) != (options.texts is None):
+        parser.error("--model and --texts go together")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(text) for text in options.output.read_text().splitlines()] if options.output.exists() else []
+    for draw in options.draws:
+        make, data = world(options, draw)
+        for method in options.methods:
+            if any((done["draw"], done["method"]) == (draw, method) for done in lines):
+                continue
+            lines.append({"draw": draw, "method": method} | run(method, make, data(), options))
+            with options.output.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
