@@ -318,6 +318,15 @@ def test_what_little_a_certain_model_leaves_for_the_others_is_not_rounded_away()
     assert gradient[:, 0].tolist() == pytest.approx([1 / (V - 1)] * 3)
 
 
+def test_a_model_that_excludes_all_other_tokens_has_a_gradient():
+    scores = torch.full((1, V), -math.inf)
+    scores[:, [5, 7]] = 0.0
+    found = topk.bucketed(scores.requires_grad_(), torch.tensor([[5, 7]]))
+    assert found[0, :2].exp().tolist() == pytest.approx([0.5, 0.5])
+    (gradient,) = torch.autograd.grad(found[:, 0].sum(), scores)
+    assert gradient.isfinite().all() and gradient[0, [5, 7]].tolist() == pytest.approx([0.5, -0.5])
+
+
 def test_what_the_disk_holds_is_what_is_said_and_little_beside_all_logits(tmp_path):
     model, k = llama(), 64
     batches = [{"pair": pad(rows(*[200] * 16, seed=seed)), "forget": pad(rows(*[10] * 16, seed=50 + seed))} for seed in range(8)]

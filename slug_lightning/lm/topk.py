@@ -236,7 +236,7 @@ def bucketed(scores: Tensor, chosen: Tensor) -> Tensor:
         tensor([[0.2500, 0.7500]])
     """
     # By the others' own logits: 1 - Σp has no digit left where the chosen ones have it all.
-    lowest = torch.finfo(scores.dtype).min  # not -inf, whose logarithm of a sum has no gradient where no others are
+    lowest = torch.finfo(scores.dtype).min  # not -inf: where the model excludes all others, the gradient would be NaN
     rest = scores.scatter(1, chosen, lowest).logsumexp(-1, keepdim=True)
     top = scores[torch.arange(len(scores), device=scores.device)[:, None], chosen]  # gather would hold the scores too
     return torch.cat([top, rest], 1).log_softmax(-1)
