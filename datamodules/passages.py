@@ -212,7 +212,7 @@ class PassageDataModule(UnlearnDataModule):
         """Training batches of the active passages; of several processes, each draws its share."""
         if not self.forget_passages:
             raise UnlearnError("forget: there are no passages yet; call setup()")
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if getattr(self.trainer, "overfit_batches", 0):
             raise UnlearnError("overfit_batches: it takes the sampler away; give fewer passages to forget instead")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         drawn = _Drawn(len(self.forget_passages))
