@@ -223,7 +223,12 @@ class ICUCallback(pl.Callback):
         self._data.active = self._refinement.active
         remembered, means = len(self._refinement.remembered), means_of(found)
         other = trainer.callback_metrics.get("perplexity")
-        entry = {"epoch": epoch, "step": trainer.global_step, "trained": trained, "remembered": remembered} | means
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "step": trainer.global_step,
+            "trained": trained,
+            "remembered": remembered,
+        } | means
         entry["other_perplexity"] = None if other is None else float(other)
         self.report.trace.append(entry)
         if self.refine and not self._refinement.active:

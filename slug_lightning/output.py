@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
@@ -135,10 +135,11 @@ def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module
         module: holds the trained model and its tokenizer.
         processes: of which the first writes; the others help to gather what is sharded.
     """
-    state = {name: whole(tensor).cpu() for name, tensor in module.model.state_dict().items()}
+    model: Any = module.model
+    state = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        module.model.save_pretrained(folder / MODEL, state_dict=state)
+        model.save_pretrained(folder / MODEL, state_dict=state)
         module.tokenizer.save_pretrained(folder / MODEL)
         _save_figures(folder, report)
     processes.exchange("files", None)

@@ -97,9 +97,10 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
     if not all(map(len, prefixes)):
         raise UnlearnError("prefixes: one is empty; give at least one token to go on from")
     completions = [prefix[:0].cpu() for prefix in prefixes]
+    shapes = [(len(prefix), count) if count else (0, 0) for prefix, count in zip(prefixes, counts, strict=True)]
     ends = _ends(model)
     with torch.no_grad(), untouched(model):
-        for batch in _batches([(len(p), count) for p, count in zip(prefixes, counts, strict=True)], batch_tokens):
+        for batch in _batches(shapes, batch_tokens):
             steps = max(counts[i] for i in batch)
             tokens = _generate(model, [prefixes[i].cpu() for i in batch], steps, ends).cpu()
             for i, row in zip(batch, tokens, strict=True):
@@ -225,7 +226,7 @@ def _ends(model: Any) -> set[int]:
 
 
 def _batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of the (prefix, completion) lengths that go together: alike, and with padding at most so many tokens."""
+    """Which (prefix, completion) lengths go together: alike ones, with padding at most so many tokens; none that are 0."""
     batch: list[int] = []
     longest = (0, 0)
     for i in sorted((i for i, shape in enumerate(shapes) if sum(shape)), key=lambda i: shapes[i]):

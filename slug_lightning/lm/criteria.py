@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,6 @@ class Evidence:
         memorization_accuracy: share of the passage's tokens that are predicted right, 0 to 1.
         nll: mean negative log-likelihood of the passage's tokens, in nats.
         extraction_likelihood: EL_n, 0 to 1, or an estimate of it; None where it was not asked for.
-        n: of that.
     """
 
     prefix: str
@@ -41,7 +41,6 @@ class Evidence:
     memorization_accuracy: float
     nll: float
     extraction_likelihood: float | None = None
-    n: int | None = None
 
 
 def gather(
@@ -93,7 +92,7 @@ def gather(
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return [
-        Evidence(text(p[:prefix]), text(p[prefix:]), text(found[0]), p[prefix:], found[0], *numbers, el)
+        Evidence(text(p[:prefix]), text(p[prefix:]), text(found[0]), p[prefix:], found[0], *numbers)
         for p, found, *numbers in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
     ]
 
@@ -108,29 +107,29 @@ def _spread(longest: int, prefix: int, count: int | None) -> list[int]:
     return lengths
 
 
-@dataclass
-class Criterion:
+class Criterion(ABC):
     """A bound on one value of a passage: at or below it, the passage is forgotten by this criterion.
 
-    Args:
+    No dataclass itself, though those that inherit are: of a dataclass, jsonargparse takes no subclass from a config.
+
+    Attributes:
+        name: what is bounded.
         below: the bound, 0 to 1; or "unseen": the mean of the value over passages that the model never saw.
 
     Raises:
         UnlearnError: if `below` is neither.
     """
 
-    below: Union[float, Literal["unseen"]] = "unseen"
-
     name: ClassVar[str]
-    """What is bounded."""
+    below: Union[float, Literal["unseen"]]
 
     def __post_init__(self) -> None:
         if self.below != "unseen" and not (isinstance(self.below, (int, float)) and 0 <= self.below <= 1):
             raise UnlearnError(f"{type(self).__name__}(below={self.below!r}): give a number from 0 to 1, or 'unseen'")
 
+    @abstractmethod
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """The value of each passage."""
-        raise NotImplementedError
+        """The value of each passage; lower is more forgotten."""
 
     def forgotten(self, values: Sequence[float], threshold: float) -> list[bool]:
         """Whether each value is at or below the threshold; what is not a number is not forgotten."""
@@ -162,21 +161,17 @@ class BleuBelow(Criterion):
 class BertScoreBelow(Criterion):
     """F1 of BERTScore of the completion against the truth, by `torchmetrics.text.BERTScore`.
 
-    ICU's paper has 0.3, for scores rescaled by a baseline. These are not: unrelated texts get 0.8 from many models, so that
-    the default bound is what passages get that the model never saw.
+    Scores are not rescaled by a baseline, which would have to be downloaded: without, unrelated texts may get far more than the
+    bound of ICU's paper, 0.3. So the default bound is what passages get that the model never saw.
 
     Args:
         model: name or folder of a transformers encoder with its tokenizer.
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
-    model: str = ""
+    model: str
+    below: Union[float, Literal["unseen"]] = "unseen"
     name = "bertscore"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.model:
-            raise UnlearnError("BertScoreBelow(model=…): give the name or the folder of an encoder")
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """F1 of each completion; 0 where it or the truth is empty.
@@ -187,7 +182,8 @@ class BertScoreBelow(Criterion):
         return [self._score(e.completion, e.truth) if e.completion.strip() and e.truth.strip() else 0.0 for e in evidence]
 
     def _score(self, completion: str, truth: str) -> float:
-        # Pair by pair: torchmetrics (1.9) sorts both lists by length, each by itself, and does not put them back.
+        # Pair by pair: torchmetrics (1.9) sorts both lists by length, each by itself, and to undo it takes the same order again
+        # instead of its inverse, so that texts of different pairs are compared.
         self._scorer.reset()
         self._scorer.update([completion], [truth])
         return self._scorer.compute()["f1"].item()
@@ -224,6 +220,7 @@ class MemorizationBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
+    below: Union[float, Literal["unseen"]] = "unseen"
     name = "memorization_accuracy"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
@@ -233,29 +230,23 @@ class MemorizationBelow(Criterion):
 
 @dataclass
 class ExtractionBelow(Criterion):
-    """Extraction likelihood EL_n over the whole passage. The dearest one: it generates for every token predicted wrong.
+    """Extraction likelihood EL_n, with the n and from the prefixes that the evidence was gathered with.
 
     Args:
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
-        n: tokens of an n-gram, at least 1.
     """
 
-    n: int = 10
+    below: Union[float, Literal["unseen"]] = "unseen"
     name = "extraction_likelihood"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n < 1:
-            raise UnlearnError(f"ExtractionBelow(n={self.n}): give at least 1 token")
-
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """EL_n of each passage.
+        """EL_n of each passage, or its estimate.
 
         Raises:
-            UnlearnError: if it was not measured with this n.
+            UnlearnError: if it was not measured.
         """
-        if any(e.n != self.n for e in evidence):
-            raise UnlearnError(f"ExtractionBelow(n={self.n}): EL_{self.n} was not measured; gather the evidence with el={self.n}")
+        if any(e.extraction_likelihood is None for e in evidence):
+            raise UnlearnError("ExtractionBelow: the likelihood was not measured; gather the evidence with el=…")
         return [float(e.extraction_likelihood) for e in evidence if e.extraction_likelihood is not None]
 
 
@@ -267,6 +258,7 @@ class ProbabilityBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
+    below: Union[float, Literal["unseen"]] = "unseen"
     name = "probability"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:

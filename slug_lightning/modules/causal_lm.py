@@ -120,9 +120,10 @@ class CausalLMModule(UnlearnModule):
             assert self.reference_dir is not None
             self.model.to(self.trainer.strategy.root_device)
             self.reference = TopK(self.model, self.reference_dir, self.top_k)
-            if not hasattr(datamodule := getattr(self.trainer, "datamodule", None), "every_batch"):
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if not hasattr(data, "every_batch"):
                 raise UnlearnError("reference: 'top-k' must know all passages beforehand; fit with a PassageDataModule")
-            self.reference.prepare(datamodule.every_batch())
+            self.reference.prepare(data.every_batch())
 
     def on_train_epoch_start(self) -> None:
         """Switch dropout off, unless it was asked for."""
