@@ -110,6 +110,8 @@ class CausalLMModule(UnlearnModule):
 
         A second fit of the same module keeps the first reference: it is the original that counts.
         """
+        if stage == "fit":
+            self.model.train()  # what transformers loads is in evaluation mode, of which Lightning warns
         if stage != "fit" or not self.lm_loss.needs_reference or self.reference is not None:
             return
         if self.kind == "adapters":
@@ -125,10 +127,9 @@ class CausalLMModule(UnlearnModule):
                 raise UnlearnError("reference: 'top-k' must know all passages beforehand; fit with a PassageDataModule")
             self.reference.prepare(data.every_batch())
 
-    def on_train_epoch_start(self) -> None:
-        """Switch dropout off, unless it was asked for."""
-        if not self.dropout:
-            self.model.eval()
+    def on_train_start(self) -> None:
+        """Switch dropout off, unless it was asked for: also of a fit that goes on within an epoch."""
+        self.model.train(self.dropout)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of each passage times what it counts, summed; of plain sequences, their mean negative log-likelihood."""
