@@ -116,6 +116,7 @@ class ICUCallback(pl.Callback):
         self._examiner = Examiner(pl_module, runner, self._data.prefix, self.forgotten, self.n, self.batch_size, self._progress)
         self._refinement = Refinement(len(self._data.forget_passages), self.refine)
         self._clock = Clock()
+        self._other: Optional[float] = None
         if self._loaded:
             self._go_on(trainer)
         else:
@@ -129,12 +130,14 @@ class ICUCallback(pl.Callback):
         self._clock.start("training")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if _is_in_a_fit(trainer):
             self._clock.start("validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validation within an epoch is no training."""
-        if not trainer.sanity_checking:
+        """Validation within an epoch is no training; what it found of other text belongs to the epoch."""
+        if _is_in_a_fit(trainer):
+            found = trainer.callback_metrics.get("perplexity")
+            self._other = None if found is None else float(found)
             self._clock.start("training")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,6 +169,7 @@ class ICUCallback(pl.Callback):
             "report": self.report.to_dict(),
             "passages": self._refinement.to_list(),
             "first": self._first,
+            "other": self._other,
             "seconds": dict(self._clock.seconds),
             "digest": self._data.digest,
         }
@@ -177,7 +181,10 @@ class ICUCallback(pl.Callback):
     # ---- what happens in them
 
     def _go_on(self, trainer: pl.Trainer) -> None:
-        """Take over from a checkpoint what the original model did, and the status of every passage."""
+        """Take over from a checkpoint what the original model did, and the status of every passage.
+
+        Of one that was saved within an epoch, Lightning ends the epoch first, so that its passages are looked at as ever.
+        """
         loaded, self._loaded = self._loaded, {}
         if loaded["digest"] != self._data.digest:
             raise UnlearnError(
@@ -185,12 +192,11 @@ class ICUCallback(pl.Callback):
             )
         self.report = PassagesReport.from_dict(loaded["report"])
         self._refinement.restore(loaded["passages"])
-        self._first = loaded["first"]
+        self._first, self._other = loaded["first"], loaded["other"]
         self._clock.seconds |= loaded["seconds"]
         self._data.active = self._refinement.active
-        if self.report.trace[-1]["step"] != trainer.global_step:  # it was saved within an epoch, before the status was renewed
-            self._refinement.trained()
-            self._judge(trainer, self._examine())
+        if self.report.status == "unlearned":
+            trainer.should_stop = True
 
     def _examine(self) -> list[Finding]:
         """Each passage to forget, as it is now."""
@@ -222,14 +228,13 @@ class ICUCallback(pl.Callback):
         self._refinement.update([any(of_one) for of_one in zip(*verdicts, strict=True)] if verdicts else [False] * len(found))
         self._data.active = self._refinement.active
         remembered, means = len(self._refinement.remembered), means_of(found)
-        other = trainer.callback_metrics.get("perplexity")
         entry: dict[str, Any] = {
             "epoch": epoch,
             "step": trainer.global_step,
             "trained": trained,
             "remembered": remembered,
         } | means
-        entry["other_perplexity"] = None if other is None else float(other)
+        entry["other_perplexity"], self._other = self._other, None
         self.report.trace.append(entry)
         if self.refine and not self._refinement.active:
             self._end(trainer, "every passage is forgotten")
@@ -289,6 +294,11 @@ class ICUCallback(pl.Callback):
                 writer.add_text("unlearn/completions", samples_table(self.report.samples))
                 writer.add_text("unlearn/report", f"<pre>{self.report.to_text()}</pre>")
             logger.save()
+
+
+def _is_in_a_fit(trainer: pl.Trainer) -> bool:
+    """Not by itself (`trainer.validate`), and not as a check before it."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 class Clock:
