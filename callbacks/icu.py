@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from slug_lightning.modules.causal_lm import CausalLMModule
 from slug_lightning.output import fresh_folder, save_passages
 from slug_lightning.progress import Progress
 from slug_lightning.strategies import Runner, refuse_unsupported
-from slug_lightning.surroundings import folder_of
+from slug_lightning.surroundings import folder_of, refuse_surroundings
 
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 Below = Union[float, Literal["unseen"]]
@@ -71,11 +72,18 @@ class ICUCallback(pl.Callback):
         for name, value in (("n", n), ("prefixes", prefixes), ("batch_size", batch_size)):
             if value < 1:
                 raise UnlearnError(f"{name}: {value} is too small; give at least 1")
+        if samples < 0:
+            raise UnlearnError(f"samples: {samples} completions cannot be shown; give at least 0")
         self.forgotten: list[Criterion] = [BleuBelow(0.01)] if forgotten is None else forgotten
         self.stop: dict[str, Below] = {MA: "unseen", EL: "unseen"} if stop is None else dict(stop)
         known = {MA, EL, *(criterion.name for criterion in self.forgotten)}
         if unknown := self.stop.keys() - known:
             raise UnlearnError(f"stop: {', '.join(sorted(unknown))} is not known; give some of {', '.join(sorted(known))}")
+        for name, below in self.stop.items():
+            if below != "unseen" and not (isinstance(below, (int, float)) and math.isfinite(below)):
+                raise UnlearnError(f"stop: {name} can never fall below {below!r}; give a finite number, or 'unseen'")
+        if len({criterion.name for criterion in self.forgotten}) < len(self.forgotten):
+            raise UnlearnError("forgotten: two criteria bound the same; the stricter one has no say, leave it out")
         if not self.stop and not (refine and self.forgotten):
             raise UnlearnError("stop: without a metric, and without passages that rest, nothing would end the training")
         self.refine = refine
@@ -93,9 +101,15 @@ class ICUCallback(pl.Callback):
         """Refuse what cannot work, before anything is computed."""
         if stage != "fit":
             return
+        self._loaded = {}
         refuse_unsupported(trainer.strategy)
+        refuse_surroundings(trainer)
         if not isinstance(pl_module, CausalLMModule):
             raise UnlearnError(f"model: {type(pl_module).__name__} is no CausalLMModule; wrap the language model in one")
+        if pl_module.tokenizer is None:
+            raise UnlearnError(
+                "tokenizer: the model has none, so that completions have no text; give CausalLMModule(tokenizer=…)"
+            )
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "forget_passages"):
             raise UnlearnError("datamodule: it serves no passages; fit with a PassageDataModule")
@@ -123,7 +137,7 @@ class ICUCallback(pl.Callback):
             self.report = PassagesReport("unfinished", type(pl_module.lm_loss).__name__, decided=list(self.stop))
             with self._clock.phase("report"):
                 self.report.before, self._first = self._measure()
-                self.report.thresholds = self._thresholds()
+                self.report.thresholds, self.report.bounds = self._bounds()
             self._judge(trainer, self._examine())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,6 +186,7 @@ class ICUCallback(pl.Callback):
             "other": self._other,
             "seconds": dict(self._clock.seconds),
             "digest": self._data.digest,
+            "asked": self._asked(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,6 +205,10 @@ class ICUCallback(pl.Callback):
             raise UnlearnError(
                 "datamodule: the checkpoint belongs to other passages; give the same ones, or fit without ckpt_path"
             )
+        if changed := [name for name, value in self._asked().items() if loaded["asked"][name] != value]:
+            raise UnlearnError(
+                f"{', '.join(changed)}: the checkpoint belongs to a run with others; give the same, or fit without ckpt_path"
+            )
         self.report = PassagesReport.from_dict(loaded["report"])
         self._refinement.restore(loaded["passages"])
         self._first, self._other = loaded["first"], loaded["other"]
@@ -197,6 +216,11 @@ class ICUCallback(pl.Callback):
         self._data.active = self._refinement.active
         if self.report.status == "unlearned":
             trainer.should_stop = True
+
+    def _asked(self) -> dict[str, Any]:
+        """By what is judged, as plain data."""
+        forgotten = {criterion.name: criterion.below for criterion in self.forgotten}
+        return {"forgotten": forgotten, "stop": self.stop, "n": self.n, "prefixes": self.prefixes, "refine": self.refine}
 
     def _examine(self) -> list[Finding]:
         """Each passage to forget, as it is now."""
@@ -211,19 +235,26 @@ class ICUCallback(pl.Callback):
         means["other"] = {"perplexity": self._examiner.perplexity(self._data.test_dataloader())}
         return means, forget
 
-    def _thresholds(self) -> dict[str, float]:
-        """Numbers as they were given; of unseen passages what the original shows on them, measured as after an epoch."""
-        asked = {criterion.name: criterion.below for criterion in self.forgotten} | self.stop
-        unseen = {}
-        if "unseen" in asked.values():
+    def _bounds(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of the means that stop the training, and of the values that let a passage rest.
+
+        Numbers as they were given, and of unseen passages what the original model shows on them, measured as after an epoch.
+        """
+        resting = {criterion.name: criterion.below for criterion in self.forgotten}
+        unseen: dict[str, float] = {}
+        if "unseen" in [*self.stop.values(), *resting.values()]:
             unseen = means_of(self._examiner.of(self._data.unseen_passages, self.prefixes, "unseen passages"))
-        return {name: unseen[name] if below == "unseen" else float(below) for name, below in asked.items()}
+        of_stop, of_resting = (
+            {name: unseen[name] if below == "unseen" else float(below) for name, below in asked.items()}
+            for asked in (self.stop, resting)
+        )
+        return of_stop, of_resting
 
     def _judge(self, trainer: pl.Trainer, found: list[Finding]) -> None:
         """Tell remembered from forgotten, log it, and stop where there is nothing left to do."""
         assert self.report is not None
-        thresholds, epoch = self.report.thresholds, len(self.report.trace)
-        verdicts = [c.forgotten([f["values"][c.name] for f in found], thresholds[c.name]) for c in self.forgotten]
+        thresholds, bounds, epoch = self.report.thresholds, self.report.bounds, len(self.report.trace)
+        verdicts = [c.forgotten([f["values"][c.name] for f in found], bounds[c.name]) for c in self.forgotten]
         trained = len(self._refinement.active) if epoch else 0
         self._refinement.update([any(of_one) for of_one in zip(*verdicts, strict=True)] if verdicts else [False] * len(found))
         self._data.active = self._refinement.active

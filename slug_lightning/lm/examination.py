@@ -123,4 +123,5 @@ def means_of(found: Sequence[Finding]) -> dict[str, float]:
         name: [f["values"][name] for f in found] for name in found[0]["values"]
     }
     means = {name: sum(values) / len(values) for name, values in named.items()}
-    return means | {"perplexity": math.exp(sum(f["nll"] for f in found) / len(found))}
+    nll = sum(f["nll"] for f in found) / len(found)
+    return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}  # beyond that, exp raises an error

@@ -31,8 +31,8 @@ class PassagesReport:
         status: "unlearned" where what was to stop the training did; "unfinished" where the epochs ended before that.
         method: name of the loss.
         reason: what ended the training, in words.
-        thresholds: at or below which a metric stops the training, or a passage counts as forgotten, by name; of unseen passages
-            where that was asked for.
+        thresholds: at or below which the mean of a metric stops the training, by name; of unseen passages where that was asked.
+        bounds: at or below which a passage counts as forgotten, by criterion; likewise.
         decided: names of the metrics that decided when to stop; what is reported besides had no say.
         passages: of each passage to forget: `number`, `remembered`, `epochs` trained, `returns`, `values` by criterion at the
             end, metrics `before` and `after`.
@@ -57,6 +57,7 @@ class PassagesReport:
     method: str
     reason: str = ""
     thresholds: Values = field(default_factory=dict)
+    bounds: Values = field(default_factory=dict)
     decided: list[str] = field(default_factory=list)
     passages: list[dict[str, Any]] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
@@ -116,10 +117,11 @@ class PassagesReport:
         figure = Figure(figsize=(12, 4), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         epochs = [entry["epoch"] for entry in self.trace]
+        levels = self.bounds | self.thresholds
         for colour, name in enumerate(("memorization_accuracy", "extraction_likelihood", "bleu")):
             left.plot(epochs, [entry.get(name) for entry in self.trace], ".-", color=f"C{colour}", label=TITLES[name])
-            if name in self.thresholds:
-                left.axhline(self.thresholds[name], color=f"C{colour}", linestyle="--", linewidth=1)
+            if name in levels:
+                left.axhline(levels[name], color=f"C{colour}", linestyle="--", linewidth=1)
         left.set(xlabel="epoch", title="Passages to forget (dashed: threshold)", ylim=(0, 1))
         left.legend(fontsize=8)
         middle.plot(epochs, [entry["remembered"] for entry in self.trace], ".-", color="black")
