@@ -116,6 +116,7 @@ class CausalLMModule(UnlearnModule):
             return
         if self.kind == "adapters":
             self.reference = AdaptersOff(self.model)
+            self.reference.digest()  # now, before the trainer's precision rounds the weights
         elif self.kind == "copy":
             self.reference = FrozenCopy(self.model)
         else:
