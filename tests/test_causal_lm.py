@@ -13,6 +13,7 @@ from _forgetting import Seen, icu, language_model, measured, passages, quick, tr
 from _processes import Ended, in_processes
 from _tiny_lm import RECITED, UNSEEN, reciting, rows, tokenizer
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
@@ -273,3 +274,37 @@ def test_two_processes_do_what_one_does(forget):
             assert one == pytest.approx(both, rel=1e-3, abs=1e-5)
         for name, tensor in wanted.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-5)
+
+
+def saved_by(folder: str, epochs: int, checkpoint: str | None) -> Any:
+    callback = icu(output_dir=folder, stop=NEVER)
+    trainer(callback, max_epochs=epochs, devices=2, strategy="ddp").fit(
+        language_model(), passages(batch_size=2), ckpt_path=checkpoint
+    )
+    return callback.report.to_dict()["trace"], os.path.exists(folder + "-2")
+
+
+def test_two_processes_leave_one_folder_and_go_on_from_it(tmp_path):
+    whole = in_processes(2, saved_by, str(tmp_path / "whole"), 3, None)
+    in_processes(2, saved_by, str(tmp_path / "part"), 2, None)
+    rest = in_processes(2, saved_by, str(tmp_path / "rest"), 3, str(tmp_path / "part" / "unlearned.ckpt"))
+    assert not any(isinstance(found, Ended) for found in whole + rest), (whole, rest)
+    assert whole == rest == [(whole[0][0], False)] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "rest", "whole"]
+    ended = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "rest")]
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+
+
+def test_tied_weights_are_saved_as_transformers_has_them(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_positions=32, n_embd=8, n_layer=1, n_head=2, **ends))
+    callback = icu(output_dir=str(tmp_path / "run"), forgotten=[], stop=NEVER)
+    trainer(callback, max_epochs=1, limit_val_batches=0).fit(language_model(model), passages())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert "lm_head.weight" not in load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert [entry["other_perplexity"] for entry in callback.report.trace] == [None, None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _forgetting import Scripted, Seen, icu, language_model, passages, trainer, weights
 from _tiny_lm import RECITED
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slug_lightning.lm.criteria import BleuBelow, ExtractionBelow, MemorizationBelow, ProbabilityBelow
@@ -134,6 +134,7 @@ def test_without_a_criterion_all_train_until_the_mean_stops_it():
     assert all(sorted(epoch) == list(ALL) for epoch in seen.epochs)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=8), st.booleans())
 def test_the_status_is_what_was_said_last(said, rests):
     refinement = Refinement(3, rests)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slug_lightning.lm.report import PassagesReport, samples_table
@@ -44,6 +44,7 @@ def a_report(**options: Any) -> PassagesReport:
     return PassagesReport(**{**given, **options})
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         PassagesReport,
@@ -102,6 +103,7 @@ def test_the_figure_shows_the_curves_and_the_levels_to_fall_below():
     assert list(right.lines[0].get_ydata()) == [None, 9, 9]
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({name: st.text() for name in ("prompt", "truth", "before", "after")})))
 def test_each_sample_is_one_row_of_four_cells_whatever_it_says(samples):
     rows = samples_table(samples).split("\n")
