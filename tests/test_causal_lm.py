@@ -207,6 +207,14 @@ def test_the_default_optimizer_is_that_of_the_paper():
     assert len(group["params"]) == sum("lora" in name for name, _ in model.named_parameters())
 
 
+def test_a_folder_without_a_model_or_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(UnlearnError, match=f"^tokenizer: '{tmp_path}' cannot be loaded"):
+        CausalLMModule(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnlearnError, match=f"^model: '{tmp_path}' cannot be loaded"):
+        CausalLMModule(tmp_path)
+
+
 # ---- evaluation, and SLUG
 
 

@@ -192,26 +192,32 @@ def load_causal_lm(name: Union[str, Path]) -> nn.Module:
     """Load a causal language model in fp32, so that small steps of the optimizer are not rounded away.
 
     Raises:
-        UnlearnError: if transformers is missing.
+        UnlearnError: if transformers is missing, or has nothing of that name.
     """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UnlearnError('model: transformers is missing; pip install "slug-lightning[lm]"') from error
-    return AutoModelForCausalLM.from_pretrained(str(name)).float()
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(name)).float()
+    except (OSError, ValueError) as error:
+        raise UnlearnError(f"model: {str(name)!r} cannot be loaded ({error}); give its folder or its name") from error
 
 
 def load_tokenizer(name: Union[str, Path]) -> Any:
     """Load a tokenizer.
 
     Raises:
-        UnlearnError: if transformers is missing.
+        UnlearnError: if transformers is missing, or has nothing of that name.
     """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UnlearnError('tokenizer: transformers is missing; pip install "slug-lightning[lm]"') from error
-    return AutoTokenizer.from_pretrained(str(name))
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise UnlearnError(f"tokenizer: {str(name)!r} cannot be loaded ({error}); give its folder or its name") from error
 
 
 def mean_nll(model: nn.Module, sequences: Sequences) -> Tensor:
