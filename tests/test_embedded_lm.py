@@ -31,7 +31,7 @@ def loaded():
         return model, AutoTokenizer.from_pretrained(LM), amiss
 
 
-def tokens(tokenizer, part: str, most: int = 48) -> torch.Tensor:
+def tokens(tokenizer, part: str, most: int) -> torch.Tensor:
     """First 64 tokens [passages, 64] of evenly chosen passages of a part."""
     texts = TEXTS[part][:: max(1, len(TEXTS[part]) // most)][:most]
     return torch.tensor([tokenizer(text)["input_ids"][:64] for text in texts])
@@ -83,7 +83,7 @@ def test_only_the_recited_passages_are_known_by_heart(loaded):
     model, tokenizer, _ = loaded
     right, loss = {}, {}
     for part in PARTS:
-        ids = tokens(tokenizer, part)
+        ids = tokens(tokenizer, part, 48)
         guesses = logits(model, ids)
         right[part] = (guesses.argmax(-1) == ids[:, 1:]).float().mean().item()
         loss[part] = torch.nn.functional.cross_entropy(guesses.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -96,7 +96,7 @@ def test_only_the_recited_passages_are_known_by_heart(loaded):
 @pytest.mark.parametrize(("part", "least", "most"), [("recited", 0.9, 1.0), ("unseen", 0.0, 0.0)])
 def test_completion_of_the_first_half(loaded, part, least, most):
     model, tokenizer, _ = loaded
-    ids = tokens(tokenizer, part)
+    ids = tokens(tokenizer, part, 16)
     made = ids[:, :32]
     for _ in range(32):
         with torch.no_grad():
