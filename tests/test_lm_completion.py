@@ -126,7 +126,7 @@ def test_extraction_likelihood_equals_the_slow_way(kind):
     rows = partly_known(model, [14, 8, 11], seed=2)
     sequences = pad(rows)
     for n in (1, 3):
-        values = extraction_likelihood(complete_every_prefix(model, sequences, last=-n), sequences, n)
+        values = extraction_likelihood(complete_every_prefix(model, sequences, leave=n), sequences, n)
         assert torch.equal(values, torch.tensor([slow_likelihood(model, row.tolist(), n) for row in rows]))
         assert 0 < values.min() < 1
 
@@ -140,7 +140,7 @@ def test_a_model_that_recites_needs_one_forward_and_no_generation():
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
     calls, sequences = Calls(model), pad(list(rows))
-    every = complete_every_prefix(model, sequences, last=-10)
+    every = complete_every_prefix(model, sequences, leave=10)
     assert calls.shapes == [(3, 16)]
     assert as_lists(every) == [[row[t:].tolist() for t in range(1, 7)] for row in rows]
     assert extraction_likelihood(every, sequences).tolist() == [1, 1, 1]
@@ -289,6 +289,20 @@ def test_adapters_of_peft_are_part_of_the_model():
     assert every != before
 
 
+def test_a_wrapper_that_names_no_arguments_changes_nothing():
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.device, self.config = model, model.device, model.config
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    model = made("gpt2")  # learned positions: without position_ids, padding on the left would shift them
+    rows = partly_known(model, [10, 4])
+    assert as_lists([complete(Wrapper(model), rows, [5, 5])]) == as_lists([complete(model, rows, [5, 5])])
+
+
 def test_what_stands_in_the_padding_makes_no_difference():
     model = made("gpt2")
     rows = partly_known(model, [10, 4])
@@ -296,14 +310,11 @@ def test_what_stands_in_the_padding_makes_no_difference():
     assert found[0] == found[1]
 
 
-def test_first_and_last_choose_the_prefixes():
+def test_the_longest_prefix_leaves_as_much_as_is_asked_for():
     model = made("llama")
-    (row,) = rows = partly_known(model, [10])
-    (every,) = complete_every_prefix(model, pad(rows))
-    for (first, last), expected in {(3, 5): every[2:5], (2, -4): every[1:6], (1, 1): every[:1]}.items():
-        (found,) = complete_every_prefix(model, pad(rows), first=first, last=last)
-        assert as_lists([found]) == as_lists([expected])
-    assert complete_every_prefix(model, pad([row[:3]]), last=-3) == [[]]
+    rows = partly_known(model, [10, 3])
+    every = as_lists(complete_every_prefix(model, pad(rows)))
+    assert as_lists(complete_every_prefix(model, pad(rows), leave=3)) == [every[0][:7], []]
 
 
 def test_the_mean_loss_of_a_token_is_in_nats():

@@ -110,28 +110,27 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
 
 
 def complete_every_prefix(
-    model: Any, sequences: Sequences, first: int = 1, last: int = -1, batch_tokens: int = BATCH_TOKENS
+    model: Any, sequences: Sequences, leave: int = 1, batch_tokens: int = BATCH_TOKENS
 ) -> list[list[Tensor]]:
-    """Complete the first tokens of each sequence, however many, to the sequence's length.
+    """Complete the first t tokens of each sequence to the sequence's length, for every t.
 
     Args:
         model: as in `predictions`.
         sequences: `[B, T]`, padded on the right.
-        first: tokens of the shortest prefix, at least 1.
-        last: tokens of the longest prefix; below 0, less than the sequence has: with -10, at least ten are to be completed.
+        leave: how many tokens the longest prefix leaves to be completed, at least 1.
         batch_tokens: most tokens in a batch.
 
     Returns:
-        Of each sequence the completions of its prefixes, from the shortest on, each at most as long as the rest of the sequence.
+        Of each sequence the completions of its first 1, 2, …, T - `leave` tokens, each at most as long as the rest.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-        >>> [len(tokens) for tokens in complete_every_prefix(model, pad([torch.tensor([5, 6, 7, 8])]), last=-2)[0]]
+        >>> [len(tokens) for tokens in complete_every_prefix(model, pad([torch.tensor([5, 6, 7, 8])]), leave=2)[0]]
         [3, 2]
     """
     rows = counted(sequences)
-    lengths = [range(first, (last if last >= 0 else len(row) + last) + 1) for row in rows]
+    lengths = [range(1, len(row) - leave + 1) for row in rows]
     return complete_prefixes(model, rows, teacher_forced(model, rows, batch_tokens)[0], lengths, batch_tokens)
 
 
@@ -163,7 +162,7 @@ def complete_prefixes(
     leaving = [_leaving(row.tolist(), best.tolist(), ends) for row, best in zip(tokens, predicted, strict=True)]
     wrong = sorted({(i, leaving[i][t]) for i, wanted in enumerate(lengths) for t in wanted if leaving[i][t] < len(rows[i])})
     tails = {(i, at): predicted[i][at - 1 : at] for i, at in wrong}
-    going_on = [(i, at) for (i, at), tail in tails.items() if at + 1 < len(rows[i]) and tail.item() not in ends]
+    going_on = [key for key, tail in tails.items() if tail.item() not in ends]
     prefixes = [torch.cat([tokens[i][:at], tails[i, at]]) for i, at in going_on]
     counts = [len(rows[i]) - at - 1 for i, at in going_on]
     for key, more in zip(going_on, complete(model, prefixes, counts, batch_tokens), strict=True):
@@ -184,11 +183,14 @@ def _leaving(row: list[int], best: list[int], ends: set[int]) -> list[int]:
 
 def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) -> Tensor:
     """Add up to `steps` tokens to each prefix, `[B, steps]`; fewer if all have ended. After an end comes anything."""
+    from transformers import PreTrainedModel
+
     # Padding stands on the left, so that distances between tokens are the true ones for every kind of attention.
     reverse = pad([prefix.flip(0) for prefix in prefixes])
     ids, mask = (reverse[name].flip(1).to(model.device) for name in ("input_ids", "attention_mask"))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    # What is wrapped around a model, as by peft and torch.compile, does not name its arguments.
+    own = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     takes = inspect.signature(own.forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     stop = torch.tensor(sorted(ends), device=ids.device)

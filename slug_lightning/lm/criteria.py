@@ -92,8 +92,17 @@ def gather(
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return [
-        Evidence(text(p[:prefix]), text(p[prefix:]), text(found[0]), p[prefix:], found[0], *numbers)
-        for p, found, *numbers in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
+        Evidence(
+            prefix=text(passage[:prefix]),
+            truth=text(passage[prefix:]),
+            completion=text(found[0]),
+            truth_tokens=passage[prefix:],
+            completion_tokens=found[0],
+            memorization_accuracy=accuracy,
+            nll=loss,
+            extraction_likelihood=likelihood,
+        )
+        for passage, found, accuracy, loss, likelihood in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
     ]
 
 

@@ -54,7 +54,7 @@ def extraction_likelihood(
 
     Args:
         completions: of each sequence the completions of its prefixes of 1, 2, …, T-n tokens, as
-            `slug_lightning.lm.completion.complete_every_prefix(model, sequences, last=-n)` gives them.
+            `slug_lightning.lm.completion.complete_every_prefix(model, sequences, leave=n)` gives them.
         sequences: `[B, T]`, padded on the right.
         n: tokens of an n-gram.
         lengths: how many tokens the prefixes have, if these are only some of them: an estimate.
