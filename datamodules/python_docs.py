@@ -11,6 +11,7 @@ from slug_lightning.datamodules.texts import read_lines
 from slug_lightning.errors import UnlearnError
 
 PARTS = ("recited", "kept", "unseen")
+NAMES = {"recited": "passages", "unseen": "unseen"}
 
 
 class PythonDocsDataModule(PassageDataModule):
@@ -21,6 +22,7 @@ class PythonDocsDataModule(PassageDataModule):
 
     Args:
         passages: how many to forget, drawn by the seed from those that are recited.
+        unseen: how many unseen ones the level of "forgotten" is taken from, likewise.
         seed: of the draw, and as in `PassageDataModule`.
         options: as in `PassageDataModule`.
 
@@ -33,17 +35,19 @@ class PythonDocsDataModule(PassageDataModule):
         (32, 32)
     """
 
-    def __init__(self, passages: int = 32, *, seed: int = 0, **options: Any) -> None:
+    def __init__(self, passages: int = 32, unseen: int = 32, *, seed: int = 0, **options: Any) -> None:
         super().__init__([], [], [], prefix=32, suffix=32, seed=seed, **options)
-        self.count = passages
+        self.counts = {"recited": passages, "unseen": unseen}
 
     def setup(self, stage: str | None = None) -> None:
         if not self.notes:
             texts: dict[str, list[str]] = {part: [] for part in PARTS}
             for line in read_lines("passages", embedded.PASSAGES, "part"):
                 texts[line["part"]].append(line["text"])
-            recited, self.keep, self.unseen = (texts[part] for part in PARTS)
-            if not 1 <= self.count <= len(recited):
-                raise UnlearnError(f"passages: {self.count} is not possible; the model recites {len(recited)}, give 1 or more")
-            self.forget = random.Random(self.seed).sample(recited, self.count)
+            draw = random.Random(self.seed)
+            for part, count in self.counts.items():
+                if not 1 <= count <= len(texts[part]):
+                    raise UnlearnError(f"{NAMES[part]}: {count} is not possible; {len(texts[part])} are {part}, give 1 or more")
+                texts[part] = draw.sample(texts[part], count)
+            self.forget, self.keep, self.unseen = (texts[part] for part in PARTS)
         super().setup(stage)

@@ -74,6 +74,29 @@ def sequence_nll(logits: Tensor, sequences: Sequences) -> Tensor:
     return -log_likelihood(logits, sequences) / _lengths(sequences)
 
 
+def sequence_unlikelihood(logits: Tensor, sequences: Sequences) -> Tensor:
+    """Mean over a sequence's tokens of -log(1 - p), `[B]`, in nats (Welleck et al., arXiv 1908.04319, eq. 4).
+
+    Where -NLL pushes hardest on tokens that are unlikely already, this one's gradient is that of p: it vanishes with it.
+
+    Args:
+        logits: `[B, T, V]`.
+        sequences: `[B, T]`.
+
+    Returns:
+        Not negative; 0 for a sequence with no token to predict. Two `[N, V]` tensors in fp32 are held, of N tokens that count.
+
+    Example:
+        >>> half = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # p = 1/2
+        >>> sequences = {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.ones(1, 2).long()}
+        >>> torch.allclose(sequence_unlikelihood(half, sequences), torch.tensor(2.0).log())
+        True
+    """
+    scores, ids, lengths = at_targets(logits, sequences)
+    others = scores.scatter(1, ids[:, None], -math.inf).logsumexp(1)  # not by 1 - p, which is 0 where p is next to 1
+    return summed(scores.logsumexp(1) - others, lengths) / _lengths(sequences)
+
+
 def sequence_kl(logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
     """KL(p₀ ‖ p) of the next token, over the vocabulary: the mean over the positions whose target counts, in nats.
 
@@ -195,6 +218,8 @@ class ICU(LMLoss):
         forget: a, not negative.
         learn: b, likewise.
         keep: c, likewise; at 0 no reference is needed.
+        unlikelihood: forget by a·mean(-log(1 - p)) instead (`sequence_unlikelihood`), which no paper on ICU has: it does not run
+            away, and costs far less of the rest (benchmarks/passages.py).
 
     Raises:
         UnlearnError: if one is negative or not finite, or all are 0.
@@ -207,6 +232,7 @@ class ICU(LMLoss):
     forget: float = 1.0
     learn: float = 0.5
     keep: float = 1.0
+    unlikelihood: bool = False
 
     def __post_init__(self) -> None:
         _refuse_negative(forget=self.forget, learn=self.learn, keep=self.keep)
@@ -220,7 +246,9 @@ class ICU(LMLoss):
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         parts = {}
         if self.forget:
-            parts["forget"] = -self.forget * sequence_nll(forward(batch["forget"]), batch["forget"])
+            logits, passages = forward(batch["forget"]), batch["forget"]
+            raised = sequence_unlikelihood(logits, passages) if self.unlikelihood else -sequence_nll(logits, passages)
+            parts["forget"] = self.forget * raised
         return parts | _on_pairs(forward, batch, reference, learn=self.learn, keep=self.keep)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
@@ -50,6 +50,8 @@ class CausalLMModule(UnlearnModule):
         top_k: how many of the likeliest tokens "top-k" keeps of each position.
         reference_dir: folder where "top-k" keeps them.
         optimizer: makes the optimizer of the parameters that are not frozen.
+        scheduler: makes what changes its rate from step to step. A warm-up is worth having: Adam's first steps are as long as all
+            others, whatever the gradient.
         dropout: whether the model's dropout acts while it is trained. Gradient checkpointing of transformers needs it on.
 
     Raises:
@@ -77,6 +79,7 @@ class CausalLMModule(UnlearnModule):
         top_k: int = 64,
         reference_dir: Optional[str] = None,
         optimizer: OptimizerCallable = adam,
+        scheduler: Optional[LRSchedulerCallable] = None,
         dropout: bool = False,
     ) -> None:
         if tokenizer is None and not isinstance(model, nn.Module):
@@ -94,6 +97,7 @@ class CausalLMModule(UnlearnModule):
         self.top_k = top_k
         self.reference_dir = reference_dir
         self.optimizer = optimizer
+        self.scheduler = scheduler
         self.dropout = dropout
         self.reference: Optional[Reference] = None
         self.memorization_accuracy = MemorizationAccuracy()
@@ -144,8 +148,11 @@ class CausalLMModule(UnlearnModule):
         self.log_dict(logged, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(batch["weight"]))
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer([p for p in self.parameters() if p.requires_grad])
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell which original the run refers to."""
@@ -178,14 +185,21 @@ class EmbeddedLM(CausalLMModule):
     Args:
         loss: as in `CausalLMModule`.
         optimizer: likewise.
+        scheduler: likewise.
 
     Example:
         >>> type(EmbeddedLM().model).__name__
         'LlamaForCausalLM'
     """
 
-    def __init__(self, *, loss: Optional[LMLoss] = None, optimizer: OptimizerCallable = adam) -> None:
-        super().__init__(LM, loss=loss, optimizer=optimizer)
+    def __init__(
+        self,
+        *,
+        loss: Optional[LMLoss] = None,
+        optimizer: OptimizerCallable = adam,
+        scheduler: Optional[LRSchedulerCallable] = None,
+    ) -> None:
+        super().__init__(LM, loss=loss, optimizer=optimizer, scheduler=scheduler)
 
 
 def load_causal_lm(name: Union[str, Path]) -> nn.Module:
