@@ -42,3 +42,16 @@ def test_several_things_are_forgotten_and_one_more_later(tmp_path):
         assert all(after <= 0.03 for after in report["after"]["forget"].values())
         for metric, kept in report["after"]["retain"].items():
             assert kept >= report["before"]["retain"][metric] - 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recited_passages_are_forgotten_to_the_level_of_unseen_ones(tmp_path):
+    assert run("fit", "--config", CONFIGS / "icu.yaml", "--output_dir", tmp_path / "icu") == 0
+    report = json.loads((tmp_path / "icu" / "report.json").read_text())
+    before, after = report["before"], report["after"]
+    assert before["forget"]["memorization_accuracy"] > 0.97 and before["forget"]["extraction_likelihood"] > 0.95
+    assert after["forget"]["memorization_accuracy"] <= before["unseen"]["memorization_accuracy"] + 0.005
+    assert after["forget"]["extraction_likelihood"] <= before["unseen"]["extraction_likelihood"] + 0.001
+    assert after["other"]["perplexity"] <= 1.25 * before["other"]["perplexity"]
+    assert report["cost"]["ratio of validation to training"] <= 1 / 3

@@ -91,3 +91,16 @@ def test_help_names_the_arguments(capsys):
     shown = capsys.readouterr().out
     for name in ("forgotten", "refine", "stop", "n", "prefixes", "samples", "batch_size", "output_dir"):
         assert f".{name} " in shown
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_the_shipped_config_runs_and_leaves_its_evidence(tmp_path):
+    made = yaml.safe_load((Path(__file__).parent.parent / "configs" / "icu.yaml").read_text())
+    made["data"]["init_args"] |= {"passages": 3, "unseen": 2, "neighbours": 2}
+    made["trainer"] |= {"max_epochs": 2, "limit_val_batches": 1, "enable_progress_bar": False}
+    made["output_dir"] = str(tmp_path / "run")
+    assert fit(made) == 3  # two epochs are too few
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["status"] == "unfinished" and report["before"]["forget"]["memorization_accuracy"] > 0.95
+    assert report["after"]["forget"]["perplexity"] > report["before"]["forget"]["perplexity"]
+    assert {"model", "figures", "unlearned.ckpt", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}

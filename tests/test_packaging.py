@@ -30,6 +30,7 @@ def test_the_wheel_holds_all_that_the_source_holds(wheel):
     assert {n for n in names if n.endswith(".py")} == modules
     assert {f"slug_lightning/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= set(names)
     data = {"emoji.tar", "SOURCES.md", "clip/open_clip_model.safetensors", "clip/tokenizer.json", "clip/open_clip_config.json"}
+    data |= {f"lm/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "passages.jsonl")}
     assert {f"slug_lightning/embedded/{name}" for name in data} <= set(names)
     assert "slug_lightning/py.typed" in names
     assert not any(name.startswith(("tests/", "callbacks/", "datamodules/", "configs/", "benchmarks/")) for name in names)
@@ -40,7 +41,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "import slug_lightning.callbacks, slug_lightning.datamodules, slug_lightning.configs, slug_lightning.modules as m;"
-        "m.EmbeddedClip(); print(slug_lightning.callbacks.__file__)"
+        "m.EmbeddedClip(); m.EmbeddedLM(); print(slug_lightning.callbacks.__file__)"
     )
     # Before the editable install of the source on the path.
     environment = os.environ | {"PYTHONPATH": str(site)}

@@ -128,6 +128,8 @@ class PassagesReport:
         middle.set(xlabel="epoch", title="Passages still remembered", ylim=(0, None))
         right.plot(epochs, [entry["other_perplexity"] for entry in self.trace], ".-", color="C3")
         right.set(xlabel="epoch", title="Perplexity of other text (validation)")
+        for axes in (left, middle, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         return figure
 
 
