@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def forgot(module: CausalLMModule, data: Any = None, callback: dict[str, Any] | 
 # ---- losses and references
 
 
-@pytest.mark.parametrize("loss", [ICU(), GradientAscent(), GradDiff(), KL(), NPO(), SimNPO(), DPO()])
+@pytest.mark.parametrize("loss", [ICU(), ICU(unlikelihood=True), GradientAscent(), GradDiff(), KL(), NPO(), SimNPO(), DPO()])
 def test_every_loss_runs_under_the_callback_and_forgets(loss):
     module = language_model(loss=loss)
     report = forgot(module, callback={"output_dir": None})
@@ -196,6 +197,20 @@ def test_the_trainers_own_options_hold(options):
     if "gradient_clip_val" in options:
         moved = sum((a - b).square().sum() for a, b in zip(module.model.parameters(), plain.parameters(), strict=True)).sqrt()
         assert moved <= 6 * 0.1 * 0.05 * 1.01
+
+
+def test_a_scheduler_acts_from_step_to_step():
+    warm_up = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.25, total_iters=3)
+    module = language_model(scheduler=warm_up)
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 1e-3)  # that of `quick`
+
+    data = passages(batch_size=4)
+    trainer(icu(refine=False, stop=NEVER), Rates(), max_epochs=2).fit(module, data)
+    assert rates == pytest.approx([0.5, 0.75, 1.0, 1.0])
 
 
 def test_the_default_optimizer_is_that_of_the_paper():

@@ -26,12 +26,21 @@ from slug_lightning.lm.losses import (
     log_likelihood,
     sequence_kl,
     sequence_nll,
+    sequence_unlikelihood,
 )
 from slug_lightning.lm.sequences import pad
 
 V = 7
-ALL = [ICU(), GradientAscent(), GradDiff(), KL(), NPO(), SimNPO(), DPO()]
-FORGET_ONLY = [ICU(learn=0, keep=0), GradientAscent(), GradDiff(retain=0), NPO(retain=0), SimNPO(retain=0), DPO(retain=0)]
+ALL = [ICU(), ICU(unlikelihood=True), GradientAscent(), GradDiff(), KL(), NPO(), SimNPO(), DPO()]
+FORGET_ONLY = [
+    ICU(learn=0, keep=0),
+    ICU(learn=0, keep=0, unlikelihood=True),
+    GradientAscent(),
+    GradDiff(retain=0),
+    NPO(retain=0),
+    SimNPO(retain=0),
+    DPO(retain=0),
+]
 lengths = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any)
 seeds = st.integers(0, 1000)
 quick = settings(deadline=None, max_examples=25)
@@ -144,6 +153,32 @@ def test_a_token_that_the_original_excludes_costs_nothing_and_one_that_only_the_
     assert found.item() == pytest.approx(math.log(4 / 3))
     assert torch.autograd.grad(found.sum(), free)[0].isfinite().all()
     assert sequence_kl(excluded, free, sequences).item() == math.inf
+
+
+@quick
+@given(lengths, seeds)
+def test_unlikelihood_is_minus_the_logarithm_of_what_the_other_tokens_get(counts, seed):
+    rows = random_rows(counts, seed)
+    model = Bigrams(random_table(seed).detach().double())
+    found = sequence_unlikelihood(model(pad(rows)), pad(rows))
+    for row, value in zip(rows, found, strict=True):
+        p = model.table.softmax(1)[row[:-1], row[1:]]
+        expected = -(1 - p).log().mean() if len(row) > 1 else torch.tensor(0.0)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+
+
+def test_unlikelihood_pushes_what_is_certain_and_lets_go_of_what_is_not():
+    """Ascent on the likelihood does the opposite, which is how it runs away."""
+    sequences = {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.ones(1, 2).long()}
+    pushed = {}
+    for certainty in (40.0, 0.0, -40.0):
+        logits = torch.zeros(1, 2, 2)
+        logits[0, 0, 1] = certainty
+        for loss in (sequence_unlikelihood, lambda *given: -sequence_nll(*given)):
+            given = logits.clone().requires_grad_()
+            loss(given, sequences).sum().backward()
+            pushed.setdefault(certainty, []).append(given.grad[0, 0, 1].item())
+    assert pushed == {40.0: [1.0, 0.0], 0.0: [0.5, 0.5], -40.0: [pytest.approx(0.0, abs=1e-15), 1.0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
