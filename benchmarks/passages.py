@@ -1,8 +1,9 @@
 """Make a language model forget passages that it recites: ICU beside its baselines and SLUG, at equal forgetting.
 
 Every method starts from the same model, on the same passages, and stops as soon as memorization accuracy and extraction
-likelihood (from one prefix) are where they are on passages that the model never saw. What counts then is what it cost: the
-perplexity of other text. Rates of learning were chosen on draw 100, which is not reported.
+likelihood (from one prefix) are where they are on passages that the model never saw; SLUG, which has one bound, as soon as the
+accuracy is. What counts then is what it cost: the perplexity of other text. Means are over the draws that were forgotten.
+Settings that are no paper's were chosen on draw 100, which is not reported.
 
     python benchmarks/passages.py                                    # the embedded model, five draws of passages
     python benchmarks/passages.py --model FOLDER --texts stories.txt # another model, which first learns its passages by heart
@@ -13,6 +14,7 @@ Each line is added to the output as soon as it is there; what stands there is no
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -29,6 +31,7 @@ import torch
 from slug_lightning.callbacks import ICUCallback, UnlearnCallback
 from slug_lightning.datamodules import PassageDataModule, PythonDocsDataModule
 from slug_lightning.datamodules.texts import read_texts
+from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.completion import predictions
 from slug_lightning.lm.criteria import MemorizationBelow
 from slug_lightning.lm.examination import Examiner, means_of
@@ -69,9 +72,8 @@ QUIET: dict[str, Any] = {
 def run(method: str, make: Make, data: Callable[..., PassageDataModule], options: argparse.Namespace) -> dict:
     """Forget, by one method; gives a line of the table."""
     pl.seed_everything(0, verbose=False)
-    began = time.perf_counter()
     if method == "SLUG":
-        return slug(make(), data(), options) | {"seconds": time.perf_counter() - began}
+        return slug(make(), data(), options)
     loss, kept, more = METHODS[method]
     callback = ICUCallback(forgotten=[MemorizationBelow()], refine=method.startswith("ICU"), n=N)
     trainer = pl.Trainer(max_epochs=options.epochs, limit_val_batches=4, callbacks=[callback], **QUIET)
@@ -95,10 +97,14 @@ def slug(module: CausalLMModule, data: PassageDataModule, options: argparse.Name
     callback = UnlearnCallback(
         forget_target=before["unseen"]["memorization_accuracy"], retain_tolerance=1e6, max_evaluations=options.evaluations
     )
+    began = time.perf_counter()
     pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(module, data)
+    seconds = time.perf_counter() - began
     report = callback.report
     assert report is not None
-    return {"status": report.status, "epochs": 0, "layer": report.layer} | line(before, measured(module, data))
+    return {"status": report.status, "epochs": 0, "layer": report.layer, "seconds": seconds} | line(
+        before, measured(module, data)
+    )
 
 
 def measured(module: CausalLMModule, data: PassageDataModule) -> dict[str, dict[str, float]]:
@@ -173,23 +179,26 @@ def world(
         sizes = {"prefix": options.prefix, "suffix": options.suffix, "seed": draw}
         return PassageDataModule(**texts, **sizes, tokenizer=tokenizer, **more)
 
-    folder = options.output.parent / f"recites-{draw}"
+    made_of = [options.model, Path(options.texts).read_text(), options.prefix, options.suffix, options.passages, draw]
+    folder = options.output.parent / f"recites-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
     if not folder.exists():
         torch.manual_seed(draw)
         model = AutoModelForCausalLM.from_pretrained(options.model).float()
         whole = data(pairing="random", batch_size=64)
         whole.setup()
         print(f"draw {draw}: learned by heart, memorization accuracy {learn(model, whole):.3f}", flush=True)
-        model.save_pretrained(folder)
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        part.rename(folder)
     return lambda **more: CausalLMModule(folder, tokenizer=tokenizer, **own(**more)), data
 
 
 def table(lines: list[dict]) -> str:
     """Mean ± standard deviation over draws, by method."""
-    frame = pandas.DataFrame(lines).drop(columns=["draw", "layer"], errors="ignore")
+    frame = pandas.DataFrame(lines).drop(columns=["draw", "layer", "options"], errors="ignore")
     rows = {}
     for method, of_method in frame.groupby("method", sort=False):
-        numbers = of_method.select_dtypes("number")
+        numbers = of_method[of_method.status == "unlearned"].select_dtypes("number")  # the others have forgotten less
         rows[method] = {"forgotten": f"{(of_method.status == 'unlearned').sum()} of {len(of_method)}"} | {
             name: f"{column.mean():.3g} ± {column.std():.2g}" for name, column in numbers.items()
         }
@@ -214,16 +223,21 @@ def main() -> None:
         parser.error("--model and --texts go together")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(text) for text in options.output.read_text().splitlines()] if options.output.exists() else []
+    asked = {name: str(value) for name, value in vars(options).items() if name not in ("draws", "methods", "output")}
     for draw in options.draws:
         make, data = world(options, draw)
         for method in options.methods:
-            if any((done["draw"], done["method"]) == (draw, method) for done in lines):
+            if any((done["draw"], done["method"], done["options"]) == (draw, method, asked) for done in lines):
                 continue
-            lines.append({"draw": draw, "method": method} | run(method, make, data, options))
+            try:
+                found = run(method, make, data, options)
+            except UnlearnError as error:  # such as a training that has diverged: the other lines count all the same
+                found = {"status": f"failed: {error}"}
+            lines.append({"draw": draw, "method": method, "options": asked} | found)
             with options.output.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
             print(json.dumps(lines[-1]), flush=True)
-    print(table(lines))
+    print(table([line for line in lines if line["options"] == asked]))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ class ICUCallback(pl.Callback):
             raise UnlearnError(
                 "tokenizer: the model has none, so that completions have no text; give CausalLMModule(tokenizer=…)"
             )
+        _refuse_limits(trainer, self.refine)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "forget_passages"):
             raise UnlearnError("datamodule: it serves no passages; fit with a PassageDataModule")
@@ -125,20 +126,23 @@ class ICUCallback(pl.Callback):
         """Measure the original model, or take over what a checkpoint says of it."""
         assert isinstance(pl_module, CausalLMModule)
         runner = Runner(trainer.strategy)
-        self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._progress = Progress.of(trainer)
-        self._examiner = Examiner(pl_module, runner, self._data.prefix, self.forgotten, self.n, self.batch_size, self._progress)
-        self._refinement = Refinement(len(self._data.forget_passages), self.refine)
-        self._clock = Clock()
-        self._other: Optional[float] = None
-        if self._loaded:
-            self._go_on(trainer)
-        else:
-            self.report = PassagesReport("unfinished", type(pl_module.lm_loss).__name__, decided=list(self.stop))
-            with self._clock.phase("report"):
-                self.report.before, self._first = self._measure()
-                self.report.thresholds, self.report.bounds = self._bounds()
-            self._judge(trainer, self._examine())
+        with runner.processes.together():
+            self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self._progress = Progress.of(trainer)
+            self._examiner = Examiner(
+                pl_module, runner, self._data.prefix, self.forgotten, self.n, self.batch_size, self._progress
+            )
+            self._refinement = Refinement(len(self._data.forget_passages), self.refine)
+            self._clock = Clock()
+            self._other: Optional[float] = None
+            if self._loaded:
+                self._go_on(trainer, pl_module)
+            else:
+                self.report = PassagesReport("unfinished", type(pl_module.lm_loss).__name__, decided=list(self.stop))
+                with self._clock.phase("report"):
+                    self.report.before, self._first = self._measure()
+                    self.report.thresholds, self.report.bounds = self._bounds()
+                self._judge(trainer, self._examine())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start("training")
@@ -156,24 +160,25 @@ class ICUCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete every passage, compare, let rest, and stop if all is forgotten."""
-        with self._clock.phase("validation"):
+        with self._examiner.processes.together(), self._clock.phase("validation"):
             self._refinement.trained()
             self._judge(trainer, self._examine())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what has become of it, tell the loggers, write the files."""
         assert self.report is not None and isinstance(pl_module, CausalLMModule)
-        with self._clock.phase("report"):
-            self.report.after, last = self._measure()
-        self._conclude(pl_module, last)
-        self._publish(trainer)
-        asked = self.output_dir or folder_of(trainer)
-        folder = self._examiner.processes.agreed("the folder", None if asked is None else fresh_folder(asked))
-        if folder is not None:
-            save_passages(folder, self.report, trainer, pl_module, self._examiner.processes)
-        self._progress.say("\n" + self.report.to_text())
-        if folder is not None:
-            self._progress.say(f"Saved in {folder}")
+        with self._examiner.processes.together():
+            with self._clock.phase("report"):
+                self.report.after, last = self._measure()
+            self._conclude(pl_module, last)
+            self._publish(trainer)
+            asked = self.output_dir or folder_of(trainer)
+            folder = self._examiner.processes.agreed("the folder", None if asked is None else fresh_folder(asked))
+            if folder is not None:
+                save_passages(folder, self.report, trainer, pl_module, self._examiner.processes)
+            self._progress.say("\n" + self.report.to_text())
+            if folder is not None:
+                self._progress.say(f"Saved in {folder}")
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far, as plain data: each passage's status, what the original did, and the trace."""
@@ -186,7 +191,7 @@ class ICUCallback(pl.Callback):
             "other": self._other,
             "seconds": dict(self._clock.seconds),
             "digest": self._data.digest,
-            "asked": self._asked(),
+            "asked": self._asked(self.report.method),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -195,7 +200,7 @@ class ICUCallback(pl.Callback):
 
     # ---- what happens in them
 
-    def _go_on(self, trainer: pl.Trainer) -> None:
+    def _go_on(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
         """Take over from a checkpoint what the original model did, and the status of every passage.
 
         Of one that was saved within an epoch, Lightning ends the epoch first, so that its passages are looked at as ever.
@@ -205,7 +210,8 @@ class ICUCallback(pl.Callback):
             raise UnlearnError(
                 "datamodule: the checkpoint belongs to other passages; give the same ones, or fit without ckpt_path"
             )
-        if changed := [name for name, value in self._asked().items() if loaded["asked"][name] != value]:
+        asked = self._asked(type(module.lm_loss).__name__)
+        if changed := [name for name, value in asked.items() if loaded["asked"][name] != value]:
             raise UnlearnError(
                 f"{', '.join(changed)}: the checkpoint belongs to a run with others; give the same, or fit without ckpt_path"
             )
@@ -217,10 +223,17 @@ class ICUCallback(pl.Callback):
         if self.report.status == "unlearned":
             trainer.should_stop = True
 
-    def _asked(self) -> dict[str, Any]:
-        """By what is judged, as plain data."""
+    def _asked(self, loss: str) -> dict[str, Any]:
+        """What is descended, and by what is judged, as plain data."""
         forgotten = {criterion.name: criterion.below for criterion in self.forgotten}
-        return {"forgotten": forgotten, "stop": self.stop, "n": self.n, "prefixes": self.prefixes, "refine": self.refine}
+        return {
+            "loss": loss,
+            "forgotten": forgotten,
+            "stop": self.stop,
+            "n": self.n,
+            "prefixes": self.prefixes,
+            "refine": self.refine,
+        }
 
     def _examine(self) -> list[Finding]:
         """Each passage to forget, as it is now."""
@@ -330,6 +343,14 @@ class ICUCallback(pl.Callback):
 def _is_in_a_fit(trainer: pl.Trainer) -> bool:
     """Not by itself (`trainer.validate`), and not as a check before it."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _refuse_limits(trainer: Any, refine: bool) -> None:
+    """Refuse what does not go together with epochs that get shorter, before anything is computed."""
+    if not trainer.fast_dev_run and trainer.limit_train_batches != 1.0:
+        raise UnlearnError("Trainer(limit_train_batches=…): an epoch would leave out passages; give fewer to forget instead")
+    if refine and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is not None:
+        raise UnlearnError("Trainer(val_check_interval=…): epochs get shorter as passages rest; give a share, such as 0.5")
 
 
 class Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -18,7 +19,7 @@ from slug_lightning.edits import digest_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import pad
 
-Texts = Union[str, list[str]]
+Texts = Union[str, Path, list[str]]
 
 REFUSALS = (
     "I don't know what comes next.",
@@ -191,8 +192,10 @@ class PassageDataModule(UnlearnDataModule):
 
     @property
     def digest(self) -> str:
-        """Tells other passages to forget, or others in another order, from these."""
-        return digest_of({str(i): row for i, row in enumerate(self.forget_passages)}, str(self.prefix))
+        """Tells other texts, or the same in another order, split or cut, from these."""
+        sets = {"forget": self.forget_passages, "unseen": self.unseen_passages, "keep": self.keep_passages}
+        rows = {f"{kind} {i}": row for kind, of_kind in sets.items() for i, row in enumerate(of_kind)}
+        return digest_of(rows, str((self.prefix, self.seed, self.pairs)))
 
     def setup(self, stage: str | None = None) -> None:
         """Read, cut, divide and pair the texts, once; before every fit, make all passages active.
@@ -266,7 +269,7 @@ class PassageDataModule(UnlearnDataModule):
                 "tokenizer: there is none; give a tokenizer of transformers, its folder or its name, or train a module that has "
                 "an attribute `tokenizer`"
             )
-        if not isinstance(given, str):
+        if not isinstance(given, (str, Path)):
             return given
         try:
             return needed("transformers").AutoTokenizer.from_pretrained(given)
@@ -274,7 +277,7 @@ class PassageDataModule(UnlearnDataModule):
             raise UnlearnError(f"tokenizer: {given!r} cannot be loaded ({error}); give its folder or its name") from error
 
     def _texts(self, argument: str, given: Texts) -> list[str]:
-        texts = read_texts(argument, given) if isinstance(given, str) else list(given)
+        texts = read_texts(argument, given) if isinstance(given, (str, Path)) else list(given)
         if not texts:
             raise UnlearnError(f"{argument}: there is no text; give at least one")
         return texts

@@ -123,6 +123,8 @@ class AnotherCLI(UnlearnCLI):
             self.config.fit.trainer.logger = None
         super().before_instantiate_classes()
         for callback in _of_ours(self.config.fit):
+            if str(callback.class_path).rpartition(".")[2] != UnlearnCallback.__name__:
+                raise UnlearnError(f"run: {self.earlier} forgot passages by ICU, beside which nothing is added; fit anew")
             callback.init_args.earlier = str(self.earlier)
 
     def before_fit(self) -> None:

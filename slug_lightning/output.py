@@ -136,7 +136,11 @@ def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module
         processes: of which the first writes; the others help to gather what is sharded.
     """
     model: Any = module.model
-    state = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if processes.is_first:
+            state[plain_name(name)] = gathered.cpu()
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder / MODEL, state_dict=state)

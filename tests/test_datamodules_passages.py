@@ -266,10 +266,11 @@ def test_active_passages_must_exist():
     assert data.active == [2, 5]
 
 
-def test_the_digest_is_of_the_passages_and_their_order():
-    same = {made().digest, made(seed=1).digest, made(keep=KEEP[1:], unseen=None).digest}
-    assert len(same) == 1
-    assert len({made(forget=FORGET[::-1]).digest, made(forget=FORGET[1:]).digest, made(prefix=4, suffix=4).digest, *same}) == 4
+def test_the_digest_is_of_all_texts_their_order_and_their_division():
+    assert made().digest == made().digest
+    others = [{"forget": FORGET[::-1]}, {"forget": FORGET[1:]}, {"prefix": 4, "suffix": 4}]
+    others += [{"seed": 1}, {"keep": KEEP[1:]}, {"unseen": None}]
+    assert len({made().digest, *(made(**other).digest for other in others)}) == 1 + len(others)
 
 
 # ---- files
@@ -411,7 +412,7 @@ def docs(tmp_path, monkeypatch):
 
 def test_the_embedded_passages_are_drawn_by_seed(docs):
     def drawn(seed: int) -> PassageDataModule:
-        data = PythonDocsDataModule(passages=5, seed=seed, tokenizer=TOKENIZER)
+        data = PythonDocsDataModule(passages=5, unseen=3, seed=seed, tokenizer=TOKENIZER)
         data.setup("fit")
         return data
 
@@ -423,13 +424,13 @@ def test_the_embedded_passages_are_drawn_by_seed(docs):
         == {tuple(row.tolist()) for row in drawn(0).forget_passages}
         != {tuple(row.tolist()) for row in drawn(1).forget_passages}
     )
-    assert (len(drawn(0).keep_passages), len(drawn(0).unseen_passages)) == (12, 4)
+    assert (len(drawn(0).keep_passages), len(drawn(0).unseen_passages)) == (12, 3)
 
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_more_than_are_recited_cannot_be_drawn(docs, count):
-    with pytest.raises(UnlearnError, match=f"passages: {count} is not possible; the model recites 9"):
-        PythonDocsDataModule(passages=count, tokenizer=TOKENIZER).setup("fit")
+    with pytest.raises(UnlearnError, match=f"passages: {count} is not possible; 9 are recited"):
+        PythonDocsDataModule(passages=count, unseen=4, tokenizer=TOKENIZER).setup("fit")
 
 
 @pytest.mark.parametrize(

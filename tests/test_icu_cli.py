@@ -32,15 +32,18 @@ def config(tmp_path):
     criterion = {"class_path": "slug_lightning.lm.criteria.BleuBelow", "init_args": {"below": 0.05}}
     callback = {"n": N, "forgotten": [criterion], "stop": {"memorization_accuracy": 0.3, "extraction_likelihood": "unseen"}}
     return {
-        "model": {"class_path": "CausalLMModule", "init_args": model | {"optimizer": optimizer}},
-        "data": {"class_path": "PassageDataModule", "init_args": texts | {"prefix": PREFIX, "suffix": SUFFIX, "batch_size": 4}},
+        "model": {"class_path": "slug_lightning.modules.CausalLMModule", "init_args": model | {"optimizer": optimizer}},
+        "data": {
+            "class_path": "slug_lightning.datamodules.PassageDataModule",
+            "init_args": texts | {"prefix": PREFIX, "suffix": SUFFIX, "batch_size": 4},
+        },
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 20,
             "enable_progress_bar": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,
-            "callbacks": [{"class_path": "ICUCallback", "init_args": callback}],
+            "callbacks": [{"class_path": "slug_lightning.callbacks.ICUCallback", "init_args": callback}],
         },
         "output_dir": str(tmp_path / "run"),
     }
@@ -87,7 +90,7 @@ def test_what_cannot_work_exits_with_2(config, args, capsys):
 
 
 def test_help_names_the_arguments(capsys):
-    assert run("fit", "--trainer.callbacks.help", "ICUCallback") == 0
+    assert run("fit", "--trainer.callbacks.help", "slug_lightning.callbacks.ICUCallback") == 0
     shown = capsys.readouterr().out
     for name in ("forgotten", "refine", "stop", "n", "prefixes", "samples", "batch_size", "output_dir"):
         assert f".{name} " in shown

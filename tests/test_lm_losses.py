@@ -32,8 +32,7 @@ from slug_lightning.lm.sequences import pad
 
 V = 7
 ALL = [ICU(), ICU(unlikelihood=True), GradientAscent(), GradDiff(), KL(), NPO(), SimNPO(), DPO()]
-UNLIKELY = ICU(learn=0, keep=0, unlikelihood=True)
-FORGET_ONLY = [ICU(learn=0, keep=0), UNLIKELY, GradientAscent(), GradDiff(retain=0), NPO(retain=0), SimNPO(retain=0), DPO(retain=0)]
+FORGET_ONLY = [
     ICU(learn=0, keep=0),
     ICU(learn=0, keep=0, unlikelihood=True),
     GradientAscent(),

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.text import Perplexity
 
 from slug_lightning.lm.criteria import Criterion, gather
+from slug_lightning.lm.losses import log_likelihood
 from slug_lightning.lm.metrics import bleu, ngram_diversity
 from slug_lightning.lm.sequences import Sequences, targets
 from slug_lightning.progress import Progress
@@ -21,7 +21,8 @@ Finding = dict[str, Any]
 """Of one passage, as plain data: `memorization_accuracy`, `extraction_likelihood`, `bleu`, `diversity`, `nll`, `completion`,
 `prefix`, `truth`, and `values` by criterion."""
 MEANS = ("memorization_accuracy", "extraction_likelihood", "bleu", "diversity")
-IGNORED = -100
+MOST = 700.0
+"""Nats, beyond which no float holds the perplexity, and `exp` raises an error."""
 
 
 class Examiner:
@@ -100,15 +101,17 @@ class Examiner:
 
     def perplexity(self, batches: Iterable[Sequences]) -> float:
         """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
-        metric = Perplexity(ignore_index=IGNORED).to(self.module.device)
         share, shares = (0, 1) if self.runner.is_sharded else (self.processes.share, self.processes.shares)
+        total, count = 0.0, 0
         with torch.no_grad(), untouched(self.module), self.runner.forward_context():
             for number, batch in enumerate(batches):
                 if number % shares == share:
                     on_device = {name: batch[name].to(self.module.device) for name in ("input_ids", "attention_mask")}
-                    ids, counts = targets(on_device)
-                    metric.update(self.module.logits(on_device)[:, :-1].float(), ids.masked_fill(~counts, IGNORED))
-        return float(metric.compute())
+                    total -= log_likelihood(self.module.logits(on_device), on_device).double().sum().item()
+                    count += int(targets(on_device)[1].sum())
+        sums = self.processes.exchange("the perplexity", (total, count))
+        nll = sum(total for total, _ in sums) / sum(count for _, count in sums)
+        return _perplexity(nll)
 
 
 def means_of(found: Sequence[Finding]) -> dict[str, float]:
@@ -124,4 +127,8 @@ def means_of(found: Sequence[Finding]) -> dict[str, float]:
     }
     means = {name: sum(values) / len(values) for name, values in named.items()}
     nll = sum(f["nll"] for f in found) / len(found)
-    return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}  # beyond that, exp raises an error
+    return means | {"perplexity": _perplexity(nll)}
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < MOST else math.inf

@@ -1,6 +1,7 @@
 """How much a language model recites, and how it writes, as torchmetrics: each also as a function that gives the value per text.
 
-Perplexity is `torchmetrics.text.Perplexity(ignore_index=-100)`.
+`Perplexity` is the field's own: that of torchmetrics goes by a softmax, which is 0 in fp32 for a token that an ascent on the
+loss has made very unlikely, so that one such token makes the perplexity of a whole corpus infinite.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.losses import log_likelihood
 from slug_lightning.lm.sequences import Sequences, counted, targets
 
 
@@ -38,7 +40,8 @@ def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
     ids, counts = (part.to(predictions.device) for part in targets(sequences))
     if not counts.any(1).all():
         raise UnlearnError("sequences: one has fewer than 2 tokens, so nothing is predicted; leave it out")
-    return ((predictions == ids) & counts).sum(1) / counts.sum(1)
+    # fp32 whatever the default dtype, which is bf16 within a step of 'bf16-true'.
+    return ((predictions == ids) & counts).sum(1).float() / counts.sum(1)
 
 
 def extraction_likelihood(
@@ -184,6 +187,32 @@ class MemorizationAccuracy(_Mean):
     def update(self, predictions: Tensor, sequences: Sequences) -> None:
         """Take in predictions `[B, T-1]` for sequences `[B, T]`."""
         self._add(memorization_accuracy(predictions, sequences))
+
+
+class Perplexity(_Mean):
+    """Exponential of the mean negative log-likelihood of all tokens, at least 1.
+
+    Args:
+        kwargs: those of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Perplexity()
+        >>> half = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # p = 1/2
+        >>> metric.update(half, {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.ones(1, 2).long()})
+        >>> round(metric.compute().item(), 4)
+        2.0
+    """
+
+    higher_is_better = False
+
+    def update(self, logits: Tensor, sequences: Sequences) -> None:
+        """Take in logits `[B, T, V]` of sequences `[B, T]`."""
+        self.total -= log_likelihood(logits, sequences).detach().sum().to(self.total.device)
+        self.count += targets(sequences)[1].sum().to(self.count.device)
+
+    def compute(self) -> Tensor:
+        """A scalar."""
+        return super().compute().exp()
 
 
 class ExtractionLikelihood(_Mean):

@@ -97,6 +97,8 @@ class PassagesReport:
         for texts, values in self.before.items():
             for name, value in values.items():
                 bound = f"≤ {number(self.thresholds[name])}" if texts == "forget" and name in self.decided else ""
+                if bound:
+                    bound += f" (judged: {number(self.trace[-1].get(name))})"
                 table.add_row(texts, TITLES.get(name, name), number(value), number(self.after[texts][name]), bound)
         stream = io.StringIO()
         console = console_of(stream, width)

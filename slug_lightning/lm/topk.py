@@ -88,6 +88,7 @@ class TopK:
         self._digest = weights_digest(model)
         self._key = json.dumps({"weights": self._digest, "k": k}, sort_keys=True)
         self._files: set[Path] = set()
+        self._is_original = False
         # Of each sequence, by digest, parts of the files, mapped into memory.
         self._tokens: dict[str, Tensor] = {}
         self._tops: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -144,6 +145,7 @@ class TopK:
 
     def _compute(self, batches: Iterable[Batch]) -> None:
         pending: list[_Row] = []
+        self._is_original = False  # not known before it is asked
         for batch in batches:
             for name in ("pair", "forget", "refusal"):
                 if name in batch:
@@ -161,7 +163,8 @@ class TopK:
         missing = {name: i for i, name in enumerate(names) if name not in known}
         if not missing:
             return []
-        if weights_digest(self.model) != self._digest:
+        self._is_original = self._is_original or weights_digest(self.model) == self._digest  # asked once for each prepare()
+        if not self._is_original:
             raise UnlearnError(
                 f"reference: the model is no longer the original, and what that said is not in {self.folder} yet; call prepare() "
                 "before training, before its precision is changed and before a checkpoint is restored"

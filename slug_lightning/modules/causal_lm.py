@@ -8,19 +8,16 @@ from typing import Any, Literal, Optional, Union
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.text import Perplexity
 
 from slug_lightning.embedded import LM
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import ICU, LMLoss, sequence_nll
-from slug_lightning.lm.metrics import MemorizationAccuracy
+from slug_lightning.lm.metrics import MemorizationAccuracy, Perplexity
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, Reference
-from slug_lightning.lm.sequences import Sequences, targets
+from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
 from slug_lightning.modules.base import UnlearnModule
-
-IGNORED = -100
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -34,8 +31,8 @@ class CausalLMModule(UnlearnModule):
     In training (ICU and the baselines), a batch is what `slug_lightning.datamodules.PassageDataModule` serves: passages to
     forget, a pair of each to keep, and what each passage counts. In evaluation, and for SLUG (`UnlearnCallback`), it is any
     mapping with `input_ids` and `attention_mask`, `[B, T]`, padded on the right; the loss is then the mean over sequences of
-    the mean negative log-likelihood of their tokens, in nats, and the metrics are `memorization_accuracy`, in [0, 1], and
-    `perplexity`, at least 1, both over all tokens that count.
+    the mean negative log-likelihood of their tokens, in nats, and the metrics are `memorization_accuracy`, in [0, 1], a mean
+    over sequences, and `perplexity`, at least 1, over all tokens that count.
 
     Dropout is off in training too, unless `dropout` says otherwise (ICU's setting): the model is in evaluation mode.
 
@@ -101,7 +98,7 @@ class CausalLMModule(UnlearnModule):
         self.dropout = dropout
         self.reference: Optional[Reference] = None
         self.memorization_accuracy = MemorizationAccuracy()
-        self.perplexity = Perplexity(ignore_index=IGNORED)
+        self.perplexity = Perplexity()
 
     def logits(self, sequences: Sequences) -> Tensor:
         """What the model predicts at each position, `[B, T, V]`."""
@@ -172,9 +169,8 @@ class CausalLMModule(UnlearnModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log how much is recited, and the perplexity."""
         logits = self.logits(batch)
-        ids, counts = targets(batch)
         self.memorization_accuracy.update(logits[:, :-1].argmax(-1), batch)
-        self.perplexity.update(logits[:, :-1].float(), ids.masked_fill(~counts, IGNORED))
+        self.perplexity.update(logits, batch)
         for name in ("memorization_accuracy", "perplexity"):
             self.log(name, getattr(self, name), on_epoch=True)
 
