@@ -533,7 +533,8 @@ def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, s
     for result in found:
         if isinstance(result, Exception):
             raise result
-        assert result[0] == pytest.approx(expected, rel=1e-6) and sorted(result[1]) == sorted(logged)
+        # abs: in fp32, sums of several numbers near 1 that nearly cancel
+        assert result[0] == pytest.approx(expected, rel=1e-6, abs=1e-6) and sorted(result[1]) == sorted(logged)
     assert all(result == found[0] for result in found)
 
 
