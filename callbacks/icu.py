@@ -369,13 +369,12 @@ class Clock:
         self._current: Optional[str] = None
         self._since = 0.0
 
-    def start(self, phase: Optional[str]) -> Optional[str]:
-        """Count for this phase from now on (None: for none); gives the one that was counted for."""
-        before, now = self._current, time.perf_counter()
-        if before is not None:
-            self.seconds[before] += now - self._since
+    def start(self, phase: Optional[str]) -> None:
+        """Count for this phase from now on (None: for none)."""
+        now = time.perf_counter()
+        if self._current is not None:
+            self.seconds[self._current] += now - self._since
         self._current, self._since = phase, now
-        return before
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:

@@ -17,10 +17,9 @@ from slug_lightning.datamodules.pairs import (
     ImageTextShards,
     Tokenize,
     Transform,
-    needed,
     whole_words,
 )
-from slug_lightning.errors import UnlearnError
+from slug_lightning.errors import UnlearnError, needed
 
 CONFIG = "open_clip_config.json"
 Words = str | list[str]
@@ -220,9 +219,9 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
         >>> transform(Image.new("RGB", (300, 200))).shape, tokenize(["a cat", "a dog"]).shape
         (torch.Size([3, 224, 224]), torch.Size([2, 77]))
     """
-    open_clip = needed("open_clip")
-    transforms = needed("open_clip.transform")
-    schema, name = needed("open_clip.factory").parse_model_name(model)
+    open_clip = needed("open_clip", "clip")
+    transforms = needed("open_clip.transform", "clip")
+    schema, name = needed("open_clip.factory", "clip").parse_model_name(model)
     if schema is None:
         model = name.replace("/", "-")
         if model not in open_clip.list_models():
@@ -233,7 +232,7 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
             raise UnlearnError(f"pretrained: {model} has no {pretrained!r}, and it is no file; there are {tags}")
         architecture = open_clip.get_model_config(model)
     else:
-        download = needed("open_clip.pretrained").download_pretrained_from_hf
+        download = needed("open_clip.pretrained", "clip").download_pretrained_from_hf
         file = Path(name) / CONFIG if schema == "local-dir" else Path(download(name, filename=CONFIG))
         if not file.is_file():
             raise UnlearnError(f"model: {file} does not exist; a local-dir: is the folder of an open_clip model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import re
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from slug_lightning.errors import UnlearnError
+from slug_lightning.errors import UnlearnError, needed
 from slug_lightning.patch import at_once
 
 Method = Literal["nearest", "random"]
@@ -24,14 +23,6 @@ WORDS = 3
 """Words in a row that two texts are compared by."""
 SHARED = 0.5
 """From what share of common word sequences on a text is nearly another one."""
-
-
-def needed(name: str) -> Any:
-    """Import a module of the `lm` extra, or say how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnlearnError(f'{name} cannot be imported ({error}); pip install "slug-lightning[lm]"') from error
 
 
 def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
@@ -152,7 +143,7 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
     """Vectors of the words in each text; what is in all texts of the corpus counts least."""
-    words = needed("sklearn.feature_extraction.text").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
+    words = needed("sklearn.feature_extraction.text", "lm").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
     try:
         words.fit(corpus)
     except ValueError as error:
@@ -161,7 +152,7 @@ def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verbose: bool) -> tuple[Any, Any]:
-    library = needed("sentence_transformers")
+    library = needed("sentence_transformers", "lm")
     try:
         model = library.SentenceTransformer(encoder)
     except (OSError, ValueError) as error:
@@ -180,7 +171,7 @@ def _nearest(queries: Any, vectors: Any, k: int) -> list[list[int]]:
         # Rounded, as equal vectors may differ in the last bits by where they stand in a matrix product.
         return np.argsort(distances.round(6), axis=1, kind="stable")[:, :k]
 
-    chunked = needed("sklearn.metrics").pairwise_distances_chunked
+    chunked = needed("sklearn.metrics", "lm").pairwise_distances_chunked
     return np.concatenate(list(chunked(queries, vectors, metric="cosine", reduce_func=first))).tolist()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv as csv_module
-import importlib
 import io
 import json
 import re
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slug_lightning.errors import UnlearnError
+from slug_lightning.errors import UnlearnError, needed
 
 Transform = Callable[[Any], Tensor]
 """A PIL image, RGB, to a float tensor `[3, H, W]`."""
@@ -195,14 +194,6 @@ class ImageTextShards(ImageTextPairs):
         super().__init__(pairs, transform, tokenize, **options)
 
 
-def needed(name: str) -> Any:
-    """Import a module of the `clip` extra, or say how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnlearnError(f'{name} cannot be imported ({error}); pip install "slug-lightning[clip]"') from error
-
-
 def whole_words(argument: str, names: Sequence[str]) -> re.Pattern[str]:
     """Find any of `names` as whole words, whatever the case and the spaces; group i + 1 is the i-th name."""
     if not names or not all(name.strip() for name in names):
@@ -228,7 +219,7 @@ def _class_finder(argument: str, classes: Sequence[str]) -> Callable[[str], int]
 
 
 def _decode(pair: Pair) -> Any:
-    image = needed("PIL.Image")
+    image = needed("PIL.Image", "clip")
     try:
         with image.open(io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image) as opened:
             return opened.convert("RGB")
@@ -282,7 +273,7 @@ def _read_csv(
 
 def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
     """The samples of one shard: the files of a key by suffix."""
-    iterators = needed("webdataset.tariterators")
+    iterators = needed("webdataset.tariterators", "clip")
     try:
         with open(shard, "rb") as stream:
             yield from iterators.group_by_keys(iterators.tar_file_expander([{"url": shard, "stream": stream}]))
@@ -292,7 +283,7 @@ def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
 
 def _read_shards(shards: str, label_columns: Sequence[str]) -> Iterator[Pair]:
     empty = True
-    for pattern in needed("webdataset.shardlists").expand_urls(shards):
+    for pattern in needed("webdataset.shardlists", "clip").expand_urls(shards):
         paths = [pattern] if Path(pattern).is_file() else sorted(glob(pattern))
         if not paths:
             raise UnlearnError(f"{pattern}: there is no such shard")

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from slug_lightning.datamodules.active import ActiveSampler
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
-from slug_lightning.datamodules.pairing import Method, near_duplicates, needed, pair
+from slug_lightning.datamodules.pairing import Method, near_duplicates, pair
 from slug_lightning.datamodules.texts import read_texts
 from slug_lightning.edits import digest_of
 from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.pretrained import load_tokenizer
 from slug_lightning.lm.sequences import pad
 
 Texts = Union[str, Path, list[str]]
@@ -269,12 +270,7 @@ class PassageDataModule(UnlearnDataModule):
                 "tokenizer: there is none; give a tokenizer of transformers, its folder or its name, or train a module that has "
                 "an attribute `tokenizer`"
             )
-        if not isinstance(given, (str, Path)):
-            return given
-        try:
-            return needed("transformers").AutoTokenizer.from_pretrained(given)
-        except (OSError, ValueError) as error:
-            raise UnlearnError(f"tokenizer: {given!r} cannot be loaded ({error}); give its folder or its name") from error
+        return load_tokenizer(given) if isinstance(given, (str, Path)) else given
 
     def _texts(self, argument: str, given: Texts) -> list[str]:
         texts = read_texts(argument, given) if isinstance(given, (str, Path)) else list(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,11 +137,7 @@ def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module
         processes: of which the first writes; the others help to gather what is sharded.
     """
     model: Any = module.model
-    state = {}
-    for name, tensor in model.state_dict().items():
-        gathered = whole(tensor)
-        if processes.is_first:
-            state[plain_name(name)] = gathered.cpu()
+    state = _gathered(model.state_dict(), keep=processes.is_first)
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder / MODEL, state_dict=state)
@@ -173,12 +170,16 @@ def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     for name, tensor in held:
         first.setdefault(_identity(tensor), name)
     tied = {name for name, tensor in held if first[_identity(tensor)] != name}
+    return _gathered({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, keep)
+
+
+def _gathered(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors, whole and on the host, by their plain names; `keep` as in `_first_names`."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            gathered = whole(tensor)
-            if keep:
-                tensors[plain_name(name)] = gathered.cpu().contiguous()
+    for name, tensor in state.items():
+        gathered = whole(tensor)
+        if keep:
+            tensors[plain_name(name)] = gathered.cpu().contiguous()
     return tensors
 
 

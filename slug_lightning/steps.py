@@ -25,6 +25,30 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each module's own mode afterwards.
+
+    It touches nothing else. `untouched` writes buffers, which a graph that waits for its backward pass,
+    as that of a loss on the original's logits, may need as they are.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(net):
+        ...     [m.training for m in net.modules()]
+        [False, False, False]
+        >>> [m.training for m in net.modules()]
+        [True, True, False]
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes, buffers, metric states and random numbers are as before.
 
@@ -36,14 +60,11 @@ def untouched(module: nn.Module) -> Iterator[None]:
         >>> net.running_mean, net.training
         (tensor([0., 0.]), True)
     """
-    modes = {m: m.training for m in module.modules()}
     restore = _snapshot(module)
     try:
-        module.eval()
-        yield
+        with evaluating(module):
+            yield
     finally:
-        for m, mode in modes.items():
-            m.training = mode
         restore()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import sequence_nll
+from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.sequences import Sequences, counted, pad
 from slug_lightning.steps import untouched
 
@@ -44,7 +45,7 @@ def predictions(model: Any, sequences: Sequences) -> Tensor:
         torch.Size([2, 2])
     """
     with torch.no_grad(), untouched(model):
-        return _logits(model, sequences).argmax(-1)[:, :-1]
+        return logits_of(model, _on(model, sequences)).argmax(-1)[:, :-1]
 
 
 def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
@@ -64,7 +65,7 @@ def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH
     with torch.no_grad(), untouched(model):
         for batch in _batches([(len(row), 0) for row in rows], batch_tokens):
             sequences = _on(model, pad([rows[i].cpu() for i in batch]))
-            logits = _logits(model, sequences)
+            logits = logits_of(model, sequences)
             for i, tokens, loss in zip(batch, logits.argmax(-1).cpu(), sequence_nll(logits, sequences).tolist(), strict=True):
                 best[i], nll[i] = tokens[: len(rows[i]) - 1], loss
     return best, nll
@@ -214,10 +215,6 @@ def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) ->
 
 def _on(model: Any, sequences: Sequences) -> dict[str, Tensor]:
     return {name: sequences[name].to(model.device) for name in ("input_ids", "attention_mask")}
-
-
-def _logits(model: Any, sequences: Sequences) -> Tensor:
-    return model(**_on(model, sequences), use_cache=False).logits
 
 
 def _ends(model: Any) -> set[int]:

@@ -42,6 +42,11 @@ class Evidence:
     nll: float
     extraction_likelihood: float | None = None
 
+    @cached_property
+    def bleu(self) -> float:
+        """BLEU of the completion against the truth, 0 to 1."""
+        return bleu([self.completion], [self.truth]).item()
+
 
 def gather(
     model: Any,
@@ -163,7 +168,7 @@ class BleuBelow(Criterion):
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """BLEU of each completion, 0 to 1."""
-        return bleu([e.completion for e in evidence], [e.truth for e in evidence]).tolist()
+        return [e.bleu for e in evidence]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slug_lightning.lm.criteria import Criterion, gather
 from slug_lightning.lm.losses import log_likelihood
-from slug_lightning.lm.metrics import bleu, ngram_diversity
+from slug_lightning.lm.metrics import ngram_diversity
 from slug_lightning.lm.sequences import Sequences, targets
 from slug_lightning.progress import Progress
 from slug_lightning.steps import untouched
@@ -56,6 +56,8 @@ class Examiner:
         self.n = n
         self.batch_size = batch_size
         self.progress = progress
+        # A sharded model is run by all processes together: each examines all.
+        self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.share, self.processes.shares)
 
     def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
         """Complete each passage and measure it.
@@ -66,9 +68,7 @@ class Examiner:
                 all of them, as it is defined.
             name: what they are, for the progress bar.
         """
-        # A sharded model is run by all processes together: each examines all.
-        share, shares = (0, 1) if self.runner.is_sharded else (self.processes.share, self.processes.shares)
-        mine = list(range(share, len(passages), shares))
+        mine = list(range(self.share, len(passages), self.shares))
         found: list[tuple[int, Finding]] = []
         with self.runner.forward_context():
             starts = range(0, len(mine), self.batch_size)
@@ -82,13 +82,12 @@ class Examiner:
         model, tokenizer = self.module.model, self.module.tokenizer
         evidence = gather(model, tokenizer, passages, self.prefix, self.batch_size, el=self.n, prefixes=prefixes)
         values = {criterion.name: criterion.values(evidence) for criterion in self.criteria}
-        overlap = bleu([e.completion for e in evidence], [e.truth for e in evidence]).tolist()
         diversity = ngram_diversity([e.completion_tokens for e in evidence], 3).tolist()
         return [
             {
                 "memorization_accuracy": e.memorization_accuracy,
                 "extraction_likelihood": e.extraction_likelihood,
-                "bleu": overlap[i],
+                "bleu": e.bleu,
                 "diversity": diversity[i],
                 "nll": e.nll,
                 "prefix": e.prefix,
@@ -101,11 +100,10 @@ class Examiner:
 
     def perplexity(self, batches: Iterable[Sequences]) -> float:
         """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
-        share, shares = (0, 1) if self.runner.is_sharded else (self.processes.share, self.processes.shares)
         total, count = 0.0, 0
         with torch.no_grad(), untouched(self.module), self.runner.forward_context():
             for number, batch in enumerate(batches):
-                if number % shares == share:
+                if number % self.shares == self.share:
                     on_device = {name: batch[name].to(self.module.device) for name in ("input_ids", "attention_mask")}
                     total -= log_likelihood(self.module.logits(on_device), on_device).double().sum().item()
                     count += int(targets(on_device)[1].sum())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,30 +33,6 @@ def weights_digest(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     kept = {name: tensor.detach() for name, tensor in tensors.items() if name not in set(leave_out)}
     return digest_of({name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in kept.items()}, "")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each module's own mode afterwards.
-
-    It touches nothing else. `slug_lightning.steps.untouched` writes buffers, which a graph that waits for its backward pass,
-    as that of the loss does here, may need as they are.
-
-    Example:
-        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-        >>> with evaluating(net):
-        ...     [m.training for m in net.modules()]
-        [False, False, False]
-        >>> [m.training for m in net.modules()]
-        [True, True, False]
-    """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def refuse_absent(model: nn.Module) -> None:

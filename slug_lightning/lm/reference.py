@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import Batch, log_likelihood, sequence_kl
-from slug_lightning.lm.original import evaluating, logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
+from slug_lightning.steps import evaluating
 
 __all__ = ["AdaptersOff", "FrozenCopy", "Reference", "TopK"]
 

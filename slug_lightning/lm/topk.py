@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
-from slug_lightning.lm.original import evaluating, logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences, digests
 from slug_lightning.patch import at_once, digest_of
 from slug_lightning.processes import Processes
+from slug_lightning.steps import evaluating
 
 FORMAT = "slug-lightning reference 1"
 PENDING = 64 * 2**20

@@ -14,6 +14,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import ICU, LMLoss, sequence_nll
 from slug_lightning.lm.metrics import MemorizationAccuracy, Perplexity
 from slug_lightning.lm.original import logits_of
+from slug_lightning.lm.pretrained import load_causal_lm, load_tokenizer
 from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, Reference
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
@@ -196,38 +197,6 @@ class EmbeddedLM(CausalLMModule):
         scheduler: Optional[LRSchedulerCallable] = None,
     ) -> None:
         super().__init__(LM, loss=loss, optimizer=optimizer, scheduler=scheduler)
-
-
-def load_causal_lm(name: Union[str, Path]) -> nn.Module:
-    """Load a causal language model in fp32, so that small steps of the optimizer are not rounded away.
-
-    Raises:
-        UnlearnError: if transformers is missing, or has nothing of that name.
-    """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise UnlearnError('model: transformers is missing; pip install "slug-lightning[lm]"') from error
-    try:
-        return AutoModelForCausalLM.from_pretrained(str(name)).float()
-    except (OSError, ValueError) as error:
-        raise UnlearnError(f"model: {str(name)!r} cannot be loaded ({error}); give its folder or its name") from error
-
-
-def load_tokenizer(name: Union[str, Path]) -> Any:
-    """Load a tokenizer.
-
-    Raises:
-        UnlearnError: if transformers is missing, or has nothing of that name.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise UnlearnError('tokenizer: transformers is missing; pip install "slug-lightning[lm]"') from error
-    try:
-        return AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        raise UnlearnError(f"tokenizer: {str(name)!r} cannot be loaded ({error}); give its folder or its name") from error
 
 
 def mean_nll(model: nn.Module, sequences: Sequences) -> Tensor:
