@@ -69,7 +69,7 @@ def load_drawings() -> Drawings:
     )
 
 
-def render(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def render(pictures: Tensor, generator: torch.Generator, amount: float = 1.0) -> Tensor:
     """Draw each picture once more: turned, scaled and shifted, in other light, on a plain ground of random colour.
 
     Every call gives a rendering that was never drawn before, which is how training, search and report
@@ -78,7 +78,8 @@ def render(pictures: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         pictures: RGBA drawings, uint8, `[B, 4, H, W]`.
         generator: where the randomness comes from: turn within ±25°, scale 0.7 to 1.1, shift within ±10 %,
-            contrast 0.8 to 1.2, brightness ±0.1, noise of standard deviation 0.02.
+            contrast 0.8 to 1.2, brightness ±0.1, noise of standard deviation 0.02, ground of any colour.
+        amount: of that, in [0, 1]; at 0 every drawing is upright, 0.9 in size, in the middle of a white ground.
 
     Returns:
         RGB renderings, float32, `[B, 3, H, W]`, normalised to mean 0.5 and deviation 0.5, so in about [-1, 1].
@@ -92,21 +93,23 @@ def render(pictures: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(len(pictures), *shape, generator=generator) * (high - low) + low
 
-    turn, size = uniform(-0.44, 0.44), uniform(0.7, 1.1)
+    turn, size = uniform(-0.44 * amount, 0.44 * amount), uniform(0.7 + 0.2 * (1 - amount), 1.1 - 0.2 * (1 - amount))
     # affine_grid maps output to input coordinates, so the drawing's size is the inverse of the matrix's scale.
     matrix = torch.zeros(len(pictures), 2, 3)
     matrix[:, 0, 0] = matrix[:, 1, 1] = turn.cos() / size
     matrix[:, 0, 1], matrix[:, 1, 0] = -turn.sin() / size, turn.sin() / size
-    matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
+    matrix[:, :, 2] = uniform(-0.2 * amount, 0.2 * amount, 2)
     rgba = pictures.float() / 255
     alpha = rgba[:, 3:]
     premultiplied = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)  # else dark fringes where alpha is 0
     grid = torch.nn.functional.affine_grid(matrix, list(premultiplied.shape), align_corners=False)
     warped = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
-    ground = uniform(0.0, 1.0, 3, 1, 1)
+    ground = uniform(1.0 - amount, 1.0, 3, 1, 1)
     image = warped[:, :3] + (1 - warped[:, 3:]) * ground
-    image = (image - 0.5) * uniform(0.8, 1.2, 1, 1, 1) + 0.5 + uniform(-0.1, 0.1, 1, 1, 1)
-    image = image + 0.02 * torch.randn(image.shape, generator=generator)
+    contrast = uniform(1.0 - 0.2 * amount, 1.0 + 0.2 * amount, 1, 1, 1)
+    light = uniform(-0.1 * amount, 0.1 * amount, 1, 1, 1)
+    image = (image - 0.5) * contrast + 0.5 + light
+    image = image + 0.02 * amount * torch.randn(image.shape, generator=generator)
     return (image - 0.5) / 0.5
 
 

@@ -14,3 +14,5 @@ PASSAGES = LM / "passages.jsonl"
 
 The model recites the part `recited`, was trained now and then on `kept`, and never saw `unseen`.
 """
+CANVAS = HERE / "canvas"
+"""Folder of the miniature UnlearnCanvas: `pipeline` as diffusers reads it, classifiers `style` and `thing` as transformers do."""
