@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from slug_lightning import UnlearnReport
+from slug_lightning.clips import encode_image, encode_text
 from slug_lightning.datamodules import EmojiDataModule
 from slug_lightning.datamodules.emoji import load_drawings, render
 from slug_lightning.modules import EmbeddedClip
-from slug_lightning.modules.clip import encode_image, encode_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -20,11 +20,11 @@ import torch
 from things import evaluation
 
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.clips import contrastive_loss, matching_loss
 from slug_lightning.cost import flop_counter
 from slug_lightning.datamodules import EmojiDataModule
 from slug_lightning.datamodules.emoji import load_drawings
 from slug_lightning.modules import EmbeddedClip
-from slug_lightning.modules.clip import contrastive_loss, matching_loss
 from slug_lightning.patch import same_bits
 
 MORE = 0.03

@@ -8,10 +8,10 @@ from torch.nn.functional import interpolate
 
 from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
 
-THINGS = (
-    ["airplane", "bicycle", "bus", "cactus", "cat", "cherries", "crown", "dog", "elephant", "fish"]
-    + ["frog", "guitar", "hamburger", "mushroom", "octopus", "penguin", "rocket", "rose", "snail", "strawberry"]
-)  # fmt: skip
+THINGS = [
+    "airplane", "bicycle", "bus", "cactus", "cat", "cherries", "crown", "dog", "elephant", "fish",
+    "frog", "guitar", "hamburger", "mushroom", "octopus", "penguin", "rocket", "rose", "snail", "strawberry",
+]  # fmt: skip
 SIZE = 32
 AMOUNT = 0.4
 """How far its renderings vary (`render`)."""

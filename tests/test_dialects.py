@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slug_lightning.clips import encode_image, encode_text, to_hugging_face
 from slug_lightning.dialects import translations
-from slug_lightning.modules.clip import encode_image, encode_text, to_hugging_face
 from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited, same_bits
 
 BLOCK, LAYER = "visual.transformer.resblocks.1", "vision_model.encoder.layers.1"

@@ -15,12 +15,12 @@ from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, tr
 from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
 from slug_lightning.bench import Bench, Move
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.clips import encode_image, encode_text, to_hugging_face
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.datamodules.emoji import load_drawings, render
 from slug_lightning.embedded import CLIP
 from slug_lightning.layers import Layer
 from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
-from slug_lightning.modules.clip import encode_image, encode_text, to_hugging_face
 
 TINY = {
     "embed_dim": 16,

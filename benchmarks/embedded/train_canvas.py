@@ -21,17 +21,19 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy, interpolate, l1_loss, mse_loss
-from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForImageClassification
+from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+from slug_lightning.clips import to_hugging_face
 from slug_lightning.datamodules.canvas import SIZE, canvas_drawings, canvas_render
 from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, render
+from slug_lightning.diffusion.judges import make_judges
+from slug_lightning.diffusion.pipelines import draw, load_pipeline
 from slug_lightning.embedded import CANVAS, CLIP
-from slug_lightning.modules.clip import to_hugging_face
 
 SEED = 0
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 100
 AUTOENCODER_STEPS, AUTOENCODER_BATCH = 900, 64
-GENERATOR_STEPS, GENERATOR_BATCH = 5000, 64
+GENERATOR_STEPS, GENERATOR_BATCH = 4000, 64
 RENDERINGS = 64
 """Of each drawing, encoded once for the generator."""
 EMPTY, HALF = 0.1, 0.2
@@ -119,6 +121,8 @@ def train_classifiers(drawings: Drawings, checkpoints: Path) -> None:
 
         training.run(loss_of)
         model.eval().half().save_pretrained(CANVAS / kind)
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        ViTImageProcessor(size={"height": SIZE, "width": SIZE}, **half).save_pretrained(CANVAS / kind)
 
 
 # ---- the pipeline
@@ -157,10 +161,10 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
         down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2,
         cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
-    noise = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+    noise = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False, "steps_offset": 1}
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=AutoTokenizer.from_pretrained(CLIP), unet=unet,
-        scheduler=DDIMScheduler(**noise, timestep_spacing="trailing", rescale_betas_zero_snr=False),
+        scheduler=DDIMScheduler(**noise, timestep_spacing="trailing"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -189,7 +193,7 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(500)])
         error = l1_loss(torch.cat([vae.decode(part).sample for part in latents[:1000].split(500)]), pictures[:1000])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    print(f"{len(latents)} latents, scaling factor {vae.config.scaling_factor}, mean error of a pixel {error:.4f} of 2", flush=True)
+    print(f"{len(latents)} latents, scaled by {vae.config.scaling_factor}, mean error of a pixel {error:.4f} of 2", flush=True)
     latents = latents * vae.config.scaling_factor
     noise = DDPMScheduler.from_config(pipeline.scheduler.config)
     known: dict[str, torch.Tensor] = {}
@@ -203,7 +207,8 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
     training = Training(pipeline.unet.train(), GENERATOR_STEPS, 1e-3, checkpoints / "generator.ckpt", ema=True)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        rows = some(drawings, GENERATOR_BATCH, generator) + 100 * torch.randint(RENDERINGS, (GENERATOR_BATCH,), generator=generator)
+        rows = some(drawings, GENERATOR_BATCH, generator)
+        rows = rows + len(drawings.pictures) * torch.randint(RENDERINGS, (GENERATOR_BATCH,), generator=generator)
         clean = latents[rows]
         text = torch.cat([encoded(caption(drawings, int(every[row]), generator)) for row in rows])
         times = torch.randint(1000, (GENERATOR_BATCH,), generator=generator)
@@ -222,30 +227,25 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
 @torch.no_grad()
 def evaluate(drawings: Drawings) -> None:
     """Print how often the judges are right: on renderings made for this alone, and on what the pipeline draws."""
-    judges = {
-        kind: ResNetForImageClassification.from_pretrained(CANVAS / kind, dtype=torch.float32).eval() for kind in ("style", "thing")
-    }
+    judges = make_judges({kind: str(CANVAS / kind) for kind in ("style", "thing")}, [])
     labels = {"style": drawings.styles, "thing": drawings.things}
     generator = torch.Generator().manual_seed(10_000)
     pictures = torch.cat([canvas_render(drawings.pictures, generator) for _ in range(10)])
     for kind, judge in judges.items():
-        right = judge(pictures).logits.argmax(1) == labels[kind].repeat(10)
+        right = judge(pictures).argmax(1) == labels[kind].repeat(10)
         print(f"{kind}: {right.float().mean():.4f} of {len(right)} new renderings", flush=True)
     if not (CANVAS / "pipeline").exists():
         return
-    pipeline = StableDiffusionPipeline.from_pretrained(CANVAS / "pipeline", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = [
-        f"{drawings.thing_names[t]} in {drawings.style_names[s]} style" for t, s in zip(drawings.things, drawings.styles, strict=True)
-    ]
+    pipeline = load_pipeline(CANVAS / "pipeline")
+    pairs = zip(drawings.things, drawings.styles, strict=True)
+    prompts = [f"{drawings.thing_names[thing]} in {drawings.style_names[style]} style" for thing, style in pairs]
     for steps, guidance in ((25, 2.0), (25, 1.0), (10, 2.0), (10, 1.0), (6, 2.0)):
-        drawn = []
-        for seed in range(3):
-            noise = torch.Generator().manual_seed(20_000 + seed)
-            images = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt").images
-            drawn.append(images * 2 - 1)
+        drawn = [
+            draw(pipeline, prompts, range(first, first + len(prompts)), steps=steps, guidance=guidance, size=SIZE)
+            for first in range(20_000, 20_000 + 3 * len(prompts), len(prompts))
+        ]
         found = {
-            kind: (judge(torch.cat(drawn)).logits.argmax(1) == labels[kind].repeat(3)).float().mean().item()
+            kind: (judge(torch.cat(drawn)).argmax(1) == labels[kind].repeat(3)).float().mean().item()
             for kind, judge in judges.items()
         }
         print(f"samples, {steps} steps, guidance {guidance}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
@@ -254,11 +254,12 @@ def evaluate(drawings: Drawings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("classifiers", "autoencoder", "generator", "evaluate"))
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/canvas"), help="where to go on from (default: %(default)s)")
+    checkpoints = Path("runs/canvas")
+    parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="where to go on from (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.checkpoints.mkdir(parents=True, exist_ok=True)
-    drawings = canvas_drawings()
-    print(f"seed {SEED}, {len(drawings.pictures)} drawings, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    drawings, threads = canvas_drawings(), torch.get_num_threads()
+    print(f"seed {SEED}, {len(drawings.pictures)} drawings, torch {torch.__version__}, {threads} threads", flush=True)
     if arguments.part == "classifiers":
         train_classifiers(drawings, arguments.checkpoints)
     elif arguments.part == "autoencoder":

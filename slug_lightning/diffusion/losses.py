@@ -1,0 +1,83 @@
+"""The two objectives of a text-to-image pipeline: its own denoising loss, and that of the CLIP its text encoder comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from slug_lightning.diffusion.pipelines import read_prompts, resized
+from slug_lightning.errors import UnlearnError
+
+
+class Denoising:
+    """The loss that the pipeline was trained with: how well the UNet tells the noise in pictures, given their captions.
+
+    High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), equation 3; with v-prediction
+    (arXiv 2202.00512, appendix D), the velocity instead of the noise. Times and noises are drawn from torch's generator, so
+    that a run repeats them.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline.
+        size: height and width, in pixels, at which pictures are encoded.
+
+    Raises:
+        UnlearnError: if its scheduler predicts something else.
+    """
+
+    def __init__(self, pipeline: Any, size: int) -> None:
+        from diffusers import DDPMScheduler
+
+        self.pipeline = pipeline
+        self.size = size
+        kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction", "sample"):
+            raise UnlearnError(
+                f"pipeline: its scheduler predicts {kind!r}; the denoising loss knows epsilon, v_prediction and sample"
+            )
+        # Whatever draws, the noise in training is that of the betas alone.
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+        config = pipeline.scheduler.config
+        self.noise = DDPMScheduler.from_config({name: config[name] for name in names if name in config})
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean squared error over a batch `{"image": [B, 3, H, W] in [-1, 1], "text": B captions}`, a scalar."""
+        unet: Any = self.pipeline.unet
+        clean = latents_of(self.pipeline.vae, resized(batch["image"], self.size))
+        times = torch.randint(self.noise.config["num_train_timesteps"], (len(clean),), device=clean.device)
+        added = torch.randn_like(clean)
+        read = read_prompts(self.pipeline, batch["text"])
+        more = {}
+        if "text_embeds" in read:
+            # SDXL also reads the size of the picture, where it was cropped, and the size that is wanted.
+            place = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=clean.device)
+            more["added_cond_kwargs"] = {
+                "text_embeds": read["text_embeds"],
+                "time_ids": place.repeat(len(clean), 1).to(read["text_embeds"].dtype),
+            }
+        noisy = self.noise.add_noise(clean, added, times).to(unet.dtype)
+        guess = unet(noisy, times, encoder_hidden_states=read["encoder_hidden_states"], **more).sample
+        return mse_loss(guess.float(), self._target(clean, added, times))
+
+    def _target(self, clean: Tensor, added: Tensor, times: Tensor) -> Tensor:
+        kind = self.noise.config["prediction_type"]
+        if kind == "v_prediction":
+            return self.noise.get_velocity(clean, added, times)
+        return added if kind == "epsilon" else clean
+
+
+@torch.no_grad()
+def latents_of(vae: Any, pictures: Tensor) -> Tensor:
+    """What the autoencoder makes of pictures in [-1, 1], as the UNet reads it, in float32."""
+    # In half precision the autoencoder of SDXL overflows, and says so.
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    latents = vae.encode(pictures.to(vae.dtype)).latent_dist.sample().float()
+    if upcast:
+        vae.to(dtype)
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
