@@ -4,6 +4,15 @@ from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.modules.causal_lm import CausalLMModule, EmbeddedLM
 from slug_lightning.modules.classifier import ClassifierModule
 from slug_lightning.modules.clip import ClipModule, EmbeddedClip
-from slug_lightning.modules.diffusion import DiffusionModule
+from slug_lightning.modules.diffusion import DiffusionModule, EmbeddedCanvas
 
-__all__ = ["CausalLMModule", "ClassifierModule", "ClipModule", "DiffusionModule", "EmbeddedClip", "EmbeddedLM", "UnlearnModule"]
+__all__ = [
+    "CausalLMModule",
+    "ClassifierModule",
+    "ClipModule",
+    "DiffusionModule",
+    "EmbeddedCanvas",
+    "EmbeddedClip",
+    "EmbeddedLM",
+    "UnlearnModule",
+]

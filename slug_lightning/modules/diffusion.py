@@ -16,6 +16,7 @@ from slug_lightning.diffusion.losses import Denoising
 from slug_lightning.diffusion.parts import parts_of
 from slug_lightning.diffusion.pipelines import draw, load_pipeline, native_size, text_encoders
 from slug_lightning.diffusion.towers import load_towers
+from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.base import UnlearnModule
 
@@ -180,3 +181,34 @@ def _never(model: nn.Module, batch: Any) -> Tensor:
 def _words(text: str) -> str:
     """Without case, spaces and signs, which tokenizers change."""
     return re.sub(r"\W+", "", text.lower())
+
+
+class EmbeddedCanvas(DiffusionModule):
+    """The miniature UnlearnCanvas that ships with the package: draws 20 things in 5 styles at 32 × 32 pixels, and judges itself.
+
+    Its text encoder is the text tower of the embedded CLIP, its judges are two classifiers that were trained apart from it.
+
+    Args:
+        objective: as in `DiffusionModule`.
+        guidance: likewise.
+        learning_rate: likewise.
+
+    Example:
+        >>> module = EmbeddedCanvas()
+        >>> prompts = {"text": ["cat in blob style"], "seed": torch.tensor([0]), "steps": torch.tensor([2])}
+        >>> module.draw(prompts).shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    def __init__(
+        self, objective: Literal["denoising", "clip"] = "denoising", *, guidance: float = 2.0, learning_rate: float = 1e-5
+    ) -> None:
+        super().__init__(
+            CANVAS / "pipeline",
+            objective=objective,
+            clip=f"local-dir:{CLIP}" if objective == "clip" else None,
+            judges={kind: str(CANVAS / kind) for kind in ("style", "thing")},
+            guidance=guidance,
+            gradient_checkpointing=False,
+            learning_rate=learning_rate,
+        )
