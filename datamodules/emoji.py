@@ -150,7 +150,7 @@ def emoji_pairs(drawings: Drawings, rows: Tensor, generator: torch.Generator, *,
     """
     import open_clip
 
-    captions = [_caption(drawings, int(row), thing, style) for row in rows]
+    captions = [caption_of(drawings, int(row), thing, style) for row in rows]
     things, styles = drawings.things[rows], drawings.styles[rows]
     none = torch.full_like(things, -1)
     images = torch.cat([render(drawings.pictures[part], generator) for part in rows.split(256)])
@@ -158,7 +158,13 @@ def emoji_pairs(drawings: Drawings, rows: Tensor, generator: torch.Generator, *,
     return EmojiPairs(images, tokens, things if thing else none, styles if style else none)
 
 
-def _caption(drawings: Drawings, row: int, thing: bool, style: bool) -> str:
+def caption_of(drawings: Drawings, row: int, thing: bool = True, style: bool = True) -> str:
+    """The words for a drawing: its thing, its style, or both.
+
+    Example:
+        >>> caption_of(load_drawings(), 0)
+        'airplane in blob style'
+    """
     what = drawings.thing_names[int(drawings.things[row])]
     how = f"{drawings.style_names[int(drawings.styles[row])]} style"
     return f"{what} in {how}" if thing and style else what if thing else how
@@ -219,8 +225,7 @@ class EmojiDataModule(UnlearnDataModule):
         if self.notes:
             return
         drawings = load_drawings()
-        styles = torch.tensor([_number("style", one, drawings.style_names) for one in self.styles], dtype=torch.long)
-        things = torch.tensor([_number("thing", one, drawings.thing_names) for one in self.things], dtype=torch.long)
+        styles, things = self.numbers(drawings)
         in_style, of_thing = torch.isin(drawings.styles, styles), torch.isin(drawings.things, things)
         # Of each concept its drawings by split, and whether it is a style.
         gone = [(_parted(drawings.styles == one, self.seed), True) for one in styles]
@@ -251,6 +256,16 @@ class EmojiDataModule(UnlearnDataModule):
             self.notes[labelled("forget", concept)] += _FRESH + _OWN * is_style
         self.set_parts("retain", retain["train"], retain["val"], retain["test"])
         self.notes["retain"] += _FRESH + _OWN
+
+    def numbers(self, drawings: Drawings) -> tuple[Tensor, Tensor]:
+        """Which styles and which things are to be forgotten, as the drawings number them.
+
+        Raises:
+            UnlearnError: if one is not known.
+        """
+        styles = [_number("style", one, drawings.style_names) for one in self.styles]
+        things = [_number("thing", one, drawings.thing_names) for one in self.things]
+        return torch.tensor(styles, dtype=torch.long), torch.tensor(things, dtype=torch.long)
 
 
 def _names(argument: str, given: Union[str, list[str], None]) -> list[str]:
