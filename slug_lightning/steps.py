@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torchmetrics
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -346,13 +346,41 @@ def call_step(step: Callable[..., Any], batch: Any, number: int) -> Any:
 
 
 def batch_samples(batch: Any) -> int:
-    """Count the samples of a batch: the first dimension of the first tensor in it.
+    """Count the samples of a batch: the first dimension of the first tensor in it; 1 if that is a scalar.
+
+    What lies beside the tensors, such as texts, is not counted: a sample may have several.
+
+    Args:
+        batch: tensors in containers: mappings, dataclasses, or anything that can be iterated.
+
+    Raises:
+        UnlearnError: if there is no tensor in it.
 
     Example:
-        >>> batch_samples({"image": torch.zeros(5, 3, 8, 8), "label": torch.zeros(5)})
-        5
+        >>> batch_samples({"text": ["a cat", "a dog"], "image": torch.zeros(2, 3, 8, 8)})
+        2
     """
-    return extract_batch_size(batch)
+    first = next(_tensors_in(batch), None)
+    if first is None:
+        raise UnlearnError(
+            f"a batch ({type(batch).__name__}) holds no tensor, so that its samples cannot be counted; let the loader add one "
+            "of shape [B, ...], such as labels or numbers of the samples"
+        )
+    return len(first) if first.ndim else 1
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors_in(value)
+    elif is_dataclass(content) and not isinstance(content, type):
+        for one in fields(content):
+            yield from _tensors_in(getattr(content, one.name))
+    elif isinstance(content, Iterable) and not isinstance(content, (str, bytes, np.ndarray)):
+        for value in content:
+            yield from _tensors_in(value)
 
 
 def same_draws(number: int) -> None:

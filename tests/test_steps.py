@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import numpy as np
@@ -372,9 +374,36 @@ def test_anything_else_is_refused_by_what_it_is(output, said):
         loss_in(output)
 
 
-@pytest.mark.parametrize("batch", [torch.ones(5, 2), [torch.ones(5), torch.ones(5, 3)], {"image": torch.ones(5, 3, 2, 2)}])
+@dataclass
+class Pair:
+    text: list[str]
+    image: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(5, 2),
+        [torch.ones(5), torch.ones(5, 3)],
+        {"image": torch.ones(5, 3, 2, 2)},
+        {"text": ["a"] * 5, "image": torch.ones(5, 3)},
+        [["a", "b"], [["c"], torch.ones(5)], torch.ones(2)],
+        Pair(["a"] * 5, torch.ones(5)),
+        UserDict(input_ids=torch.ones(5, 7), names=np.array(["a"] * 5)),
+    ],
+)
 def test_samples_are_counted_along_the_first_dimension(batch):
     assert batch_samples(batch) == 5
+
+
+def test_a_scalar_is_one_sample():
+    assert batch_samples({"loss": torch.tensor(3.0), "image": torch.ones(5, 3)}) == 1
+
+
+@pytest.mark.parametrize("batch", [["a", "b"], {"text": ["a"], "length": 3}, np.ones(4), None, Pair])
+def test_a_batch_without_a_tensor_is_refused_with_the_remedy(batch):
+    with pytest.raises(UnlearnError, match=r"holds no tensor.*let the loader add one"):
+        batch_samples(batch)
 
 
 # ---- what several processes log is what one would have logged
