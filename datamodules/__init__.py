@@ -1,6 +1,7 @@
 """Where forget and retain come from."""
 
 from slug_lightning.datamodules.base import UnlearnDataModule
+from slug_lightning.datamodules.canvas import CanvasDataModule
 from slug_lightning.datamodules.concept import ConceptDataModule
 from slug_lightning.datamodules.emoji import EmojiDataModule
 from slug_lightning.datamodules.image_text import ImageTextDataModule
@@ -9,6 +10,7 @@ from slug_lightning.datamodules.passages import PassageDataModule
 from slug_lightning.datamodules.python_docs import PythonDocsDataModule
 
 __all__ = [
+    "CanvasDataModule",
     "ConceptDataModule",
     "EmojiDataModule",
     "ImageTextDataModule",

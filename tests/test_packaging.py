@@ -31,6 +31,8 @@ def test_the_wheel_holds_all_that_the_source_holds(wheel):
     assert {f"slug_lightning/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= set(names)
     data = {"emoji.tar", "SOURCES.md", "clip/open_clip_model.safetensors", "clip/tokenizer.json", "clip/open_clip_config.json"}
     data |= {f"lm/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "passages.jsonl")}
+    canvas = ROOT / "slug_lightning" / "embedded" / "canvas"
+    data |= {f"canvas/{p.relative_to(canvas)}" for p in canvas.rglob("*") if p.is_file()}
     assert {f"slug_lightning/embedded/{name}" for name in data} <= set(names)
     assert "slug_lightning/py.typed" in names
     assert not any(name.startswith(("tests/", "callbacks/", "datamodules/", "configs/", "benchmarks/")) for name in names)
@@ -41,7 +43,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "import slug_lightning.callbacks, slug_lightning.datamodules, slug_lightning.configs, slug_lightning.modules as m;"
-        "m.EmbeddedClip(); m.EmbeddedLM(); print(slug_lightning.callbacks.__file__)"
+        "m.EmbeddedClip(); m.EmbeddedLM(); m.EmbeddedCanvas(); print(slug_lightning.callbacks.__file__)"
     )
     # Before the editable install of the source on the path.
     environment = os.environ | {"PYTHONPATH": str(site)}
@@ -54,6 +56,7 @@ def test_data_and_weights_stay_small():
     embedded = ROOT / "slug_lightning" / "embedded"
     assert (embedded / "emoji.tar").stat().st_size <= 10 * 2**20
     assert (embedded / "clip" / "open_clip_model.safetensors").stat().st_size <= 15 * 2**20
+    assert sum(p.stat().st_size for p in (embedded / "canvas").rglob("*") if p.is_file()) <= 25 * 2**20
 
 
 def blocks(language: str) -> list[str]:

@@ -27,11 +27,8 @@ def load_pipeline(pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         UnlearnError: if diffusers is missing, or the pipeline has no UNet that reads CLIP text encoders.
     """
     if isinstance(pipeline, (str, Path)):
-        try:
-            from diffusers import DiffusionPipeline
-        except ImportError as error:
-            raise needed("pipeline", "diffusion") from error
-        pipeline = DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype)
+        diffusers = needed("diffusers", "diffusion")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype)
     refuse_other_pipelines(pipeline)
     return pipeline
 
