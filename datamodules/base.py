@@ -149,7 +149,7 @@ class UnlearnDataModule(pl.LightningDataModule):
         self._retain: dict[Split, Dataset] = {}
         if forget is not None:
             named = by_concept("forget", forget)
-            val, test = _alike("forget_val", forget_val, named), _alike("forget_test", forget_test, named)
+            val, test = alike("forget_val", forget_val, named), alike("forget_test", forget_test, named)
             for concept, dataset in named.items():
                 self.set_parts("forget", dataset, val.get(concept), test.get(concept), concept=concept)
         if retain is not None:
@@ -241,10 +241,18 @@ def no_dataset(kind: str, datamodule: UnlearnDataModule) -> UnlearnError:
     return UnlearnError(f"{kind}: no dataset was given; pass {kind}=… to {type(datamodule).__name__}, or call its setup()")
 
 
-def _alike(argument: str, given: Any, forget: Mapping[str | None, Any]) -> dict[str | None, Any]:
-    """Sets for search or report by concept, whose names must be those of the forget sets."""
+def alike(argument: str, given: Any, forget: Mapping[str | None, Any]) -> dict[str | None, Any]:
+    """An argument by concept, which may leave concepts out, but has no names other than those of the forget sets.
+
+    Raises:
+        UnlearnError: if it has other names.
+
+    Example:
+        >>> alike("forget_val", {"cat": [1]}, {"cat": [2], "dog": [3]})
+        {'cat': [1]}
+    """
     named = {} if given is None else by_concept(argument, given)
     if not named.keys() <= forget.keys():
-        remedy = "one dataset, as forget is" if None in forget else f"a dict by the names in forget: {listed(list(forget), 20)}"
-        raise UnlearnError(f"{argument}: give {remedy}")
+        names = f"a dict by the concepts' names, {listed(list(forget), 20)}"
+        raise UnlearnError(f"{argument}: give {'no dict, as the concept has no name' if None in forget else names}")
     return named

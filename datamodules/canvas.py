@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from slug_lightning.datamodules.emoji import Drawings, EmojiDataModule, caption_of, load_drawings, render
 from slug_lightning.datamodules.names import labelled
-from slug_lightning.datamodules.text_to_image import Prompts, noise_seeds
+from slug_lightning.datamodules.text_to_image import Prompts, how_drawn, noise_seeds
 from slug_lightning.errors import UnlearnError
 
 THINGS = [
@@ -165,15 +165,11 @@ class CanvasDataModule(EmojiDataModule):
         }
         wanted = 1 if concept else 2  # the rest has many prompts, and its tolerances are a few points
         search, report = (ceil(wanted * count / len(rows)) for count in (self.search_pictures, self.report_pictures))
-        self.set_parts(
-            kind,
-            Renderings(images, captions * self.renderings, concept),
+        prompts = (
             Prompts(captions, noise_seeds("val", search, self.seed), self.search_steps, labels),
             Prompts(captions, noise_seeds("test", report, self.seed), self.report_steps, labels),
-            concept=concept,
         )
+        self.set_parts(kind, Renderings(images, captions * self.renderings, concept), *prompts, concept=concept)
         self.notes[labelled(kind, concept)] += (
-            f"; fresh renderings for the gradient, {self.renderings} of each drawing; search and report draw the same "
-            f"{len(rows)} prompts, {search} and {report} times each, from other seeds, in {self.search_steps} and "
-            f"{self.report_steps} steps"
+            f"; fresh renderings for the gradient, {self.renderings} of each drawing; {how_drawn(*prompts)}"
         )

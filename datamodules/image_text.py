@@ -80,6 +80,9 @@ class ImageTextDataModule(UnlearnDataModule):
         {'airplane': 5, 'felines': 10}
     """
 
+    combinations: tuple[set[str], ...] = ({"forget", "retain"}, {"data", "concept"})
+    """Which of the sources may be given together."""
+
     def __init__(
         self,
         *,
@@ -104,7 +107,7 @@ class ImageTextDataModule(UnlearnDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         sources = {"forget": forget, "retain": retain, "data": data, "concept": concept}
         given = {name for name, source in sources.items() if source is not None}
-        if given not in ({"forget", "retain"}, {"data", "concept"}):
+        if given not in self.combinations:
             raise UnlearnError(
                 "give forget and retain (two sources), or data and concept (one source to divide); "
                 f"given: {', '.join(sorted(given)) or 'none of them'}"
@@ -114,7 +117,9 @@ class ImageTextDataModule(UnlearnDataModule):
             raise UnlearnError(f"forget, retain: both are {retain}; leave out of retain what is to be forgotten")
         if repeated := [name for name, source in self.forget.items() if list(self.forget.values()).count(source) > 1]:
             raise UnlearnError(f"forget: {listed(repeated)} have the same source; give one for each concept")
-        self.words = {} if concept is None else by_concept("concept", concept)
+        words = {} if concept is None else by_concept("concept", concept)
+        self.words: dict[str | None, list[str]] = {name: [own] if isinstance(own, str) else own for name, own in words.items()}
+        self.finders = {name: whole_words(labelled("concept", name), own) for name, own in self.words.items()}
         if model is None and (transform is None or tokenize is None):
             raise UnlearnError("model: give an open_clip model, or both transform and tokenize")
         reserved = [name for name in (*(label_columns or ()), *(labels or ())) if name in ("image", "text")]
@@ -155,25 +160,27 @@ class ImageTextDataModule(UnlearnDataModule):
         else:
             forget, retain = self._divide(self.data or "")
         for concept, pairs in forget.items():
-            self.set_parts("forget", pairs, concept=concept)
-        self.set_parts("retain", retain)
+            self.set_pairs("forget", pairs, concept)
+        self.set_pairs("retain", retain)
         if len(retain) == self.limit:
             self.notes["retain"] += f"; only the first {self.limit} pairs were read (limit)"
 
+    def set_pairs(self, kind: str, pairs: Dataset, concept: str | None = None) -> None:
+        """Set the data of `kind` to pairs that were read; a subclass may make other samples of some."""
+        self.set_parts(kind, pairs, concept=concept)
+
     def _divide(self, data: str) -> tuple[dict[str | None, Dataset], ImageTextPairs]:
         """The pairs of each concept, and those of none, of one source."""
-        words = {name: [own] if isinstance(own, str) else own for name, own in self.words.items()}
-        finders = {name: whole_words(labelled("concept", name), own) for name, own in words.items()}
-        every = [word for own in words.values() for word in own]
+        every = [word for own in self.words.values() for word in own]
         named = whole_words("concept", every)
         forget = self._open("data", data, where=lambda caption: named.search(caption) is not None)
         chosen: dict[str | None, Dataset] = {}
-        for concept, finder in finders.items():
+        for concept, finder in self.finders.items():
             own = [i for i, pair in enumerate(forget.pairs) if finder.search(pair.caption)]
             if not own:
                 which = labelled("concept", concept)
                 raise UnlearnError(
-                    f"{which}: no caption of {data} contains any of {words[concept]} as whole words; add other names"
+                    f"{which}: no caption of {data} contains any of {self.words[concept]} as whole words; add other names"
                 )
             chosen[concept] = forget if concept is None else Subset(forget, own)
         retain = self._open("data", data, where=lambda caption: named.search(caption) is None, limit=self.limit)

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,8 @@ from slug_lightning.errors import UnlearnError, needed
 
 Transform = Callable[[Any], Tensor]
 """A PIL image, RGB, to a float tensor `[3, H, W]`."""
-Tokenize = Callable[[list[str]], Tensor]
-"""N texts to token ids, int64, `[N, T]`, as open_clip's tokenizers do."""
+Tokenize = Callable[[list[str]], Any]
+"""N texts to token ids, int64, `[N, T]`, as open_clip's tokenizers do, or to any N objects."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -85,10 +86,10 @@ class ImageTextPairs(Dataset):
     ) -> None:
         self.transform = transform
         self.tokenize = tokenize
-        finders = {name: _class_finder(name, classes) for name, classes in (labels or {}).items()}
+        finders = {name: class_finder(f"labels: {name}", classes) for name, classes in (labels or {}).items()}
         chosen = (pair for pair in pairs if where is None or where(pair.caption))
         self.pairs = [
-            pair._replace(labels=pair.labels | {name: find(pair.caption) for name, find in finders.items()})
+            pair._replace(labels=pair.labels | {name: only_class(find(pair.caption)) for name, find in finders.items()})
             for pair in islice(chosen, limit)
         ]
         for pair in self.pairs:
@@ -202,20 +203,34 @@ def whole_words(argument: str, names: Sequence[str]) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(groups)})(?!\w)", re.IGNORECASE)
 
 
-def _class_finder(argument: str, classes: Sequence[str]) -> Callable[[str], int]:
-    """A function of a caption that gives the index of the one class name in it, or -1."""
+def class_finder(argument: str, classes: Sequence[str]) -> Callable[[str], set[int]]:
+    """Make a function of a text that gives the indices of the class names in it, as whole words; not of names within longer ones.
+
+    Raises:
+        UnlearnError: if a class name is empty or repeated.
+
+    Example:
+        >>> find = class_finder("labels: vehicle", ["truck", "fire truck"])
+        >>> find("A red fire truck"), find("a car")
+        ({1}, set())
+    """
     alike = [" ".join(name.casefold().split()) for name in classes]
     if len(set(alike)) < len(alike):
         repeated = next(name for name in alike if alike.count(name) > 1)
-        raise UnlearnError(f"labels: {argument} has the class {repeated!r} more than once")
+        raise UnlearnError(f"{argument} has the class {repeated!r} more than once")
     order = sorted(range(len(classes)), key=lambda i: -len(alike[i]))  # the first that matches wins: longest first
-    pattern = whole_words(f"labels: {argument}", [classes[i] for i in order])
+    pattern = whole_words(argument, [classes[i] for i in order])
 
-    def find(caption: str) -> int:
-        found = {match.lastindex for match in pattern.finditer(caption)}
-        return order[(found.pop() or 0) - 1] if len(found) == 1 else -1
+    return partial(_classes_in, pattern, order)
 
-    return find
+
+def _classes_in(pattern: re.Pattern[str], order: Sequence[int], text: str) -> set[int]:
+    return {order[(match.lastindex or 0) - 1] for match in pattern.finditer(text)}
+
+
+def only_class(found: set[int]) -> int:
+    """The label of a text: the one class that was found in it, or -1 for none or several."""
+    return next(iter(found)) if len(found) == 1 else -1
 
 
 def _decode(pair: Pair) -> Any:

@@ -29,14 +29,14 @@ def read_texts(argument: str, path: str | Path) -> list[str]:
     if Path(path).suffix == ".jsonl":
         return [line["text"] for line in read_lines(argument, path)]
     if Path(path).suffix == ".txt":
-        return [text for text in re.split(r"\n(?:[ \t]*\n)+", _content(argument, path).strip()) if text]
+        return [text for text in re.split(r"\n(?:[ \t]*\n)+", read_content(argument, path).strip()) if text]
     raise UnlearnError(f"{argument}: {path} is neither .txt nor .jsonl; give one of these, or a list of texts")
 
 
 def read_lines(argument: str, path: str | Path, *fields: str) -> list[dict[str, str]]:
     """Read the objects of a `.jsonl` file, which have strings under "text" and under each of `fields`."""
     found = []
-    lines = _content(argument, path).split("\n")  # as only that ends a line of JSON, unlike for splitlines
+    lines = read_content(argument, path).split("\n")  # as only that ends a line of JSON, unlike for splitlines
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -51,7 +51,12 @@ def read_lines(argument: str, path: str | Path, *fields: str) -> list[dict[str, 
     return found
 
 
-def _content(argument: str, path: str | Path) -> str:
+def read_content(argument: str, path: str | Path) -> str:
+    """Read a whole file of text.
+
+    Raises:
+        UnlearnError: if there is no such file, or if it is not UTF-8.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -247,9 +247,9 @@ def test_sets_of_concepts_may_each_have_parts_of_their_own():
 @pytest.mark.parametrize(
     ("forget", "more", "message"),
     [
-        ({"cat": range(9)}, {"forget_val": {"owl": range(3)}}, "forget_val: give a dict by the names in forget: 'cat'"),
-        ({"cat": range(9)}, {"forget_test": range(3)}, "forget_test: give a dict by the names in forget: 'cat'"),
-        (range(9), {"forget_test": {"cat": range(3)}}, "forget_test: give one dataset, as forget is"),
+        ({"cat": range(9)}, {"forget_val": {"owl": range(3)}}, "forget_val: give a dict by the concepts' names, 'cat'"),
+        ({"cat": range(9)}, {"forget_test": range(3)}, "forget_test: give a dict by the concepts' names, 'cat'"),
+        (range(9), {"forget_test": {"cat": range(3)}}, "forget_test: give no dict, as the concept has no name"),
         ({"cat": range(9), "Cat": range(9)}, {}, "forget: the concepts 'cat' and 'Cat' would have the same files"),
         ({}, {}, "forget: no concept is given"),
         ({"cat": range(9), "dog": range(2)}, {}, "forget 'dog': 2 samples are too few"),
