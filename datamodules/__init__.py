@@ -8,6 +8,7 @@ from slug_lightning.datamodules.image_text import ImageTextDataModule
 from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextShards
 from slug_lightning.datamodules.passages import PassageDataModule
 from slug_lightning.datamodules.python_docs import PythonDocsDataModule
+from slug_lightning.datamodules.text_to_image import TextToImageDataModule
 
 __all__ = [
     "CanvasDataModule",
@@ -18,5 +19,6 @@ __all__ = [
     "ImageTextShards",
     "PassageDataModule",
     "PythonDocsDataModule",
+    "TextToImageDataModule",
     "UnlearnDataModule",
 ]

@@ -35,6 +35,8 @@ class NamedClassifier(nn.Module):
 class ZeroShot(nn.Module):
     """The class whose name is nearest to a picture, by a frozen CLIP: pictures in [-1, 1] -> similarities `[B, C]`."""
 
+    classes: Tensor
+
     def __init__(self, towers: Towers, names: list[str]) -> None:
         super().__init__()
         self.names = names

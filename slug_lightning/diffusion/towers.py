@@ -35,6 +35,9 @@ class Towers(nn.Module):
         UnlearnError: if no text encoder has the text weights of the CLIP.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, clip: nn.Module, pipeline: Any, tokenizer: Any = None, normalisation: Any = None) -> None:
         super().__init__()
         mean, deviation = normalisation or _normalisation(clip)

@@ -64,8 +64,8 @@ class DiffusionModule(UnlearnModule):
         True
     """
 
-    forget_metric = "accuracy"
-    forget_target = 0.1
+    forget_metric: Optional[str] = "accuracy"
+    forget_target: Optional[float] = 0.1
     towers = {"text_encoder_2": "model.text_encoder_2.*", "text_encoder": "model.text_encoder.*", "unet": "model.unet.*"}
 
     def __init__(
@@ -136,8 +136,12 @@ class DiffusionModule(UnlearnModule):
 
     def scores(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Whether each picture shows what was asked for, `[B]`, by kind and of all kinds; NaN where nothing was asked."""
+        asked = {kind: batch[kind] for kind in self.judges if kind in batch}
+        if not asked:
+            raise UnlearnError(
+                f"judges: there are {list(self.judges)}, but the prompts have labels for none of them, only {list(batch)}"
+            )
         seen = self.judge(self.draw(batch))
-        asked = {kind: batch[kind] for kind in seen if kind in batch}
         right = {kind: (seen[kind] == labels).float().masked_fill(labels < 0, torch.nan) for kind, labels in asked.items()}
         found = {f"{kind}_accuracy": values for kind, values in right.items()}
         every = torch.stack(list(found.values()))
@@ -165,9 +169,9 @@ class DiffusionModule(UnlearnModule):
         """Refuse captions whose concept the text encoders never see."""
         for name, (_, tokenizer) in text_encoders(self.pipeline).items():
             for text, concept in zip(batch["text"], batch.get("concept", ()), strict=False):
-                ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids
-                seen = tokenizer.decode(ids, skip_special_tokens=True)
-                if _words(concept) not in _words(seen):
+                whole, seen = (tokenizer.decode(tokenizer(text, truncation=cut).input_ids) for cut in (False, True))
+                # A tokenizer that does not know the words at all names nothing either way; what then can be forgotten shows.
+                if _words(concept) in _words(whole) and _words(concept) not in _words(seen):
                     raise UnlearnError(
                         f"forget: the tokenizer of {name} reads {tokenizer.model_max_length} tokens, and of the caption {text!r} "
                         f"only {seen!r}, which no longer names {concept!r}; shorten the captions, or name the concept early"
