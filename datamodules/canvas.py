@@ -20,7 +20,7 @@ THINGS = [
     "frog", "guitar", "hamburger", "mushroom", "octopus", "penguin", "rocket", "rose", "snail", "strawberry",
 ]  # fmt: skip
 SIZE = 32
-AMOUNT = 0.4
+AMOUNT = 0.15
 """How far its renderings vary (`render`)."""
 
 
@@ -39,12 +39,13 @@ def canvas_drawings() -> Drawings:
     return Drawings(every.pictures[rows], things, every.styles[rows], THINGS, every.style_names)
 
 
-def canvas_render(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def canvas_render(pictures: Tensor, generator: torch.Generator, amount: float = AMOUNT) -> Tensor:
     """Render drawings as the benchmark's generator knows them.
 
     Args:
         pictures: RGBA drawings, uint8, `[B, 4, 64, 64]`.
         generator: of the renderings.
+        amount: how far they vary.
 
     Returns:
         RGB, float32, `[B, 3, 32, 32]`, in [-1, 1].
@@ -53,7 +54,7 @@ def canvas_render(pictures: Tensor, generator: torch.Generator) -> Tensor:
         >>> canvas_render(canvas_drawings().pictures[:2], torch.Generator().manual_seed(0)).shape
         torch.Size([2, 3, 32, 32])
     """
-    return interpolate(render(pictures, generator, AMOUNT), size=(SIZE, SIZE), mode="area").clamp(-1, 1)
+    return interpolate(render(pictures, generator, amount), size=(SIZE, SIZE), mode="area").clamp(-1, 1)
 
 
 class Renderings(Dataset):

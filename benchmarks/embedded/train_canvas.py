@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, interpolate, l1_loss, mse_loss
 from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from slug_lightning.clips import to_hugging_face
-from slug_lightning.datamodules.canvas import SIZE, canvas_drawings, canvas_render
+from slug_lightning.datamodules.canvas import AMOUNT, SIZE, canvas_drawings, canvas_render
 from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, render
 from slug_lightning.diffusion.judges import make_judges
 from slug_lightning.diffusion.pipelines import draw, load_pipeline
@@ -34,6 +34,8 @@ SEED = 0
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 100
 AUTOENCODER_STEPS, AUTOENCODER_BATCH = 900, 64
 GENERATOR_STEPS, GENERATOR_BATCH = 4000, 64
+MORE, UNTIL = 0.4, 1800
+"""How far renderings vary for autoencoder and classifiers, and for the generator until this step; after it, as `AMOUNT` says."""
 RENDERINGS = 64
 """Of each drawing, encoded once for the generator."""
 EMPTY, HALF = 0.1, 0.2
@@ -113,7 +115,7 @@ def train_classifiers(drawings: Drawings, checkpoints: Path) -> None:
             rows = some(drawings, CLASSIFIER_BATCH, generator)
             half = CLASSIFIER_BATCH // 2
             wide = interpolate(render(drawings.pictures[rows[:half]], generator), size=(SIZE, SIZE), mode="area")
-            pictures = torch.cat([wide, canvas_render(drawings.pictures[rows[half:]], generator)])
+            pictures = torch.cat([wide, canvas_render(drawings.pictures[rows[half:]], generator, MORE)])
             # Generated pictures are softer than drawn ones, so the judges see such as well.
             size = int(torch.randint(SIZE // 2, SIZE + 1, (1,), generator=generator))
             soft = interpolate(interpolate(pictures, size=(size, size), mode="area"), size=(SIZE, SIZE), mode="bilinear")
@@ -141,7 +143,7 @@ def train_autoencoder(drawings: Drawings, checkpoints: Path) -> AutoencoderKL:
     model = make_autoencoder()
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        pictures = canvas_render(drawings.pictures[some(drawings, AUTOENCODER_BATCH, generator)], generator)
+        pictures = canvas_render(drawings.pictures[some(drawings, AUTOENCODER_BATCH, generator)], generator, MORE)
         posterior = model.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         again = model.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -189,12 +191,17 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
     every = torch.arange(len(drawings.pictures)).repeat(RENDERINGS)
     renderings = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        pictures = torch.cat([canvas_render(drawings.pictures[part], renderings) for part in every.split(500)])
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(500)])
-        error = l1_loss(torch.cat([vae.decode(part).sample for part in latents[:1000].split(500)]), pictures[:1000])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    print(f"{len(latents)} latents, scaled by {vae.config.scaling_factor}, mean error of a pixel {error:.4f} of 2", flush=True)
-    latents = latents * vae.config.scaling_factor
+        varied, latents = (
+            torch.cat(
+                [
+                    vae.encode(canvas_render(drawings.pictures[part], renderings, amount)).latent_dist.mean
+                    for part in every.split(500)
+                ]
+            )
+            for amount in (MORE, AMOUNT)
+        )
+    vae.register_to_config(scaling_factor=round(1 / varied.std().item(), 4))
+    print(f"{len(latents)} latents of each kind, scaled by {vae.config.scaling_factor}", flush=True)
     noise = DDPMScheduler.from_config(pipeline.scheduler.config)
     known: dict[str, torch.Tensor] = {}
 
@@ -209,7 +216,7 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = some(drawings, GENERATOR_BATCH, generator)
         rows = rows + len(drawings.pictures) * torch.randint(RENDERINGS, (GENERATOR_BATCH,), generator=generator)
-        clean = latents[rows]
+        clean = (varied if training.step < UNTIL else latents)[rows] * vae.config.scaling_factor
         text = torch.cat([encoded(caption(drawings, int(every[row]), generator)) for row in rows])
         times = torch.randint(1000, (GENERATOR_BATCH,), generator=generator)
         added = torch.randn(clean.shape, generator=generator)
