@@ -16,6 +16,7 @@ from slug_lightning.compete import recorded
 from slug_lightning.cost import CostMeter, joined
 from slug_lightning.datamodules.loaders import UnlearnLoaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.gallery import Gallery, before_and_after
 from slug_lightning.joint import Joint
 from slug_lightning.joint_report import JointReport
 from slug_lightning.layers import find_layers, some_of
@@ -87,6 +88,7 @@ class Run:
         self._kept: dict[str, Tensor] | None = None
         self.before: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
         self.after: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
+        self.gallery: dict[str, Gallery] = {}
 
     # ---- the run, in order
 
@@ -117,6 +119,9 @@ class Run:
                     curves = strength_curves(edits, self.objective, self.bench, self.callback.strengths, self.progress)
                     for name, curve in curves.items():
                         next(request for request in edits if request.name == name).report.strengths = curve
+            if edits and hasattr(self.module, "gallery_step"):
+                with self.meter.phase("gallery"):
+                    self._draw(edits)
             return self._report(edits, found)
 
     @property
@@ -255,6 +260,13 @@ class Run:
                 request.report.after["forget"] = request.objective.measured("forget", "test", edited="together")
             self.after["retain"] = self.objective.measured("retain", "test", edited="together")
 
+    def _draw(self, edits: Sequence[Request]) -> None:
+        """Of a generator, pictures before any edit and with all of them."""
+        moves = [edit.move() for edit in edits]
+        for request in self.progress.track(self.new, "gallery"):
+            request.report.gallery["forget"] = before_and_after(request.objective, "forget", self.bench.step(*moves))
+        self.gallery["retain"] = before_and_after(self.objective, "retain", self.bench.step(*moves))
+
     def _retain_gradient(self, request: Request) -> dict[str, Tensor]:
         """Computed for the first request, and let go of with the last."""
         gradient = self._kept or self._first_retain_gradient()
@@ -290,6 +302,7 @@ class Run:
             (request,) = self.requests
             request.report.notes = self.notes + request.report.notes + notes
             request.report.cost, request.report.versions = cost, versions
+            request.report.gallery |= self.gallery
             return request.report
         report = JointReport(
             "infeasible" if not edits else "unlearned" if len(edits) == len(self.requests) else "partly",
@@ -302,6 +315,7 @@ class Run:
             cost=cost,
             notes=self.notes + notes,
             versions=versions,
+            gallery=self.gallery,
         )
         if edits:
             report.patch = UnlearnPatch.combine([r.report.patch for r in edits if r.report.patch is not None])

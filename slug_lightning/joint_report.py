@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from slug_lightning.datamodules.names import file_name
+from slug_lightning.gallery import Gallery
 from slug_lightning.metrics import Metric
 from slug_lightning.patch import UnlearnPatch
-from slug_lightning.report import SHOWN, UnlearnReport, Values, as_json, closing_lines, console_of, number, strength_figure
+from slug_lightning.report import (
+    NOT_PLAIN,
+    SHOWN,
+    UnlearnReport,
+    Values,
+    as_json,
+    closing_lines,
+    console_of,
+    number,
+    sample_figures,
+    strength_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +49,7 @@ class JointReport:
         versions: of the libraries.
         patch_digest: of the combined patch.
         patch: all edits; the patch of each concept is in its own report.
+        gallery: of a generator, pictures of "retain" data before and after; those of each concept are in its own report.
 
     Example:
         >>> report = JointReport("infeasible", {"cats": UnlearnReport("infeasible", "cats")})
@@ -56,6 +69,7 @@ class JointReport:
     versions: dict[str, str] = field(default_factory=dict)
     patch_digest: str | None = None
     patch: UnlearnPatch | None = field(default=None, repr=False, compare=False)
+    gallery: dict[str, Gallery] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def concept(self) -> str:
@@ -78,19 +92,19 @@ class JointReport:
         return list(dict.fromkeys(name for report in self.unlearned.values() for name in report.tensors))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the patches."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("patch", "concepts")}
+        """Plain data, without patches and galleries."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"concepts", *NOT_PLAIN}}
         return own | {"concepts": {name: report.to_dict() for name, report in self.concepts.items()}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> JointReport:
         """The inverse of `to_dict`; what a newer version added is left out."""
-        known = {f.name for f in fields(cls)} - {"patch", "concepts"}
+        known = {f.name for f in fields(cls)} - {"concepts", *NOT_PLAIN}
         concepts = {name: UnlearnReport.from_dict(report) for name, report in data["concepts"].items()}
         return cls(concepts=concepts, **{name: value for name, value in data.items() if name in known})
 
     def to_json(self, path: str | Path) -> None:
-        """Write the report, without the patches, as JSON; a metric that isn't finite is written as null."""
+        """Write the report, without patches and galleries, as JSON; a metric that isn't finite is written as null."""
         Path(path).write_text(as_json(self.to_dict()))
 
     @classmethod
@@ -185,8 +199,11 @@ class JointReport:
         return f"{said}On report data the bound of what is kept does not hold."
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures: "collateral", a matrix; "strength", curves; "pareto/…" and "trade_off/…" of up to `SHOWN` concepts."""
-        figures = {}
+        """Pictures: "collateral", a matrix; "strength", curves; "pareto/…" and "trade_off/…" of up to `SHOWN` concepts.
+
+        Of a generator also "samples/retain", and "samples/forget/…" of these concepts.
+        """
+        figures = sample_figures(self.gallery, ", ".join(self.unlearned))
         if self.collateral:
             figures["collateral"] = self._collateral_figure()
         if any(report.strengths for report in self.concepts.values()):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slug_lightning.gallery import Gallery
 from slug_lightning.patch import UnlearnPatch
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 Values = dict[str, float]
 SHOWN = 12
 """Concepts up to which tables, legends and figures of each are readable; the file holds all."""
+NOT_PLAIN = {"patch", "gallery"}
+"""What a report carries and its file does not."""
 
 
 @dataclass
@@ -48,6 +51,7 @@ class UnlearnReport:
         versions: of the libraries.
         patch_digest: of the patch.
         patch: the edit itself; saved beside the report, not in it.
+        gallery: of a generator, pictures before and after, of "forget" and of "retain" data; not saved in the report.
 
     Example:
         >>> report = UnlearnReport(status="infeasible", concept="cats")
@@ -75,19 +79,21 @@ class UnlearnReport:
     versions: dict[str, str] = field(default_factory=dict)
     patch_digest: str | None = None
     patch: UnlearnPatch | None = field(default=None, repr=False, compare=False)
+    gallery: dict[str, Gallery] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the patch."""
-        return asdict(replace(self, patch=None), dict_factory=lambda items: {k: v for k, v in items if k != "patch"})
+        """Plain data, without patch and gallery."""
+        plain = replace(self, patch=None, gallery={})
+        return asdict(plain, dict_factory=lambda items: {k: v for k, v in items if k not in NOT_PLAIN})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> UnlearnReport:
         """The inverse of `to_dict`; what a newer version added is left out."""
-        known = {f.name for f in fields(cls)} - {"patch"}
+        known = {f.name for f in fields(cls)} - NOT_PLAIN
         return cls(**{name: value for name, value in data.items() if name in known})
 
     def to_json(self, path: str | Path) -> None:
-        """Write the report, without the patch, as JSON; a metric that isn't finite is written as null."""
+        """Write the report, without patch and gallery, as JSON; a metric that isn't finite is written as null."""
         Path(path).write_text(as_json(self.to_dict()))
 
     @classmethod
@@ -148,10 +154,12 @@ class UnlearnReport:
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
 
-        And, where measured, "strength": what more or less of the edit does.
+        And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
+        "samples/retain": what it draws before and after.
         """
         figures = {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
-        return figures | ({"strength": strength_figure({self.concept: self})} if self.strengths else {})
+        figures |= {"strength": strength_figure({self.concept: self})} if self.strengths else {}
+        return figures | sample_figures(self.gallery, self.concept)
 
     def _pareto_figure(self) -> Figure:
         from matplotlib.figure import Figure
@@ -218,6 +226,12 @@ class UnlearnReport:
         right.legend(fontsize=8)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         return figure
+
+
+def sample_figures(gallery: dict[str, Gallery], concept: str) -> dict[str, Figure]:
+    """What a generator draws before and after: "samples/forget" and "samples/retain"."""
+    headings = {"forget": f"To forget: {concept}", "retain": f"To keep, with {concept} forgotten"}
+    return {f"samples/{kind}": pictures.figure(headings[kind]) for kind, pictures in gallery.items()}
 
 
 def strength_figure(reports: dict[str, UnlearnReport]) -> Figure:
