@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slug_lightning.diffusion.parts import Pipeline, parts_of
 from slug_lightning.edits import Edit, PatchError, edited, same_bits
 from slug_lightning.layers import plain_name
 from slug_lightning.sharded import placed, whole
 
-Model = nn.Module | MutableMapping[str, Tensor]
+Model = nn.Module | MutableMapping[str, Tensor] | Pipeline
 
 
 class AppliedAlready(PatchError):
@@ -118,12 +119,17 @@ class Held:
 def held_by(model: Model) -> dict[str, Held]:
     """Every tensor under every name it has; not by `state_dict`, which a model may override to give copies.
 
+    Raises:
+        UnlearnError: if it is neither a module, nor a state dict, nor a pipeline.
+
     Example:
         >>> list(held_by(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, affine=False))))
         ['0.weight', '0.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
     """
     of: dict[int, Held] = {}
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, Mapping)):
+        model = parts_of(model)
+    if isinstance(model, Mapping):
         tensors = {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
         return {plain_name(name): of.setdefault(id(tensor), Held(tensor, [(tensor, "")])) for name, tensor in tensors.items()}
     held: dict[str, Held] = {}

@@ -94,10 +94,10 @@ DIALECTS = (
     # CLIPModel, and either tower with its projection; before transformers 5 each tower, also in a LLaVA
     Dialect(False, {name: name for name in ("logit_scale", "visual_p", "text_p", "vision_model.", "text_model.")}),
     Dialect(False, {"vision_model.": ""}),  # CLIPVisionModel, also as the vision_tower of a LLaVA
-    Dialect(False, {"text_model.": ""}),  # CLIPTextModel
+    Dialect(False, {"text_model.": ""}),  # CLIPTextModel, also as the text_encoder of a pipeline
 )
-VISION = ("visual.", "vision_model.", "vision_tower.")
-TEXT = ("text.", "text_model.")
+VISION = ("visual.", "vision_model.", "vision_tower.", "image_encoder.")
+TEXT = ("text.", "text_model.", "text_encoder.", "text_encoder_2.")
 """What a tower stands under, where that says which tower it is; the layers of both have the same names."""
 
 

@@ -30,8 +30,8 @@ from slug_lightning.applied import (
     removed,
     spots,
 )
-from slug_lightning.dialects import translations
 from slug_lightning.edits import Edit, PatchError, digest_of, edited, same_bits
+from slug_lightning.places import places
 
 __all__ = ["Edit", "PatchError", "UnlearnPatch", "at_once", "digest_of", "edited", "same_bits"]
 
@@ -105,9 +105,10 @@ class UnlearnPatch:
 
         Args:
             model: the model the patch was made on, a model that holds it (`model.visual.proj` for `visual.proj`), the
-                part of it that holds the edited tensors, the same model in another library (`slug_lightning.dialects`), or a
-                state dict of one of these. Other patches on the same base may
-                be applied to it. A patch whose base is the model as patches have made it goes on top of these.
+                part of it that holds the edited tensors, the same model in another library (`slug_lightning.dialects`), a
+                pipeline of diffusers of which it is a component, each of these with PEFT's adapters or without, or a state
+                dict of one. Other patches on the same base may be applied to it. A patch whose base is the model as patches
+                have made it goes on top of these.
             strength: factor of the step, finite; 1 is what was measured, 0 the base.
 
         Raises:
@@ -289,7 +290,7 @@ class UnlearnPatch:
         _refuse_infinite(strength)
         refused: PatchError | None = None
         held = held_by(model)
-        for patch, targets in self._places(held):
+        for patch, targets in places(self, held):
             try:
                 changes = plan(spots(patch.base, patch.edits, targets, strength))
             except AppliedAlready:
@@ -300,14 +301,6 @@ class UnlearnPatch:
                 return carry_out(changes)
         missing = next((name for name in self.base if name not in held), "the patch")
         raise refused or PatchError(f"{missing}: the model has no such tensor; the patch was made on another model")
-
-    def _places(self, held: Mapping[str, Held]) -> Iterator[tuple[UnlearnPatch, dict[str, Held]]]:
-        """Where the patch may belong: by its own names, then by those that another library has for the same tensors."""
-        for targets in _places(list(self.base), held):
-            yield self, targets
-        bases = {name: known.base if (known := one.history()) else one.tensor for name, one in held.items()}
-        for patch in translations(self, bases):
-            yield patch, {name: held[name] for name in patch.base}
 
     def _content(self) -> tuple[dict[str, Tensor], str]:
         """What the file holds: tensors, and as JSON everything else."""
@@ -373,22 +366,3 @@ def at_once(path: Path, folder: Path | None = None) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _places(names: Sequence[str], held: Mapping[str, Held]) -> Iterator[dict[str, Held]]:
-    """Find tensors in a model, in one that holds the model, or in a part of it: names differ by one prefix.
-
-    Where several parts fit by name, the one nearest the root comes first.
-    """
-    ends = [known.removesuffix(names[0]) for known in held if known == names[0] or known.endswith("." + names[0])]
-    fitting = [prefix for prefix in sorted(ends, key=len) if all(prefix + name in held for name in names)]
-    for prefix in fitting:
-        yield {name: held[prefix + name] for name in names}
-    if fitting:
-        return
-    parts = names[0].split(".")
-    for cut in range(1, len(parts)):
-        prefix = ".".join(parts[:cut]) + "."
-        if all(name.startswith(prefix) and name.removeprefix(prefix) in held for name in names):
-            yield {name: held[name.removeprefix(prefix)] for name in names}
-            return

@@ -1,1 +1,1 @@
-"""Text-to-image pipelines: how they are read, what they lose, how they draw, and who judges what they have drawn."""
+"""What is particular to pipelines that draw: their parts, and how they are saved."""
