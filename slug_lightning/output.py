@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def fresh_folder(path: str | Path, *more: str) -> Path:
     if path.name in ("", ".."):
         path = path.resolve()  # "." and ".." have no name to number
     number, free = 1, path
-    while any((free / name).exists() for name in (REPORT, PATCH, CHECKPOINT, WEIGHTS, *more)):
+    while any((free / name).exists() for name in (REPORT, PATCH, CHECKPOINT, WEIGHTS, MODEL, *more)):
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
@@ -96,8 +97,8 @@ def save_run(
     """Write report and figures, and where something was unlearned the patch, the checkpoint and the plain weights.
 
     Of several concepts, each has a patch of its own, too. The plain weights are those of the wrapped model, under its own
-    names, so that its library loads them. Each file is there whole or not at all, and the report comes last: a folder with a
-    report is whole.
+    names, so that its library loads them; where the module has a `save_pretrained(folder)`, that writes them, to `model`. Each
+    file is there whole or not at all, and the report comes last: a folder with a report is whole.
 
     Args:
         folder: where to.
@@ -106,7 +107,8 @@ def save_run(
         module: holds the edited model.
         processes: of which the first writes; the others help to gather what is sharded.
     """
-    weights = _first_names(own_model(module), keep=processes.is_first) if report.patch is not None else {}
+    by_itself = _saves_itself(module)
+    weights = _first_names(own_model(module), keep=processes.is_first) if report.patch is not None and not by_itself else {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         if report.patch is not None:
@@ -114,8 +116,11 @@ def save_run(
             for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
                 assert single.patch is not None
                 single.patch.save(patch_of(folder, name))
-            with at_once(folder / WEIGHTS) as part:
-                save_file(weights, part)
+            if by_itself:
+                _save_pretrained(folder, module)
+            else:
+                with at_once(folder / WEIGHTS) as part:
+                    save_file(weights, part)
         _save_figures(folder, report)
     processes.exchange("files", None)
     if report.patch is not None:
@@ -124,6 +129,20 @@ def save_run(
     if processes.is_first:
         with at_once(folder / REPORT) as part:
             report.to_json(part)
+
+
+def _saves_itself(module: LightningModule) -> bool:
+    """Whether a module knows how its library wants its weights; of a sharded one, no process has them to write."""
+    return hasattr(module, "save_pretrained") and not any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def _save_pretrained(folder: Path, module: Any) -> None:
+    part = folder / f"{MODEL}.part"
+    try:
+        module.save_pretrained(part)
+        part.replace(folder / MODEL)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes) -> None:

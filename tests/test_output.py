@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _processes import in_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from _tiny import Classifier, changed, fit, loader, snapshot, trained
+from slug_lightning import output
 from slug_lightning import patch as patch_module
-from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS, fresh_folder
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.output import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
 from slug_lightning.patch import at_once
 
-KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS]
+KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS, MODEL]
 
 
 def test_a_path_that_is_free_is_taken_as_it_is(tmp_path):
@@ -176,3 +183,57 @@ def test_the_patches_of_an_earlier_run_are_those_of_what_it_has_forgotten(tmp_pa
     assert earlier_edits(str(tmp_path))["f"][1].digest == patch_for("f", 3).digest
     UnlearnReport("infeasible", "f").to_json(tmp_path / REPORT)
     assert earlier_edits(tmp_path) == {}
+
+
+# ---- a module that knows how its library wants its weights
+
+
+class Saving(Classifier):
+    problem: Exception | None = None
+
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        save_file(self.net.state_dict(), folder / "net.safetensors")
+        if self.problem:
+            raise self.problem
+
+
+def forget(model, folder, **options):
+    callback = UnlearnCallback(loader(True), loader(False), retain_tolerance=0.05, output_dir=str(folder), **options)
+    fit(callback, model)
+    return callback.report
+
+
+def test_it_writes_the_edited_weights_itself_and_there_is_no_second_copy(tmp_path):
+    model, original = trained(Saving), trained()
+    report = forget(model, tmp_path / "run")
+    saved = load_file(tmp_path / "run" / MODEL / "net.safetensors")
+    assert changed(original, {f"net.{name}": tensor for name, tensor in saved.items()}) == set(report.tensors) != set()
+    assert not changed(model, {f"net.{name}": tensor for name, tensor in saved.items()})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {REPORT, PATCH, CHECKPOINT, MODEL, "figures"}
+
+
+def test_nothing_is_written_of_a_model_that_was_not_edited(tmp_path):
+    assert forget(trained(Saving), tmp_path / "run", forget_target=1e9, max_evaluations=2).status == "infeasible"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {REPORT, "figures"}
+
+
+def test_if_it_fails_no_half_model_is_left_and_no_edit(tmp_path):
+    model = trained(Saving)
+    model.problem = OSError("no space left")
+    before = snapshot(model)
+    with pytest.raises(OSError, match="no space left"):
+        forget(model, tmp_path / "run")
+    assert not changed(model, before)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {PATCH}
+
+
+def test_of_a_sharded_module_the_plain_weights_are_gathered_as_no_process_has_them_to_write():
+    def saves_itself():
+        torch.distributed.init_process_group("gloo")
+        model = Saving()
+        before = output._saves_itself(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        return before, output._saves_itself(model)
+
+    assert in_processes(1, saves_itself) == [(True, False)]
