@@ -52,6 +52,7 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
 def _save_adapters(pipeline: Any, folder: Path) -> list[str]:
     """Write adapters in PEFT's own layout, which keeps all of their settings; gives their names."""
     written: dict[str, None] = {}
+    part: Any
     for component, part in parts_of(pipeline).items():
         wrapped = [module for _, _, module in adapted(part)]
         fused = {name for module in wrapped for name in getattr(module, "merged_adapters", [])}
@@ -74,6 +75,7 @@ def _plain(key: str) -> str:
 @contextmanager
 def _without_adapters(pipeline: Any) -> Iterator[None]:
     """Inside, every module is the one that it was before adapters came around it."""
+    part: Any
     with ExitStack() as back:
         for component, part in parts_of(pipeline).items():
             for holder, name, module in list(adapted(part)):
