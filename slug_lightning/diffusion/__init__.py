@@ -1,1 +1,1 @@
-"""What is particular to pipelines that draw: their parts, and how they are saved."""
+"""Text-to-image pipelines: their parts, how they read, what they lose, how they draw and are saved, and who judges what is drawn."""

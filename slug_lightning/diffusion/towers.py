@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slug_lightning.clips import encode_image, encode_text, load_clip, to_hugging_face
+from slug_lightning.diffusion.parts import base_parameters
 from slug_lightning.diffusion.pipelines import resized, text_encoders
 from slug_lightning.edits import same_bits
 from slug_lightning.errors import UnlearnError
@@ -138,8 +139,9 @@ def _processor_normalisation(name: str) -> Any:
 
 
 def _text_tensors(encoder: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a text encoder under the names that a `CLIPModel` has for them, whatever the version of transformers."""
-    named = {name.removeprefix("text_model."): p for name, p in plain_parameters(encoder).items()}
+    """The tensors of a text encoder, below its adapters, by the names that a `CLIPModel` of any transformers has for them."""
+    named = {name.replace(".base_layer.", "."): p for name, p in base_parameters(encoder).items()}
+    named = {name.removeprefix("text_model."): p for name, p in named.items()}
     return {name if name.startswith("text_projection") else f"text_model.{name}": p for name, p in named.items()}
 
 

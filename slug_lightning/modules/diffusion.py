@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from slug_lightning.clips import contrastive_loss, matching_loss
 from slug_lightning.diffusion.judges import Judge, make_judges
 from slug_lightning.diffusion.losses import Denoising
-from slug_lightning.diffusion.parts import parts_of
+from slug_lightning.diffusion.parts import base_parameters, parts_of
 from slug_lightning.diffusion.pipelines import draw, load_pipeline, native_size, text_encoders
+from slug_lightning.diffusion.saving import save_pipeline
 from slug_lightning.diffusion.towers import load_towers
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
+from slug_lightning.gallery import MOST
 from slug_lightning.modules.base import UnlearnModule
-
-SHOWN = 8
-"""Most pictures in one row of a gallery."""
 
 
 class DiffusionModule(UnlearnModule):
@@ -94,7 +93,8 @@ class DiffusionModule(UnlearnModule):
         self.strict_loading = False  # checkpoints hold what may be edited, and not the rest
         self.model.requires_grad_(False)
         for encoder, _ in text_encoders(self.pipeline).values():
-            encoder.requires_grad_(True)
+            for parameter in base_parameters(encoder).values():
+                parameter.requires_grad_(True)
         self.objective = objective
         self.guidance = guidance
         self.size = size or native_size(self.pipeline)
@@ -151,14 +151,14 @@ class DiffusionModule(UnlearnModule):
     def gallery_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[Tensor, list[str]]:
         """Draw a few prompts of an evaluation batch, evenly spaced: pictures `[n, 3, H, W]` in [0, 1], and the prompts."""
         count = len(batch["text"])
-        rows = torch.linspace(0, count - 1, min(SHOWN, count)).long()
+        rows = torch.linspace(0, count - 1, min(MOST, count)).long()
         texts = [batch["text"][int(row)] for row in rows]
         pictures = self.draw({"text": texts, "seed": batch["seed"][rows], "steps": batch["steps"][rows]})
         return (pictures + 1) / 2, texts
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write the pipeline as plain diffusers loads it."""
-        self.pipeline.save_pretrained(folder)
+        save_pipeline(self.pipeline, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what no edit reaches: autoencoder, safety checker, image towers and judges."""
