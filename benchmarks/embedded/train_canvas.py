@@ -33,7 +33,9 @@ from slug_lightning.embedded import CANVAS, CLIP
 SEED = 0
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 100
 AUTOENCODER_STEPS, AUTOENCODER_BATCH = 900, 64
-GENERATOR_STEPS, GENERATOR_BATCH = 4000, 64
+GENERATOR_STEPS, GENERATOR_BATCH = 2500, 64
+DECAY = 4000
+"""Steps after which the generator's learning rate would be zero: it is good enough before."""
 MORE, UNTIL = 0.4, 1800
 """How far renderings vary for autoencoder and classifiers, and for the generator until this step; after it, as `AMOUNT` says."""
 RENDERINGS = 64
@@ -50,10 +52,12 @@ def rate_at(step: int, steps: int) -> float:
 class Training:
     """A seeded loop that goes on where its checkpoint ends."""
 
-    def __init__(self, model: torch.nn.Module, steps: int, rate: float, checkpoint: Path, ema: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, steps: int, rate: float, checkpoint: Path, decay: int = 0, ema: bool = False
+    ) -> None:
         self.model, self.steps, self.checkpoint, self.step = model, steps, checkpoint, 0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_at(step + 1, steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_at(step + 1, decay or steps))
         self.generator = torch.Generator().manual_seed(SEED)
         self.ema = EMAModel(model.parameters(), decay=0.998) if ema else None
         if checkpoint.exists():
@@ -211,7 +215,7 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
                 known[text] = pipeline.encode_prompt(text, "cpu", 1, False)[0]
         return known[text]
 
-    training = Training(pipeline.unet.train(), GENERATOR_STEPS, 1e-3, checkpoints / "generator.ckpt", ema=True)
+    training = Training(pipeline.unet.train(), GENERATOR_STEPS, 1e-3, checkpoints / "generator.ckpt", DECAY, ema=True)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = some(drawings, GENERATOR_BATCH, generator)
@@ -226,6 +230,10 @@ def train_generator(drawings: Drawings, checkpoints: Path) -> None:
     training.run(loss_of)
     pipeline.unet.eval()
     pipeline.to(torch.float16).save_pretrained(CANVAS / "pipeline")
+    # The tokenizer's class has another name since transformers 5, which knows the old one as well.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        path = CANVAS / "pipeline" / name
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 # ---- the bar
