@@ -28,7 +28,8 @@ class DiffusionModule(UnlearnModule):
 
     Candidates are the matrices of its text encoders, as in SLUG (arXiv 2407.11867, section 4.3); name others with `layers=`,
     such as "*unet*". For the gradient, a batch is `{"image": [B, 3, H, W], "text": B captions}`, pictures in [-1, 1]; where it
-    also says in "concept" how each caption names what is to be forgotten, a tokenizer that cuts that off is refused.
+    also says in "concept" how each caption names what is to be forgotten, objective "clip" takes that in place of the caption,
+    and a tokenizer that cuts it off is refused.
 
     In search and report a batch is prompts: `{"text": …, "seed": [B], "steps": [B], "<kind>": [B] …}`; each is drawn from its
     own seed, and `<kind>_accuracy` tells how often the judge of that kind sees the class that was asked for (-1: none was).
@@ -112,7 +113,10 @@ class DiffusionModule(UnlearnModule):
         self._refuse_cut(batch)
         if self.denoising:
             return self.denoising(batch)
-        return torch.stack([matching_loss(clip, dict(batch)) for clip in self.clips]).sum()
+        # What else a caption says, such as the thing that is drawn in a style, is not to be forgotten.
+        texts = [concept or text for concept, text in zip(batch.get("concept", batch["text"]), batch["text"], strict=True)]
+        pairs = {"image": batch["image"], "text": texts}
+        return torch.stack([matching_loss(clip, pairs) for clip in self.clips]).sum()
 
     def retain_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a retain batch, which the edit keeps low: the contrastive one of CLIP, or that of denoising."""
