@@ -78,7 +78,7 @@ class Drawn:
         gone = self.asks_for(kind, concept)
         other = OTHER[kind]
         right = module.judge(pictures)[other] == getattr(self.drawings, f"{other}s")
-        fid = FrechetInceptionDistance(Features(module), input_img_size=(3, 32, 32)).set_dtype(torch.float64)
+        fid = FrechetInceptionDistance(Features(module), input_img_size=(3, 32, 32))
         fid.update(_bytes(self.real[~gone.repeat(10)]), real=True)
         fid.update(_bytes(pictures[~gone]), real=False)
         return {"content": right[gone].float().mean().item(), "FID": fid.compute().item()}
@@ -206,17 +206,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     every = [*STYLES, *TEN, "in turn"]
     parser.add_argument("--concepts", nargs="+", default=every, choices=every, metavar="NAME", help="styles, things, 'in turn'")
-    parser.add_argument("--objective", default="denoising", choices=["denoising", "clip"], help="(default: %(default)s)")
+    parser.add_argument("--objective", default="clip", choices=["denoising", "clip"], help="(default: %(default)s)")
     parser.add_argument(
         "--granularity", default="tensor", choices=["tensor", "module", "siblings"], help="(default: %(default)s)"
     )
     parser.add_argument(
         "--layers", nargs="+", default="*", help="patterns of tensors to edit (default: those of the text encoder)"
     )
-    parser.add_argument("--target", type=float, default=0.05, help="accuracy at which it is forgotten (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.04, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.1, help="accuracy at which it is forgotten (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="of what is kept (default: %(default)s)")
     parser.add_argument("--evaluations", type=int, default=10, help="for each layer (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.1, help="beyond the smallest step (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.0, help="beyond the smallest step (default: %(default)s)")
     parser.add_argument("--search-pictures", type=int, default=40, help="of a concept (default: %(default)s)")
     parser.add_argument("--report-pictures", type=int, default=60, help="of a concept (default: %(default)s)")
     parser.add_argument("--search-steps", type=int, default=6, help="of sampling (default: %(default)s)")

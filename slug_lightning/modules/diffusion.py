@@ -209,7 +209,7 @@ class EmbeddedCanvas(DiffusionModule):
     """
 
     def __init__(
-        self, objective: Literal["denoising", "clip"] = "denoising", *, guidance: float = 2.0, learning_rate: float = 1e-5
+        self, objective: Literal["clip", "denoising"] = "clip", *, guidance: float = 1.0, learning_rate: float = 1e-5
     ) -> None:
         super().__init__(
             CANVAS / "pipeline",
