@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,19 @@ def load_pipeline(pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         dtype: of the weights of one that is loaded.
 
     Raises:
-        UnlearnError: if diffusers is missing, or the pipeline has no UNet that reads CLIP text encoders.
+        UnlearnError: if diffusers is missing, or the pipeline cannot be loaded or has no UNet that reads CLIP text encoders.
     """
     if isinstance(pipeline, (str, Path)):
         diffusers = needed("diffusers", "diffusion")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype)
+        with warnings.catch_warnings():
+            # It is to be called dtype; versions that do not know that name yet would ignore it.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            try:
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype)
+            except (OSError, ValueError) as error:
+                raise UnlearnError(
+                    f"pipeline: no pipeline is found as {str(pipeline)!r}: {error}; give its folder, or its name on the hub"
+                ) from error
     refuse_other_pipelines(pipeline)
     return pipeline
 
