@@ -111,13 +111,13 @@ def _drawing(pipeline: Any) -> Iterator[None]:
     """Without the safety checker, which would show black pictures to the judges, and without a bar of its own."""
     checker, bar = getattr(pipeline, "safety_checker", None), getattr(pipeline, "_progress_bar_config", {})
     try:
-        if checker is not None:
-            pipeline.safety_checker = None
+        if checker is not None:  # past the pipeline's own setter, which would note that it has none, and never save it again
+            vars(pipeline)["safety_checker"] = None
         pipeline.set_progress_bar_config(disable=True)
         yield
     finally:
         if checker is not None:
-            pipeline.safety_checker = checker
+            vars(pipeline)["safety_checker"] = checker
         pipeline._progress_bar_config = bar
 
 
