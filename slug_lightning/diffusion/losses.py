@@ -12,6 +12,17 @@ from torch.nn.functional import mse_loss
 from slug_lightning.diffusion.pipelines import read_prompts, resized
 from slug_lightning.errors import UnlearnError
 
+OF_TRAINING = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What a scheduler's configuration says about how its model was trained; the rest is about drawing."""
+
 
 class Denoising:
     """The loss that the pipeline was trained with: how well the UNet tells the noise in pictures, given their captions.
@@ -33,15 +44,15 @@ class Denoising:
 
         self.pipeline = pipeline
         self.size = size
-        kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+        config = pipeline.scheduler.config
+        kind = config.get("prediction_type") if "beta_schedule" in config else "flow or noise of another kind"
         if kind not in ("epsilon", "v_prediction", "sample"):
             raise UnlearnError(
-                f"pipeline: its scheduler predicts {kind!r}; the denoising loss knows epsilon, v_prediction and sample"
+                f"pipeline: its scheduler, {type(pipeline.scheduler).__name__}, predicts {kind}, and the denoising loss knows "
+                'epsilon, v_prediction and sample; give the scheduler that the pipeline was trained with, or objective="clip"'
             )
         # Whatever draws, the noise in training is that of the betas alone.
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        config = pipeline.scheduler.config
-        self.noise = DDPMScheduler.from_config({name: config[name] for name in names if name in config})
+        self.noise = DDPMScheduler.from_config({name: config[name] for name in OF_TRAINING if name in config})
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean squared error over a batch `{"image": [B, 3, H, W] in [-1, 1], "text": B captions}`, a scalar."""
