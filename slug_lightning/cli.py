@@ -85,10 +85,22 @@ def fit(args: Optional[Sequence[str]] = None, earlier: Optional[Path] = None) ->
 
     try:
         report = UnlearnCLI.run(args) if earlier is None else AnotherCLI.beside(earlier, args or ())
-    except (UnlearnError, FileNotFoundError) as error:
-        print(f"slug-lightning: {error}", file=sys.stderr)
-        return FAILURE if isinstance(error, OtherProcessError) else USAGE  # what it was, the other process says
+    except (ValueError, FileNotFoundError) as error:
+        if not isinstance(behind := _behind(error), (UnlearnError, FileNotFoundError)):
+            raise
+        print(f"slug-lightning: {behind}", file=sys.stderr)
+        return FAILURE if isinstance(behind, OtherProcessError) else USAGE  # what it was, the other process says
     return {"unlearned": UNLEARNED, "partly": PARTLY, "infeasible": INFEASIBLE, "unfinished": INFEASIBLE}[report.status]
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The error that can be mended: what a class of the config raises when it is made, jsonargparse wraps in its own."""
+    from slug_lightning.errors import UnlearnError
+
+    behind: Optional[BaseException] = error
+    while behind is not None and not isinstance(behind, UnlearnError):
+        behind = behind.__cause__
+    return behind or error
 
 
 def _parser() -> argparse.ArgumentParser:
