@@ -133,3 +133,28 @@ def tiny_pipeline(
             pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=safety)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if dtype == torch.float32 else pipeline.to(dtype)
+
+
+def tiny_clips(pipeline: Any, seed: int = 5) -> list[Any]:
+    """The `CLIPModel`s that a pipeline's text encoders come from; that of SD 2 has one layer more than its text encoder."""
+    from transformers import CLIPConfig, CLIPModel
+
+    more = int(pipeline.scheduler.config["prediction_type"] == "v_prediction")
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clips = []
+    for encoder in filter(None, (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))):
+        text = {**encoder.config.to_dict(), "num_hidden_layers": encoder.config.num_hidden_layers + more}
+        shape = {"vision_config": {**vision, "image_size": 24, "patch_size": 8}, "projection_dim": text["projection_dim"]}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            clips.append(read_by(CLIPModel(CLIPConfig(text_config=text, **shape)).eval(), encoder))
+    return clips
+
+
+def read_by(clip: Any, encoder: Any) -> Any:
+    """A `CLIPModel` that has been given the weights of a text encoder, and has kept whatever that has none for."""
+    tower = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    projection = tower.pop("text_projection.weight", clip.text_projection.weight)
+    assert not clip.text_model.load_state_dict(tower, strict=False).unexpected_keys
+    clip.text_projection.load_state_dict({"weight": projection})
+    return clip
