@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=10, help="for each layer (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.0, help="beyond the smallest step (default: %(default)s)")
     parser.add_argument("--search-pictures", type=int, default=40, help="of a concept (default: %(default)s)")
-    parser.add_argument("--report-pictures", type=int, default=60, help="of a concept (default: %(default)s)")
+    parser.add_argument("--report-pictures", type=int, default=40, help="of a concept (default: %(default)s)")
     parser.add_argument("--search-steps", type=int, default=6, help="of sampling (default: %(default)s)")
     parser.add_argument("--report-steps", type=int, default=10, help="of sampling (default: %(default)s)")
     parser.add_argument("--patches", action="store_true", help="also keep the patches, beside the output")

@@ -24,8 +24,9 @@ from slug_lightning.output import earlier_edits, fresh_folder
 
 CONFIG = "config.yaml"
 OURS = (UnlearnCallback, ICUCallback)
-# Lightning reads a torch class that torch has renamed; nobody who runs this command can mend that.
-TORCH_NOISE = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+# Lightning reads a torch class that torch has renamed, and wonders at pretrained models in evaluation mode, where forgetting puts
+# them anyway; nobody who runs this command can mend either.
+NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"Found \d+ module\(s\) in eval mode")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -81,7 +82,8 @@ class UnlearnCLI(LightningCLI):
     @classmethod
     def run(cls, args: Optional[Sequence[str]]) -> Union[AnyReport, PassagesReport]:
         """Parse (None: what the process was started with), forget, and give the report."""
-        warnings.filterwarnings("ignore", TORCH_NOISE)
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message)
         cli = cls(
             LightningModule,
             LightningDataModule,

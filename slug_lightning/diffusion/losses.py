@@ -59,7 +59,7 @@ class Denoising:
         unet: Any = self.pipeline.unet
         clean = latents_of(self.pipeline.vae, resized(batch["image"], self.size))
         times = torch.randint(self.noise.config["num_train_timesteps"], (len(clean),), device=clean.device)
-        added = torch.randn_like(clean)
+        added = torch.randn(clean.shape, device=clean.device)  # in order, whatever the memory layout of the latents
         read = read_prompts(self.pipeline, batch["text"])
         more = {}
         if "text_embeds" in read:

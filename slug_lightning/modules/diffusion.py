@@ -29,7 +29,7 @@ class DiffusionModule(UnlearnModule):
     Candidates are the matrices of its text encoders, as in SLUG (arXiv 2407.11867, section 4.3); name others with `layers=`,
     such as "*unet*". For the gradient, a batch is `{"image": [B, 3, H, W], "text": B captions}`, pictures in [-1, 1]; where it
     also says in "concept" how each caption names what is to be forgotten, objective "clip" takes that in place of the caption,
-    and a tokenizer that cuts it off is refused.
+    and with "denoising" a tokenizer that cuts it off is refused.
 
     In search and report a batch is prompts: `{"text": …, "seed": [B], "steps": [B], "<kind>": [B] …}`; each is drawn from its
     own seed, and `<kind>_accuracy` tells how often the judge of that kind sees the class that was asked for (-1: none was).
@@ -110,8 +110,8 @@ class DiffusionModule(UnlearnModule):
 
     def forget_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a forget batch, which the edit raises: `mean(1 - cos)` of the matching pairs, or that of denoising."""
-        self._refuse_cut(batch)
         if self.denoising:
+            self._refuse_cut(batch)
             return self.denoising(batch)
         # What else a caption says, such as the thing that is drawn in a style, is not to be forgotten.
         texts = [concept or text for concept, text in zip(batch.get("concept", batch["text"]), batch["text"], strict=True)]
