@@ -213,10 +213,10 @@ def main() -> None:
     parser.add_argument(
         "--layers", nargs="+", default="*", help="patterns of tensors to edit (default: those of the text encoder)"
     )
-    parser.add_argument("--target", type=float, default=0.1, help="accuracy at which it is forgotten (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.05, help="accuracy at which it is forgotten (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of what is kept (default: %(default)s)")
     parser.add_argument("--evaluations", type=int, default=10, help="for each layer (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.0, help="beyond the smallest step (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.2, help="beyond the smallest step (default: %(default)s)")
     parser.add_argument("--search-pictures", type=int, default=40, help="of a concept (default: %(default)s)")
     parser.add_argument("--report-pictures", type=int, default=40, help="of a concept (default: %(default)s)")
     parser.add_argument("--search-steps", type=int, default=6, help="of sampling (default: %(default)s)")
