@@ -1,6 +1,8 @@
 """Copy the figures of a demo run to where the README shows them, and draw what the demo forgot.
 
 make demo && make figures
+
+With --canvas FOLDER, of a run of configs/unlearn_canvas.yaml, only what the miniature UnlearnCanvas has forgotten is drawn.
 """
 
 import argparse
@@ -10,11 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from slug_lightning import UnlearnReport
+from slug_lightning import UnlearnPatch, UnlearnReport
 from slug_lightning.clips import encode_image, encode_text
 from slug_lightning.datamodules import EmojiDataModule
+from slug_lightning.datamodules.canvas import canvas_drawings
 from slug_lightning.datamodules.emoji import load_drawings, render
-from slug_lightning.modules import EmbeddedClip
+from slug_lightning.modules import EmbeddedCanvas, EmbeddedClip
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -64,11 +67,45 @@ def draw_answers(before: EmbeddedClip, after: EmbeddedClip, concept: str) -> Fig
     return figure
 
 
+def draw_canvas(run: Path, columns: int = 8) -> Figure:
+    """Every style, by row, of the first things, by column: before the edit on the left, after it on the right."""
+    drawings = canvas_drawings()
+    concept = UnlearnReport.from_json(run / "report.json").concept.removesuffix(" style")
+    prompts = [f"{thing} in {style} style" for style in drawings.style_names for thing in drawings.thing_names[:columns]]
+    batch = {"text": prompts, "seed": torch.arange(len(prompts)) + 555_000, "steps": torch.full((len(prompts),), 25)}
+    module = EmbeddedCanvas().eval()
+    before = module.draw(batch)
+    UnlearnPatch.load(run / "patch.safetensors").apply(module.pipeline)
+    after = module.draw(batch)
+    size = len(drawings.style_names), columns
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    for half, name, pictures in zip(figure.subfigures(1, 2, wspace=0.03), ("before", "after"), (before, after), strict=True):
+        half.suptitle(name)
+        grid = half.subplots(*size)
+        shown = ((pictures + 1) / 2).clamp(0, 1).view(*size, *pictures.shape[1:])
+        for style, row, drawn in zip(drawings.style_names, grid, shown, strict=True):
+            colour = "crimson" if style == concept else "black"
+            row[0].set_ylabel(style, color=colour, rotation=0, ha="right", va="center")
+            for axes, thing, picture in zip(row, drawings.thing_names, drawn, strict=False):
+                axes.imshow(picture.permute(1, 2, 0).numpy())
+                axes.set(xticks=[], yticks=[], title=thing if style == drawings.style_names[0] else "")
+                axes.title.set_fontsize(8)
+                for side in axes.spines.values():
+                    side.set(color=colour, visible=style == concept)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    run = parser.parse_args().run
+    parser.add_argument("--canvas", type=Path, help="folder of a run of configs/unlearn_canvas.yaml, to draw that instead")
+    options = parser.parse_args()
     DOCS.mkdir(exist_ok=True)
+    if options.canvas is not None:
+        draw_canvas(options.canvas).savefig(DOCS / "canvas.png", dpi=110)
+        print(f"wrote canvas.png to {DOCS}")
+        return
+    run = options.run
     for name, figure in UnlearnReport.from_json(run / "report.json").figures().items():
         figure.savefig(DOCS / f"{name}.png", dpi=110)
     before, after = EmbeddedClip().eval(), EmbeddedClip().eval()
