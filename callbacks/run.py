@@ -119,7 +119,7 @@ class Run:
                     curves = strength_curves(edits, self.objective, self.bench, self.callback.strengths, self.progress)
                     for name, curve in curves.items():
                         next(request for request in edits if request.name == name).report.strengths = curve
-            if edits and hasattr(self.module, "gallery_step"):
+            if edits and getattr(self.module, "gallery_step", None) is not None:
                 with self.meter.phase("gallery"):
                     self._draw(edits)
             return self._report(edits, found)
@@ -263,7 +263,7 @@ class Run:
     def _draw(self, edits: Sequence[Request]) -> None:
         """Of a generator, pictures before any edit and with all of them."""
         moves = [edit.move() for edit in edits]
-        for request in self.progress.track(self.new, "gallery"):
+        for request in self.progress.track([request for request in edits if not request.is_taken_over], "gallery"):
             request.report.gallery["forget"] = before_and_after(request.objective, "forget", self.bench.step(*moves))
         self.gallery["retain"] = before_and_after(self.objective, "retain", self.bench.step(*moves))
 

@@ -21,6 +21,7 @@ from slug_lightning.datamodules.text_to_image import Prompts
 from slug_lightning.diffusion.parts import parts_of
 from slug_lightning.diffusion.pipelines import draw
 from slug_lightning.edits import same_bits
+from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.diffusion import DiffusionModule
 
 # The models of a pipeline are in evaluation mode from the start, as diffusers loads them.
@@ -243,3 +244,22 @@ def test_a_pipeline_with_lora_forgets_below_its_adapters(objective, tmp_path):
     for model in (plain, clips[0]):
         report.patch.apply(model)
     assert not differing(tensors_of(plain), saved)
+
+
+def test_without_judges_the_losses_of_pairs_are_the_metrics_and_nothing_is_drawn(tmp_path):
+    """As where there are pictures and captions alone; Lightning's own validation has nothing to log then."""
+    callback = forgetting(forget_target=0.0, output_dir=str(tmp_path / "run"))
+    whole = UnlearnDataModule(3 * pairs(FORGET), 3 * pairs(RETAIN), batch_size=4)  # type: ignore[arg-type]
+    module = DiffusionModule(tiny_pipeline("sd1"))
+    trainer(callback).fit(module, datamodule=whole)
+    report = callback.report
+    assert list(report.before["forget"]) == ["loss"] and not report.gallery
+    assert report.status == "unlearned" and (tmp_path / "run" / "model" / "model_index.json").is_file()
+    assert module.scores(next(iter(whole.val_dataloader())), 0) == {}
+
+
+def test_a_pipeline_is_not_sharded(monkeypatch):
+    module = DiffusionModule(tiny_pipeline("sd1"))
+    monkeypatch.setattr(DiffusionModule, "device_mesh", object())
+    with pytest.raises(UnlearnError, match="strategy: a pipeline cannot be sharded.*ddp"):
+        module.configure_model()

@@ -64,7 +64,7 @@ def denoising(pipeline: Any, batch: dict[str, Any], kind: str) -> Tensor:
     moments = pipeline.vae.encode(batch["image"]).latent_dist
     latents = (moments.mean + moments.std * torch.randn(moments.mean.shape)) * pipeline.vae.config.scaling_factor
     times = torch.randint(1000, (len(latents),))
-    noise = torch.randn_like(latents)
+    noise = torch.randn(latents.shape)
     alpha = alphas(pipeline.scheduler.config)[times].float().view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     target = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -56,17 +57,53 @@ def test_the_clip_objective_needs_an_image_tower(pipeline):
 def test_a_clip_of_another_text_encoder_is_refused_and_the_first_tensor_named_in_which_it_differs():
     pipeline = tiny_pipeline("sdxl")
     first, second = tiny_clips(pipeline)
-    name = "encoder.layers.1.mlp.fc1.weight"
     with torch.no_grad():
-        first.text_model.get_parameter(name)[0, 0] += 1
-    found = refused("clip: its text tower is not the pipeline's", rf"text_encoder in text_model\.{name}", 'objective="denoising"')
+        for name, parameter in first.text_model.named_parameters():
+            parameter += "mlp" in name or "attn" in name
+    found = refused("clip: its text tower is not the pipeline's", r"text_encoder in text_model\.encoder", 'objective="denoising"')
     with found as said:
         DiffusionModule(pipeline, objective="clip", clip=[first, second])
     assert "text_encoder_2 in text_model.embeddings.token_embedding.weight" in str(said.value)  # of another width
-    with refused("clip: ", "text_encoder_2 in text_projection.weight"):
-        with torch.no_grad():
-            second.text_projection.weight.neg_()
-        DiffusionModule(pipeline, objective="clip", clip=second)
+    with refused("clip: two of them are that of text_encoder_2"):
+        DiffusionModule(pipeline, objective="clip", clip=[second, second])
+
+
+def test_a_text_encoder_that_an_edit_has_changed_is_known_by_the_rest():
+    """As of a pipeline that has forgotten something, and is to forget more."""
+    pipeline = tiny_pipeline("sd1")
+    (clip,) = tiny_clips(pipeline)
+    with torch.no_grad():
+        next(p for name, p in pipeline.text_encoder.named_parameters() if name.endswith("layers.1.mlp.fc1.weight")).add_(1)
+    assert DiffusionModule(pipeline, objective="clip", clip=clip).clips[0].encoder is pipeline.text_encoder
+
+
+def test_class_names_are_told_apart_by_any_clip_where_the_pipeline_has_a_loss_of_its_own():
+    pipeline = tiny_pipeline("sd1")
+    (clip,) = tiny_clips(tiny_pipeline("sd1", seed=9))
+    module = DiffusionModule(pipeline, clip=clip, judges={"thing": ["cat", "dog"]})
+    assert list(module.judges) == ["thing"]
+    with refused("clip: 'ViT-B-32' names no weights", "local-dir:"):
+        DiffusionModule(pipeline, clip="ViT-B-32")
+
+
+def test_a_label_beyond_the_classes_of_its_judge_is_refused():
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 2))
+    module = DiffusionModule(tiny_pipeline("sd1"), judges={"thing": judge}, guidance=1.0)
+    batch = {"text": ["cat"], "seed": torch.tensor([0]), "steps": torch.tensor([1]), "thing": torch.tensor([2])}
+    with refused("judges: 'thing' tells 2 classes apart", "class 2"):
+        module.scores(batch, 0)
+
+
+def test_what_is_no_picture_any_more_shows_nothing():
+    """A judge would see its first class in a picture without a number."""
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 2))
+    module = DiffusionModule(tiny_pipeline("sd1"), judges={"thing": judge}, guidance=1.0)
+    with torch.no_grad():
+        module.pipeline.unet.conv_out.weight.fill_(torch.nan)
+    batch = {"text": ["cat"], "seed": torch.tensor([0]), "steps": torch.tensor([1]), "thing": torch.tensor([0])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numpy, where the pipeline makes pictures of it
+        assert module.scores(batch, 0)["thing_accuracy"].tolist() == [0.0]
 
 
 def test_a_clip_is_known_at_the_precision_of_the_pipeline():

@@ -15,9 +15,9 @@ from peft import LoraConfig
 from torch import nn
 
 from slug_lightning import UnlearnError
+from slug_lightning.clips import to_hugging_face
 from slug_lightning.dialects import translations
 from slug_lightning.diffusion.parts import adapted, base_parameters, parts_of
-from slug_lightning.modules.clip import to_hugging_face
 from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited, same_bits
 from slug_lightning.places import by_name
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Union
 
-import torch
 from torch import Tensor, nn
 
 from slug_lightning.diffusion.towers import Towers
@@ -24,12 +23,11 @@ class NamedClassifier(nn.Module):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = AutoImageProcessor.from_pretrained(name)
-        self.model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
-        self.names = [label for _, label in sorted(self.model.config.id2label.items())]
+        self.model = AutoModelForImageClassification.from_pretrained(name).float()
 
     def forward(self, pictures: Tensor) -> Tensor:
-        seen = self.processor(list((pictures + 1) / 2), do_rescale=False, return_tensors="pt", device=pictures.device)
-        return self.model(seen["pixel_values"]).logits
+        seen = self.processor(list((pictures + 1) / 2), do_rescale=False, return_tensors="pt")
+        return self.model(seen["pixel_values"].to(pictures.device)).logits
 
 
 class ZeroShot(nn.Module):
@@ -39,7 +37,6 @@ class ZeroShot(nn.Module):
 
     def __init__(self, towers: Towers, names: list[str]) -> None:
         super().__init__()
-        self.names = names
         self._towers = [towers]  # not a part of this module: the CLIP belongs to the objective, too
         self.register_buffer("classes", towers.classes(names), persistent=False)
 

@@ -58,6 +58,8 @@ def refuse_other_pipelines(pipeline: Any) -> None:
         )
     for name in TEXT_ENCODERS:
         encoder = getattr(pipeline, name, None)
+        if hasattr(encoder, "get_base_model"):  # of PEFT
+            encoder = encoder.get_base_model()
         if encoder is not None and not type(encoder).__name__.startswith("CLIPText"):
             raise UnlearnError(
                 f"pipeline: its {name} is a {type(encoder).__name__}, not a CLIP text encoder; how {kind} reads it is not known "

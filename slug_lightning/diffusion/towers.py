@@ -31,21 +31,24 @@ class Towers(nn.Module):
         pipeline: a Stable Diffusion pipeline, one of whose text encoders has the CLIP's weights.
         tokenizer: of the CLIP; needed only for classes.
         normalisation: mean and deviation of pictures; default: what the model says, else OpenAI's.
+        judging_only: whether no more is asked than which class a picture shows; then the text encoder may be any.
 
     Raises:
-        UnlearnError: if no text encoder has the text weights of the CLIP.
+        UnlearnError: if no text encoder has the text weights of the CLIP, but for less than half of its matrices.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, clip: nn.Module, pipeline: Any, tokenizer: Any = None, normalisation: Any = None) -> None:
+    def __init__(
+        self, clip: nn.Module, pipeline: Any, tokenizer: Any = None, normalisation: Any = None, judging_only: bool = False
+    ) -> None:
         super().__init__()
         mean, deviation = normalisation or _normalisation(clip)
         twin: Any = to_hugging_face(clip) if hasattr(clip, "visual") else clip
-        self.pipeline, self.name = pipeline, _matching(twin, pipeline)
+        self.pipeline, self.name = pipeline, "text_encoder" if judging_only else _matching(twin, pipeline)
         self.own_tokenizer = tokenizer
-        self.clip = _Text(twin.eval().requires_grad_(False).to(self.encoder.dtype))
+        self.clip = _Text(twin.eval().requires_grad_(False).to(self.encoder.device, self.encoder.dtype))
         self.size = int(twin.config.vision_config.image_size)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
@@ -92,24 +95,30 @@ class _Text(nn.Module):
         return encode_text(self.model, tokens)
 
 
-def load_towers(clip: Any, pipeline: Any) -> list[Towers]:
+def load_towers(clip: Any, pipeline: Any, judging_only: bool = False) -> list[Towers]:
     """The image tower for every text encoder that has one.
 
     Args:
         clip: name of a CLIP as `slug_lightning.clips.load_clip` takes it, such as "hf:openai/clip-vit-large-patch14", or the
             model; or a list of them, for a pipeline with two text encoders.
         pipeline: the pipeline.
+        judging_only: as in `Towers`.
 
     Raises:
-        UnlearnError: as `Towers`.
+        UnlearnError: as `Towers`; if a name does not say where weights are, or two CLIPs are those of one text encoder.
     """
-    found = []
+    found: list[Towers] = []
     for one in clip if isinstance(clip, (list, tuple)) else [clip]:
         if isinstance(one, nn.Module):
-            found.append(Towers(one, pipeline))
-        else:
+            found.append(Towers(one, pipeline, judging_only=judging_only))
+        elif str(one).startswith(("hf:", "hf-hub:", "local-dir:")):
             model, tokenizer = load_clip(str(one))
-            found.append(Towers(model, pipeline, tokenizer, _processor_normalisation(str(one))))
+            found.append(Towers(model, pipeline, tokenizer, _processor_normalisation(str(one)), judging_only))
+        else:
+            raise UnlearnError(f"clip: {str(one)!r} names no weights; put hf:, hf-hub: or local-dir: in front, or give the model")
+    names = [towers.name for towers in found]
+    if len(set(names)) < len(names) and not judging_only:
+        raise UnlearnError(f"clip: two of them are that of {names[0]}; give one for each text encoder")
     return found
 
 
@@ -146,15 +155,16 @@ def _text_tensors(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def _matching(clip: Any, pipeline: Any) -> str:
-    """Which text encoder has the CLIP's text weights, bit for bit at its own precision."""
+    """Which text encoder has the CLIP's text weights, bit for bit at its own precision, but for a few that were edited since."""
     own = plain_parameters(clip)
     wrong = []
     for name, (encoder, _) in text_encoders(pipeline).items():
-        theirs = _text_tensors(encoder)
-        odd = next((one for one, p in theirs.items() if one not in own or not _is_same(p, own[one])), None)
-        if odd is None:
+        theirs = {key: p for key, p in _text_tensors(encoder).items() if p.ndim > 1}  # vectors often are all 0 or 1
+        odd = [key for key, p in theirs.items() if key not in own or not _is_same(p, own[key])]
+        fits = all(key in own and own[key].shape == p.shape for key, p in theirs.items())
+        if fits and len(odd) < len(theirs) / 2:
             return name
-        wrong.append(f"{name} in {odd}")
+        wrong.append(f"{name} in {odd[0]} and {len(odd) - 1} more of {len(theirs)} matrices")
     raise UnlearnError(
         f"clip: its text tower is not the pipeline's: they differ in {'; '.join(wrong)}. Give the CLIP that the text encoder was "
         'taken from (Stable Diffusion 1: "hf:openai/clip-vit-large-patch14"), or objective="denoising"'

@@ -43,14 +43,16 @@ class DiffusionModule(UnlearnModule):
         objective: "denoising": the loss the pipeline was trained with, through the UNet; it needs pictures and captions only.
             "clip": how well pictures fit their captions for the CLIP that the text encoder comes from; cheaper by far, as no
             UNet is run.
-        clip: that CLIP, by name ("hf:openai/clip-vit-large-patch14", or as open_clip names it) or as a model; for SDXL a list
-            of two.
+        clip: that CLIP, by name ("hf:openai/clip-vit-large-patch14", or as open_clip names a folder or a repository,
+            "local-dir:…", "hf-hub:…") or as a model, which is then frozen and takes the pipeline's device and precision; for SDXL
+            a list of two. The text encoder may have been edited since; then its own tensors count.
         judges: by kind of concept, such as "style": name or folder of a transformers image classifier, a module from pictures
             in [-1, 1] to logits, or class names, which `clip` then tells apart.
         guidance: scale of classifier-free guidance when drawing; 1 is without.
         size: height and width of pictures in pixels; default: what the pipeline was made for.
         dtype: of the weights, if the pipeline is loaded by name: "float32", "float16" or "bfloat16".
-        gradient_checkpointing: whether the UNet is run a second time in the backward pass instead of keeping all it computes.
+        gradient_checkpointing: whether the UNet, from now on, is run a second time in a backward pass instead of keeping all
+            it computes.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
     Raises:
@@ -99,14 +101,25 @@ class DiffusionModule(UnlearnModule):
         self.objective = objective
         self.guidance = guidance
         self.size = size or native_size(self.pipeline)
-        self.clips = nn.ModuleList(load_towers(clip, self.pipeline) if clip is not None else [])
-        self.judges = make_judges(judges or {}, list(self.clips))  # type: ignore[arg-type]
+        if self.size % self.pipeline.vae_scale_factor:
+            raise UnlearnError(
+                f"size: {self.size} pixels; give a multiple of {self.pipeline.vae_scale_factor}, as latents are smaller"
+            )
+        clips = [] if clip is None else load_towers(clip, self.pipeline, judging_only=objective == "denoising")
+        self.clips = nn.ModuleList(clips)
+        self.judges = make_judges(judges or {}, clips)
         self.denoising = Denoising(self.pipeline, self.size) if objective == "denoising" else None
         if self.denoising and gradient_checkpointing:
             self.pipeline.unet.enable_gradient_checkpointing()
         self.retain_metric = [f"{kind}_accuracy" for kind in self.judges]  # type: ignore[assignment]
         if not self.judges:  # then the losses themselves are the metrics
             self.forget_metric = self.retain_metric = self.forget_target = None
+            self.gallery_step = None  # type: ignore[assignment,method-assign]  # their batches are pairs, and no prompts to draw
+
+    def configure_model(self) -> None:
+        """Refuse to be sharded: a pipeline calls parts of its parts, which then would be found in shards."""
+        if self.device_mesh is not None:
+            raise UnlearnError("strategy: a pipeline cannot be sharded over devices; use ddp, or one device")
 
     def forget_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a forget batch, which the edit raises: `mean(1 - cos)` of the matching pairs, or that of denoising."""
@@ -140,13 +153,24 @@ class DiffusionModule(UnlearnModule):
 
     def scores(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Whether each picture shows what was asked for, `[B]`, by kind and of all kinds; NaN where nothing was asked."""
+        if not self.judges:
+            return {}
         asked = {kind: batch[kind] for kind in self.judges if kind in batch}
         if not asked:
             raise UnlearnError(
                 f"judges: there are {list(self.judges)}, but the prompts have labels for none of them, only {list(batch)}"
             )
-        seen = self.judge(self.draw(batch))
-        right = {kind: (seen[kind] == labels).float().masked_fill(labels < 0, torch.nan) for kind, labels in asked.items()}
+        pictures = self.draw(batch)
+        whole = pictures.isfinite().flatten(1).all(1)  # of a picture without a single number a judge says its first class
+        logits = {kind: self.judges[kind](pictures) for kind in asked}
+        for kind, labels in asked.items():
+            if labels.max() >= logits[kind].shape[1]:
+                raise UnlearnError(
+                    f"judges: {kind!r} tells {logits[kind].shape[1]} classes apart, and prompts ask for class {labels.max()}; "
+                    "give the labels of the data in the order of the judge's classes"
+                )
+        seen = {kind: (logits[kind].argmax(1) == labels) & whole for kind, labels in asked.items()}
+        right = {kind: seen[kind].float().masked_fill(labels < 0, torch.nan) for kind, labels in asked.items()}
         found = {f"{kind}_accuracy": values for kind, values in right.items()}
         every = torch.stack(list(found.values()))
         found["accuracy"] = every.nan_to_num(1.0).amin(0).masked_fill(every.isnan().all(0), torch.nan)
@@ -173,9 +197,10 @@ class DiffusionModule(UnlearnModule):
         """Refuse captions whose concept the text encoders never see."""
         for name, (_, tokenizer) in text_encoders(self.pipeline).items():
             for text, concept in zip(batch["text"], batch.get("concept", ()), strict=False):
-                whole, seen = (tokenizer.decode(tokenizer(text, truncation=cut).input_ids) for cut in (False, True))
+                ids = [tokenizer(text, truncation=cut, verbose=False).input_ids for cut in (False, True)]
+                whole, seen = (tokenizer.decode(some, skip_special_tokens=True) for some in ids)
                 # A tokenizer that does not know the words at all names nothing either way; what then can be forgotten shows.
-                if _words(concept) in _words(whole) and _words(concept) not in _words(seen):
+                if _times(concept, seen) < min(1, _times(concept, whole)):
                     raise UnlearnError(
                         f"forget: the tokenizer of {name} reads {tokenizer.model_max_length} tokens, and of the caption {text!r} "
                         f"only {seen!r}, which no longer names {concept!r}; shorten the captions, or name the concept early"
@@ -186,9 +211,10 @@ def _never(model: nn.Module, batch: Any) -> Tensor:
     raise AssertionError("the steps of a DiffusionModule have losses of their own")
 
 
-def _words(text: str) -> str:
-    """Without case, spaces and signs, which tokenizers change."""
-    return re.sub(r"\W+", "", text.lower())
+def _times(concept: str, text: str) -> int:
+    """How often a text names a concept as whole words, whatever the case, spaces and signs, which tokenizers change."""
+    words, own = (re.findall(r"\w+", given.lower()) for given in (text, concept))
+    return sum(words[i : i + len(own)] == own for i in range(len(words))) if own else 1
 
 
 class EmbeddedCanvas(DiffusionModule):
