@@ -57,7 +57,7 @@ def refuse_other_pipelines(pipeline: Any) -> None:
             "CLIP text encoders (SD 3 and FLUX have a transformer instead)"
         )
     for name in TEXT_ENCODERS:
-        encoder = getattr(pipeline, name, None)
+        encoder: Any = getattr(pipeline, name, None)
         if hasattr(encoder, "get_base_model"):  # of PEFT
             encoder = encoder.get_base_model()
         if encoder is not None and not type(encoder).__name__.startswith("CLIPText"):
