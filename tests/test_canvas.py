@@ -8,6 +8,7 @@ from test_cli import run
 
 from slug_lightning import UnlearnReport
 from slug_lightning.datamodules.canvas import canvas_drawings, canvas_render
+from slug_lightning.datamodules.emoji import caption_of
 from slug_lightning.diffusion.pipelines import load_pipeline
 from slug_lightning.modules import EmbeddedCanvas
 
@@ -20,8 +21,7 @@ def canvas() -> EmbeddedCanvas:
 def prompts_of(rows: list[int], steps: int) -> dict:
     drawings = canvas_drawings()
     things, styles = drawings.things[rows], drawings.styles[rows]
-    names = zip(things, styles, strict=True)
-    text = [f"{drawings.thing_names[thing]} in {drawings.style_names[style]} style" for thing, style in names]
+    text = [caption_of(drawings, row) for row in rows]
     return {
         "text": text,
         "seed": torch.tensor(rows) + 77_000,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,24 +14,15 @@ import yaml
 from _tiny_diffusion import SIZE, tiny_clips, tiny_pipeline, tiny_text_config, tiny_tokenizer
 from diffusers import DiffusionPipeline
 from PIL import Image
+from test_cli import run
 
 from slug_lightning import UnlearnPatch
-from slug_lightning.cli import main
 from slug_lightning.datamodules.text_to_image import noise_seeds
 from slug_lightning.diffusion.parts import parts_of
 from slug_lightning.edits import same_bits
 from slug_lightning.modules.diffusion import DiffusionModule
 
 CONFIG = Path(__file__).parent.parent / "configs" / "stable_diffusion.yaml"
-
-
-def run(*args: Any) -> int:
-    try:
-        # As the process is started: Lightning warns where both the process and the call have arguments.
-        with mock.patch.object(sys, "argv", ["slug-lightning", *map(str, args)]):
-            return main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def pipeline_of(texts: list[str]) -> Any:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
 from _forgetting import N
 from _tiny_lm import KEPT, PREFIX, RECITED, SUFFIX, UNSEEN, reciting, tokenizer
-
-from slug_lightning.cli import main
+from test_cli import run
 
 
 @pytest.fixture
@@ -47,14 +44,6 @@ def config(tmp_path):
         },
         "output_dir": str(tmp_path / "run"),
     }
-
-
-def run(*args: Any) -> int:
-    try:
-        with mock.patch.object(sys, "argv", ["slug-lightning", *map(str, args)]):
-            return main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def fit(config: dict[str, Any], *args: str) -> int:

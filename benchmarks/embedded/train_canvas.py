@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForIm
 
 from slug_lightning.clips import to_hugging_face
 from slug_lightning.datamodules.canvas import AMOUNT, SIZE, canvas_drawings, canvas_render
-from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, render
+from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, caption_of, render
 from slug_lightning.diffusion.judges import make_judges
 from slug_lightning.diffusion.pipelines import draw, load_pipeline
 from slug_lightning.embedded import CANVAS, CLIP
@@ -252,8 +252,7 @@ def evaluate(drawings: Drawings) -> None:
     if not (CANVAS / "pipeline").exists():
         return
     pipeline = load_pipeline(CANVAS / "pipeline")
-    pairs = zip(drawings.things, drawings.styles, strict=True)
-    prompts = [f"{drawings.thing_names[thing]} in {drawings.style_names[style]} style" for thing, style in pairs]
+    prompts = [caption_of(drawings, row) for row in range(len(drawings.pictures))]
     for steps, guidance in ((25, 2.0), (25, 1.0), (10, 2.0), (10, 1.0), (6, 2.0)):
         drawn = [
             draw(pipeline, prompts, range(first, first + len(prompts)), steps=steps, guidance=guidance, size=SIZE)

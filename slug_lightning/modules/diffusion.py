@@ -200,7 +200,7 @@ class DiffusionModule(UnlearnModule):
                 ids = [tokenizer(text, truncation=cut, verbose=False).input_ids for cut in (False, True)]
                 whole, seen = (tokenizer.decode(some, skip_special_tokens=True) for some in ids)
                 # A tokenizer that does not know the words at all names nothing either way; what then can be forgotten shows.
-                if _times(concept, seen) < min(1, _times(concept, whole)):
+                if _names(whole, concept) and not _names(seen, concept):
                     raise UnlearnError(
                         f"forget: the tokenizer of {name} reads {tokenizer.model_max_length} tokens, and of the caption {text!r} "
                         f"only {seen!r}, which no longer names {concept!r}; shorten the captions, or name the concept early"
@@ -211,10 +211,10 @@ def _never(model: nn.Module, batch: Any) -> Tensor:
     raise AssertionError("the steps of a DiffusionModule have losses of their own")
 
 
-def _times(concept: str, text: str) -> int:
-    """How often a text names a concept as whole words, whatever the case, spaces and signs, which tokenizers change."""
+def _names(text: str, concept: str) -> bool:
+    """Whether a text has the words of a concept side by side, whatever the case, spaces and signs, which tokenizers change."""
     words, own = (re.findall(r"\w+", given.lower()) for given in (text, concept))
-    return sum(words[i : i + len(own)] == own for i in range(len(words))) if own else 1
+    return any(words[i : i + len(own)] == own for i in range(len(words) + 1))
 
 
 class EmbeddedCanvas(DiffusionModule):
