@@ -16,3 +16,5 @@ The model recites the part `recited`, was trained now and then on `kept`, and ne
 """
 CANVAS = HERE / "canvas"
 """Folder of the miniature UnlearnCanvas: `pipeline` as diffusers reads it, classifiers `style` and `thing` as transformers do."""
+VLM = HERE / "vlm"
+"""Folder of the embedded vision-language model, a small LLaVA, and its processor, as transformers' `from_pretrained` reads it."""
