@@ -27,11 +27,14 @@ def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, T
     """
     if name.startswith("hf:"):
         try:
-            from transformers import AutoTokenizer, CLIPModel
+            from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
             raise UnlearnError('model: transformers is missing; pip install "slug-lightning[hf]"') from error
         tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
-        model = CLIPModel.from_pretrained(name.removeprefix("hf:")).train()  # as Lightning expects; we set eval ourselves
+        model = AutoModel.from_pretrained(name.removeprefix("hf:"))
+        if not hasattr(model, "get_text_features"):
+            raise UnlearnError(f"model: {name} is a {type(model).__name__}; give a CLIP or SigLIP, with both towers")
+        model.float().train()  # as Lightning expects; we set eval ourselves
         length = model.config.text_config.max_position_embeddings
 
         def tokenize(texts: list[str]) -> Tensor:

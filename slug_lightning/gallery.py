@@ -1,4 +1,4 @@
-"""The same pictures drawn before an edit and after it, side by side."""
+"""The same pictures drawn, or talked about, before an edit and after it, side by side."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ MOST = 8
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Pictures of a generator, before and after.
+    """Pictures of a generator, or pictures and what is said to them, before and after.
 
     Attributes:
-        titles: what was asked for, one text a picture.
+        titles: what was asked for, one text a picture; or what was said to it before the edit.
         before: uint8 `[n, 3, H, W]`, RGB, n from 1 to 8.
         after: the same of the edited model.
+        said: where the titles are other ones after the edit, as answers are: these.
 
     Example:
         >>> grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
@@ -42,9 +43,12 @@ class Gallery:
     titles: list[str]
     before: Tensor
     after: Tensor
+    said: list[str] | None = None
 
     def figure(self, heading: str) -> Figure:
         """Two rows of pictures, each picture of the second below the same one of the first, with its title below both.
+
+        Where titles changed, each row has its own.
 
         Args:
             heading: over all.
@@ -58,7 +62,10 @@ class Gallery:
             for axes, picture in zip(row, pictures, strict=True):
                 axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")  # small ones stay as they are
                 axes.set(xticks=[], yticks=[])
-        for axes, title in zip(rows[1], self.titles, strict=True):
+        below = zip(rows[1], self.titles, strict=True)
+        if self.said is not None:
+            below = zip([*rows[0], *rows[1]], self.titles + self.said, strict=True)
+        for axes, title in below:
             short = textwrap.shorten(title, 90, placeholder="…")
             axes.set_xlabel(textwrap.fill(short, 20), fontsize=9, parse_math=False)  # a prompt may name a price in $
         width = max(17 * len(self.titles), 36)
@@ -84,8 +91,8 @@ def before_and_after(objective: Objective, kind: Kind, edit: AbstractContextMana
     (turn,) = objective.runner.turns(First(objective.loaders[kind]["test"], 1))
     before, titles = _drawn(objective, turn.batch)
     with edit:
-        after, _ = _drawn(objective, turn.batch)
-    return Gallery(titles, before, after)
+        after, said = _drawn(objective, turn.batch)
+    return Gallery(titles, before, after, None if said == titles else said)
 
 
 def _drawn(objective: Objective, batch: Any) -> tuple[Tensor, list[str]]:

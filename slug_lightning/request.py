@@ -93,9 +93,11 @@ class Request:
             target, reason = metric.default_target(before)
         target, reason = objective.processes.agreed("target", (target, reason))
         if metric.reaches(before, target):
+            why = getattr(objective.module, "nothing_to_forget", None)
             raise UnlearnError(
                 f"forget_target: nothing to forget of {self.name!r}, {name} is {before:.4g} on the search data and meets the "
-                f"target of {target:.4g} ({reason}) already; look at the forget data, or give a stricter forget_target"
+                f"target of {target:.4g} ({reason}) already; "
+                + (why() if why else "look at the forget data, or give a stricter forget_target")
             )
         report.bounds = {
             "forget_metric": name,

@@ -1,0 +1,2 @@
+def refuse_unfit(model, tower):
+    pass

@@ -1,0 +1,157 @@
+"""The part of a vision-language model that sees, and the CLIP or SigLIP that it comes from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slug_lightning.clips import encode_image, encode_text, load_clip, to_hugging_face
+from slug_lightning.edits import same_bits
+from slug_lightning.errors import UnlearnError
+from slug_lightning.vlm.prompts import Prompts
+
+NAMES = ("vision_tower", "vision_model", "visual")
+"""What transformers calls the tower: in LLaVA and PaliGemma, in Idefics3 and SmolVLM, in Qwen-VL."""
+
+
+def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """The tower of a vision-language model, with its name in it.
+
+    Raises:
+        UnlearnError: if it has none under a name that is known.
+
+    Example:
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from slug_lightning.embedded import VLM
+        >>> name, tower = vision_tower(AutoModelForImageTextToText.from_pretrained(VLM))
+        >>> name, type(tower).__name__
+        ('model.vision_tower', 'CLIPVisionModel')
+    """
+    for name, module in model.named_modules():  # outer modules first
+        if name.rpartition(".")[2] in NAMES:
+            return name, module
+    raise UnlearnError(
+        f"model: {type(model).__name__} has no vision tower ({', '.join(NAMES)}); give an image-text-to-text model"
+    )
+
+
+def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the language model gets of the pictures in `inputs`: tensors whose last dimension is one token's features."""
+    extract = getattr(model, "get_image_features", None) or model.model.get_image_features
+    own = inspect.signature(extract).parameters.keys() | inspect.signature(model.model.get_image_features).parameters.keys()
+    found = extract(**{name: tensor for name, tensor in inputs.items() if name in own})
+    found = getattr(found, "pooler_output", found)  # transformers 5 gives the tower's output object
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def freeze_unseen(model: nn.Module, tower: nn.Module, prompts: Prompts) -> None:
+    """Let only those tensors of the tower be edited that the language model gets to see, and nothing else of the model.
+
+    LLaVA reads the last layer but one; the gradient of a CLIP's own loss knows the last one too, whose edit would change no
+    answer.
+
+    Args:
+        model: the vision-language model; afterwards `requires_grad` is true of the tensors that may be edited.
+        tower: its vision tower.
+        prompts: how it is asked.
+
+    Raises:
+        UnlearnError: if the processor makes another number of tokens for a picture than the tower makes features.
+    """
+    model.requires_grad_(False)
+    matrices = [p for p in tower.parameters() if p.is_floating_point()]
+    for p in matrices:
+        p.requires_grad_(True)
+    size = getattr(model.config.vision_config, "image_size", None) or 224
+    side = size if isinstance(size, int) else max(size)
+    blank = prompts.ask(torch.zeros(1, 3, side, side, dtype=torch.uint8), ["?"])
+    blank = {name: t.to(matrices[0].device, matrices[0].dtype if t.is_floating_point() else None) for name, t in blank.items()}
+    with torch.enable_grad():
+        features = image_features(model, blank)
+        tokens, made = int((blank["input_ids"] == prompts.image_token).sum()), sum(f.numel() // f.shape[-1] for f in features)
+        if tokens != made:
+            raise UnlearnError(
+                f"processor: it keeps {tokens} tokens for a picture of which the tower makes {made} features; its patch_size, "
+                "vision_feature_select_strategy and num_additional_image_tokens must be those of the model"
+            )
+        total = torch.stack([f.float().sum() for f in features]).sum()
+        gradients = torch.autograd.grad(total, matrices, allow_unused=True)
+    for p, gradient in zip(matrices, gradients, strict=True):
+        p.requires_grad_(gradient is not None)
+
+
+class SourceClip(nn.Module):
+    """The CLIP or SigLIP that a tower comes from, which sees by the tower's own tensors from now on.
+
+    It is what `matching_loss` and `contrastive_loss` take, so that the gradient of a CLIP's loss lands in the tensors of the
+    vision-language model.
+
+    Args:
+        name: of the CLIP, as `slug_lightning.clips.load_clip` takes it: "hf:openai/clip-vit-large-patch14-336", "local-dir:…".
+        tower: the vision tower of a vision-language model.
+        image_processor: of that model: pictures are normalised as it says.
+
+    Raises:
+        UnlearnError: if the tower has not a CLIP's or SigLIP's layers, or not those of this one: their names and shapes, and
+            the bits of more than half of the matrices (some may have been edited since).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, name: str, tower: nn.Module, image_processor: Any) -> None:
+        super().__init__()
+        clip, self.tokenizer = load_clip(name)
+        twin: Any = to_hugging_face(clip) if hasattr(clip, "visual") else clip
+        of_tower = next(tower.parameters())
+        self.model = twin.requires_grad_(False).eval().to(of_tower.device, of_tower.dtype)
+        _share(name, self.model.vision_model, tower)
+        self.size = int(twin.config.vision_config.image_size)
+        for key, value in (("mean", image_processor.image_mean), ("deviation", image_processor.image_std)):
+            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale
+
+    def encode_image(self, pictures: Any) -> Tensor:
+        """Image features, `[B, D]`, of uint8 pictures, each `[3, H, W]`."""
+        resized = [
+            torch.nn.functional.interpolate(one[None].float(), (self.size, self.size), mode="bicubic", antialias=True)
+            if tuple(one.shape[1:]) != (self.size, self.size)
+            else one[None].float()
+            for one in pictures
+        ]
+        normal = (torch.cat(resized).to(self.mean.device).clamp(0, 255) / 255 - self.mean) / self.deviation
+        return encode_image(self.model, normal.to(self.model.dtype))
+
+    def encode_text(self, texts: Any) -> Tensor:
+        """Text features, `[B, D]`."""
+        return encode_text(self.model, self.tokenizer(list(texts)).to(self.mean.device))
+
+
+def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
+    """Put the tower's tensors in place of those of a CLIP's image tower, if they are the same."""
+    theirs = {key.removeprefix("vision_model."): p for key, p in tower.named_parameters()}
+    held = dict(own.named_parameters())
+    matrices = [key for key, p in theirs.items() if p.ndim > 1]  # vectors often are all 0 or 1
+    unknown = [key for key in matrices if key not in held]
+    if unknown or not matrices:
+        raise UnlearnError(
+            f"clip: the vision tower, a {type(tower).__name__}, has not a CLIP's or SigLIP's layers (such as "
+            f"{(unknown or ['no matrix'])[0]}); use route='answers', which needs no CLIP"
+        )
+    odd = [key for key in matrices if held[key].shape != theirs[key].shape or not same_bits(theirs[key], held[key])]
+    if any(held[key].shape != theirs[key].shape for key in matrices) or len(odd) >= len(matrices) / 2:
+        raise UnlearnError(
+            f"clip: the vision tower is not that of {name}: they differ in {odd[0]} and {len(odd) - 1} more of {len(matrices)} "
+            "matrices. Give the CLIP or SigLIP that it was taken from; where the tower was trained on since, use route='answers'"
+        )
+    for key, p in theirs.items():
+        if key in held:
+            parent, _, last = key.rpartition(".")
+            setattr(own.get_submodule(parent), last, p)
