@@ -11,14 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.datamodules.names import by_concept, labelled, listed
-from slug_lightning.datamodules.pairs import (
-    ImageTextFolder,
-    ImageTextPairs,
-    ImageTextShards,
-    Tokenize,
-    Transform,
-    whole_words,
-)
+from slug_lightning.datamodules.pairs import ImageTextPairs, Tokenize, Transform, open_pairs, whole_words
 from slug_lightning.errors import UnlearnError, needed
 
 CONFIG = "open_clip_config.json"
@@ -133,8 +126,9 @@ class ImageTextDataModule(UnlearnDataModule):
             "image_column": image_column,
             "caption_column": caption_column,
             "delimiter": delimiter,
+            "label_columns": label_columns or (),
         }
-        self.options: dict[str, Any] = {"label_columns": label_columns or (), "labels": labels}
+        self.labels = labels
         self.limit = limit
 
     def setup(self, stage: str | None = None) -> None:
@@ -190,21 +184,8 @@ class ImageTextDataModule(UnlearnDataModule):
 
     def _open(self, kind: str, source: str, **choice: Any) -> ImageTextPairs:
         """The dataset of one source; `choice` is `where` and `limit`."""
-        path = Path(source)
-        if path.is_dir():
-            tables = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".tsv"))
-            if len(tables) != 1:
-                raise UnlearnError(
-                    f"{kind}: the folder {source} has {len(tables)} CSV files, not one; name the file, "
-                    f"or {source}/*.tar if it holds shards"
-                )
-            path = tables[0]
-        arguments = {"transform": self.transform, "tokenize": self.tokenize, **self.options, **choice}
-        if path.suffix in (".csv", ".tsv"):
-            return ImageTextFolder(path.parent, path, **self.columns, **arguments)
-        if path.suffix == ".tar":
-            return ImageTextShards(source, **arguments)
-        raise UnlearnError(f"{kind}: {source} is no .csv or .tsv file, no folder with one, and no .tar shards")
+        tools: dict[str, Any] = {"transform": self.transform, "tokenize": self.tokenize}  # set by now
+        return ImageTextPairs(open_pairs(kind, source, **self.columns), labels=self.labels, **tools, **choice)
 
 
 def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Transform, Tokenize]:

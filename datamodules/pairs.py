@@ -101,7 +101,7 @@ class ImageTextPairs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
-        return {"image": self.transform(_decode(pair)), "text": self.tokenize([pair.caption])[0], **pair.labels}
+        return {"image": self.transform(decode(pair)), "text": self.tokenize([pair.caption])[0], **pair.labels}
 
 
 class ImageTextFolder(ImageTextPairs):
@@ -233,11 +233,76 @@ def only_class(found: set[int]) -> int:
     return next(iter(found)) if len(found) == 1 else -1
 
 
-def _decode(pair: Pair) -> Any:
+def open_pairs(
+    argument: str,
+    source: str,
+    *,
+    image_column: str = "filepath",
+    caption_column: str = "title",
+    delimiter: str | None = None,
+    label_columns: Sequence[str] = (),
+) -> Iterator[Pair]:
+    r"""Read the pairs of a source one after the other, whatever its kind.
+
+    Args:
+        argument: that named the source, for messages.
+        source: a `.csv` or `.tsv` file with image paths relative to its folder, a folder with one such file, or tar shards (see
+            `ImageTextShards`).
+        image_column: of a CSV, the column of image paths.
+        caption_column: of a CSV, the column of captions.
+        delimiter: of a CSV; None finds it.
+        label_columns: columns of a CSV, or fields of the `.json` in a shard, with integer labels.
+
+    Raises:
+        UnlearnError: if the source is of no such kind, or as it is read, if it is not what its kind should be.
+
+    Example:
+        >>> from slug_lightning.embedded import SHARD
+        >>> pair = next(open_pairs("from", str(SHARD)))
+        >>> pair.caption, type(pair.image)
+        ('airplane in noto style', <class 'bytes'>)
+    """
+    path = Path(source)
+    if path.is_dir():
+        tables = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".tsv"))
+        if len(tables) != 1:
+            raise UnlearnError(
+                f"{argument}: the folder {source} has {len(tables)} CSV files, not one; name the file, "
+                f"or {source}/*.tar if it holds shards"
+            )
+        path = tables[0]
+    if path.suffix in (".csv", ".tsv"):
+        return _read_csv(path.parent, path, image_column, caption_column, delimiter, label_columns)
+    if path.suffix == ".tar":
+        return _read_shards(source, label_columns)
+    raise UnlearnError(f"{argument}: {source} is no .csv or .tsv file, no folder with one, and no .tar shards")
+
+
+def decode(pair: Pair, mode: str = "RGB") -> Any:
+    """Decode a pair's image.
+
+    Args:
+        pair: holds the image.
+        mode: of the result, as PIL names it.
+
+    Returns:
+        A PIL image; its `format` says how it was encoded.
+
+    Raises:
+        UnlearnError: if Pillow is not installed, or if the image is missing or cannot be decoded.
+
+    Example:
+        >>> from slug_lightning.embedded import SHARD
+        >>> image = decode(next(open_pairs("from", str(SHARD))))
+        >>> image.size, image.mode, image.format
+        ((64, 64), 'RGB', 'PNG')
+    """
     image = needed("PIL.Image", "clip")
     try:
         with image.open(io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image) as opened:
-            return opened.convert("RGB")
+            converted = opened.convert(mode)
+            converted.format = opened.format
+            return converted
     except Exception as error:  # PIL's decoders raise OSError, ValueError, SyntaxError and more
         raise UnlearnError(f"{pair.name}: the image cannot be decoded ({error}); mend it or leave it out") from error
 
