@@ -1,4 +1,4 @@
-"""The command `slug-lightning`: forget from a YAML file, and handle patch files."""
+"""The command `slug-lightning`: collect what to forget, forget from a YAML file, and handle patch files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EPILOG = """Options of a callback: slug-lightning fit --trainer.callbacks.help s
 (or slug_lightning.callbacks.ICUCallback, for passages that a language model recites)
 
 exit codes:
-  0  unlearned (fit, forget-another), done (patch); whether the bounds hold on report data too, the report says ("holds")
+  0  unlearned (fit, forget-another), done (collect, patch); whether the bounds hold on report data too, the report says ("holds")
   1  failure
   2  usage: an argument, a config or a file is not what it should be
   3  infeasible: no step meets both bounds, the weights are untouched; of ICU: passages are remembered after the last epoch
@@ -37,6 +37,12 @@ they are; they are checked together with the new one. The result goes to a folde
 
 --forget names a datamodule as --data does in fit; it is asked for what is to be forgotten only. All options of fit change
 the earlier run's config, such as --output_dir.
+"""
+COLLECT = """Write the image-text pairs whose captions name something, and others to keep, into a folder from which fit can read
+them. Names are found as whole words, whatever the case; list plurals as aliases. Copies of a picture, of whatever encoding or
+size, are left out, so that none is both tuned and reported on, or both forgotten and kept.
+
+  slug-lightning collect --name octopus --alias octopuses --from "shards/*.tar" --output data/octopus
 """
 BESIDE = """Several patches may be applied to the same weights, each at its own strength; in whatever order they are applied,
 adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make.
@@ -111,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version("slug-lightning"))
-    verbs = parser.add_subparsers(required=True, metavar="{fit,forget-another,patch}")
+    verbs = parser.add_subparsers(required=True, metavar="{collect,fit,forget-another,patch}")
+    _add_collect(verbs)
     verbs.add_parser(
         "fit", help="forget as a config says: slug-lightning fit --config FILE; fit --help lists Lightning's options"
     )
@@ -147,6 +154,40 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("patches", type=Path, nargs="+", help="patch files")
     combine.add_argument("-o", "--output", type=Path, required=True, help="where the combined patch goes; must not exist")
     return parser
+
+
+def _add_collect(verbs: Any) -> None:
+    added = verbs.add_parser(
+        "collect",
+        help="gather the pictures of what is to be forgotten, and of what to keep, by their captions",
+        description=COLLECT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the defaults are those of the function
+    )
+    added.set_defaults(run=_collect)
+    added.add_argument("--name", required=True, help="of what is to be forgotten, as captions have it")
+    added.add_argument("--alias", dest="aliases", action="append", metavar="NAME", help="another name of it; may be repeated")
+    what = "a CSV, a folder with one, or tar shards"
+    added.add_argument("--from", dest="sources", nargs="+", required=True, metavar="SOURCE", help=what)
+    added.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
+    caption = "a caption for what is to be forgotten, with {} for the name; may be repeated; default: 'a photo of {}' and others"
+    added.add_argument("--template", dest="templates", action="append", metavar="TEXT", help=caption)
+    added.add_argument("--at_least", type=int, metavar="N", help="fail with fewer pictures to forget or to keep; default: 20")
+    added.add_argument("--limit", type=int, metavar="N", help="how many pictures to keep at most; default: 10000")
+    added.add_argument("--seed", type=int, help="of the split into gradient, search and report; default: 0")
+    added.add_argument("--image_column", metavar="NAME", help="of a CSV: the column of image paths; default: filepath")
+    added.add_argument("--caption_column", metavar="NAME", help="of a CSV: the column of captions; default: title")
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from slug_lightning.datamodules.collect import collect
+
+    given = {name: value for name, value in vars(options).items() if name != "run"}
+    print(collect(**given))
+    init = {kind: str(options.output / f"{kind}.csv") for kind in ("forget", "retain")}
+    seed = {"seed": options.seed} if "seed" in options else {}
+    data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init | seed}
+    print(f"in a config, with the model that it is for:\ndata: {json.dumps(data)}")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -31,7 +31,9 @@ def run(*args: str) -> int:
         return int(stop.code or 0)
 
 
-@pytest.mark.parametrize("verb", [[], ["patch"], *(["patch", name] for name in ("show", "apply", "revert", "adjust", "combine"))])
+@pytest.mark.parametrize(
+    "verb", [[], ["collect"], ["patch"], *(["patch", name] for name in ("show", "apply", "revert", "adjust", "combine"))]
+)
 def test_help_answers(verb, capsys):
     assert run(*verb, "--help") == 0
     assert "usage: slug-lightning" in capsys.readouterr().out
