@@ -5,6 +5,7 @@ from slug_lightning.modules.causal_lm import CausalLMModule, EmbeddedLM
 from slug_lightning.modules.classifier import ClassifierModule
 from slug_lightning.modules.clip import ClipModule, EmbeddedClip
 from slug_lightning.modules.diffusion import DiffusionModule, EmbeddedCanvas
+from slug_lightning.modules.vlm import EmbeddedVLM, VLMModule
 
 __all__ = [
     "CausalLMModule",
@@ -14,5 +15,7 @@ __all__ = [
     "EmbeddedCanvas",
     "EmbeddedClip",
     "EmbeddedLM",
+    "EmbeddedVLM",
     "UnlearnModule",
+    "VLMModule",
 ]

@@ -34,7 +34,8 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
             processor = transformers.AutoProcessor.from_pretrained(str(processor))
         if not isinstance(model, nn.Module):
             kept = {"dtype" if _knows_dtype(transformers) else "torch_dtype": dtype}
-            model = transformers.AutoModelForImageTextToText.from_pretrained(str(model), **kept)
+            # In training mode, as Lightning expects; we set evaluation mode ourselves.
+            model = transformers.AutoModelForImageTextToText.from_pretrained(str(model), **kept).train()
     except (OSError, ValueError) as error:
         raise UnlearnError(
             f"model: nothing is found as {str(model)!r} ({error}); give its folder, or its name on the hub"

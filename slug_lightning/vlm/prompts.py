@@ -16,7 +16,7 @@ Inputs = dict[str, Tensor]
 
 
 class Prompts:
-    """Puts questions as the model's processor does, by its chat template; without one, as PaliGemma: the picture, then the text.
+    r"""Puts questions as the model's processor does, by its chat template; without one, as PaliGemma: the picture, then the text.
 
     Questions are padded on the left, answers on the right, so that all answers of a batch begin at the same place.
 
@@ -29,7 +29,7 @@ class Prompts:
         >>> from slug_lightning.embedded import VLM
         >>> prompts = Prompts(AutoModelForImageTextToText.from_pretrained(VLM), AutoProcessor.from_pretrained(VLM))
         >>> prompts.text("what is this?")
-        'USER: <image>\\nwhat is this? ASSISTANT:'
+        'USER: <image>\nwhat is this? ASSISTANT:'
         >>> inputs = prompts.ask(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["what is this?"])
         >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
         (torch.Size([1, 26]), torch.Size([1, 3, 64, 64]))
@@ -133,8 +133,8 @@ class Prompts:
             row = int(inputs["attention_mask"].sum(1).argmax())
             pictures = int((inputs["input_ids"][row] == self.image_token).sum())
             raise UnlearnError(
-                f"question: {list(texts)[row]!r} makes {length} tokens with its picture ({pictures} tokens), and the language model "
-                f"was made for {self.context}; shorten it, or give the processor smaller pictures"
+                f"question: {list(texts)[row]!r} makes {length} tokens with its picture ({pictures} tokens), and the language "
+                f"model was made for {self.context}; shorten it, or give the processor smaller pictures"
             )
 
 
