@@ -88,8 +88,9 @@ class EmojiQuestionDataModule(EmojiDataModule):
     Args:
         style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
         thing: a thing to forget, such as "cat", or several.
-        choices: so many possible answers to choose from in the search, which is cheaper; 0 has them generated, as in the report.
-            A right one is then found by chance, too: `forget_target` must be higher.
+        choices: so many possible answers to choose from in the search; 0 has answers generated, as in the report. Choices save
+            passes only where answers are longer than the few words here. Of choices a right one is found by chance, too:
+            `forget_target` must be higher.
         batch_size: samples in a batch.
         seed: of splits, renderings, wordings and choices.
 
@@ -168,6 +169,14 @@ class _Gone(NamedTuple):
     rows: dict[Split, Tensor]
 
 
+class _Wording(NamedTuple):
+    """What is asked in which words; `two` if about two drawings side by side."""
+
+    kind: str
+    question: str
+    two: bool = False
+
+
 class _Asker:
     """Asks about drawings of the embedded shard.
 
@@ -196,30 +205,30 @@ class _Asker:
             return []
         rows = rows.repeat(times)
         # Half of what is to be counted are two.
-        wordings = [(kind, question, 1) for kind in kinds for question in QUESTIONS[kind]]
-        wordings += [("count", question, 2) for question in QUESTIONS["count"] if "count" in kinds]
-        turns = (torch.randperm(len(rows), generator=self.generator) % len(wordings)).tolist()
+        wordings = [_Wording(kind, question) for kind in kinds for question in QUESTIONS[kind]]
+        wordings += [_Wording("count", question, two=True) for question in QUESTIONS["count"] if "count" in kinds]
+        turns = torch.randperm(len(rows), generator=self.generator) % len(wordings)
+        chosen = [wordings[turn] for turn in turns.tolist()]
         pictures = self.drawings.pictures[rows]
-        two = torch.tensor([wordings[turn][2] == 2 for turn in turns])
-        others = self.drawings.pictures[rows[torch.randperm(len(rows), generator=self.generator)]]
+        others = pictures[torch.randperm(len(rows), generator=self.generator)]
+        two = torch.tensor([wording.two for wording in chosen])
         pictures[two] = side_by_side(pictures[two], others[two])
         images = torch.cat([_as_bytes(render(part, self.generator)) for part in pictures.split(256)])
         asked = [
-            self._question(i, int(row), *wordings[turn], kinds, named)
-            for i, (row, turn) in enumerate(zip(rows, turns, strict=True))
+            self._question(picture, row, wording, kinds, named)
+            for picture, (row, wording) in enumerate(zip(rows.tolist(), chosen, strict=True))
         ]
         if self.choices:
             asked = with_choices(asked, self.choices, self.answers, self.generator)
         return [Questions(images, asked)]
 
-    def _question(
-        self, picture: int, row: int, kind: str, question: str, shown: int, kinds: Sequence[str], named: str | None
-    ) -> Question:
-        answer = answer_of(self.drawings, row, kind) if shown == 1 else NUMBERS[1]
-        thing, style = answer_of(self.drawings, row, "thing"), self.drawings.style_names[int(self.drawings.styles[row])]
-        alias = {"thing": thing, "style": style}.get(named or kind, answer)
+    def _question(self, picture: int, row: int, wording: _Wording, kinds: Sequence[str], named: str | None) -> Question:
+        kind = wording.kind
+        answer = NUMBERS[1] if wording.two else answer_of(self.drawings, row, kind)
+        style = self.drawings.style_names[int(self.drawings.styles[row])]
+        alias = {"thing": answer_of(self.drawings, row, "thing"), "style": style}.get(named or kind, answer)
         text = caption_of(self.drawings, row, "thing" in kinds, "style" in kinds)
-        return Question(picture, question, answer, (alias,), kind, text)
+        return Question(picture, wording.question, answer, (alias,), kind, text)
 
 
 def _as_bytes(images: Tensor) -> Tensor:

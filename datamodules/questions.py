@@ -170,9 +170,10 @@ class VisualQuestionDataModule(UnlearnDataModule):
     Args:
         forget: the file of what is to be forgotten; for several concepts, a dict of files by the concept's name.
         retain: the file of what is to be kept.
-        choices: so many possible answers to choose from in the search, which is cheaper: the right one, and others to questions
-            of its kind in all files. 0 has answers generated, as in the report. A right one is then found by chance, too:
-            `forget_target` must be higher.
+        choices: so many possible answers to choose from in the search: the right one, and others to questions of its kind in
+            all files. 0 has answers generated, as in the report, a pass for each token: that is slower where answers are long and
+            choices few, and faster the other way round. Of choices a right one is found by chance, too: `forget_target`
+            must be higher.
         batch_size: questions in a batch.
         num_workers: worker processes of each loader.
         seed: of the division, of the order and of the choices.
@@ -337,12 +338,13 @@ def _fields(where: str, line: str) -> dict[str, list[str]]:
         )
     answer = read.get("answer")
     read = {"aliases": [answer], "kind": "general", "text": answer, **read}
-    found = {}
+    found: dict[str, list[str]] = {}
     for name in FIELDS:
-        several = isinstance(read.get(name), list) and name in ("question", "aliases")
-        found[name] = read[name] if several else [read.get(name)]
-        if not found[name] or not all(isinstance(one, str) and one.strip() for one in found[name]):
+        given = read.get(name)
+        texts: list[Any] = given if isinstance(given, list) and name in ("question", "aliases") else [given]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UnlearnError(f'{where} has no text under "{name}"; mend or remove it')
+        found[name] = texts
     if found["kind"] == ["answer"]:
         raise UnlearnError(f'{where} has the kind "answer", and answer_accuracy is that of all kinds; choose another name')
     return found
