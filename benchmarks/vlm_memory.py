@@ -30,7 +30,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from slug_lightning import UnlearnModule
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import _LiveTensors
+from slug_lightning.cost import LiveTensors
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.layers import find_layers
 from slug_lightning.memory import Footprint, footprint
@@ -103,7 +103,7 @@ def estimate(config: LlavaConfig, dtype: torch.dtype, batch_size: int, words: in
 def bare_pass(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """Most bytes alive in a forward and backward pass over one batch, in which every gradient is let go of at once."""
     parameters = {name: p for layer in find_layers(model, TOWER) for name, p in layer.parameters.items()}
-    with _LiveTensors() as live, only_differentiating(model, parameters), ExitStack() as stack:
+    with LiveTensors() as live, only_differentiating(model, parameters), ExitStack() as stack:
         for parameter in parameters.values():
             hook = parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             stack.callback(hook.remove)
@@ -127,7 +127,7 @@ def forget(config: LlavaConfig, batch_size: int, words: int) -> dict[str, Any]:
     callback = UnlearnCallback(**options)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, callbacks=[callback], **quiet)
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         trainer.fit(UnlearnModule(model, loss=answer_loss), data)
     report = callback.report
     assert report is not None

@@ -228,9 +228,9 @@ class EmojiDataModule(UnlearnDataModule):
         styles, things = self.numbers(drawings)
         in_style, of_thing = torch.isin(drawings.styles, styles), torch.isin(drawings.things, things)
         # Of each concept its drawings by split, and whether it is a style.
-        gone = [(_parted(drawings.styles == one, self.seed), True) for one in styles]
+        gone = [(parted(drawings.styles == one, self.seed), True) for one in styles]
         gone += [(dict.fromkeys(SPLITS, (drawings.things == one).nonzero()[:, 0]), False) for one in things]
-        kept = _parted(~(in_style | of_thing), self.seed)
+        kept = parted(~(in_style | of_thing), self.seed)
         generator = torch.Generator().manual_seed(self.seed)
 
         def pairs(rows: Tensor, thing: bool, style: bool, times: int) -> list[Dataset]:
@@ -284,7 +284,7 @@ def _number(argument: str, name: str, known: list[str]) -> int:
     return known.index(name)
 
 
-def _parted(mask: Tensor, seed: int) -> dict[Split, Tensor]:
+def parted(mask: Tensor, seed: int) -> dict[Split, Tensor]:
     """Drawings for each split; where there are too few for three parts, all of them for each."""
     rows = mask.nonzero()[:, 0]
     if len(rows) < 3:

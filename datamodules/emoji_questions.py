@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from slug_lightning.datamodules.emoji import Drawings, EmojiDataModule, _parted, caption_of, load_drawings, render
+from slug_lightning.datamodules.emoji import Drawings, EmojiDataModule, caption_of, load_drawings, parted, render
 from slug_lightning.datamodules.loaders import SPLITS, Split
 from slug_lightning.datamodules.names import labelled
 from slug_lightning.datamodules.questions import Question, Questions, question_batch, refuse_few_choices, with_choices
@@ -129,10 +129,10 @@ class EmojiQuestionDataModule(EmojiDataModule):
             return
         drawings = load_drawings()
         styles, things = self.numbers(drawings)
-        gone = [_Gone("style", _parted(drawings.styles == one, self.seed)) for one in styles]
+        gone = [_Gone("style", parted(drawings.styles == one, self.seed)) for one in styles]
         gone += [_Gone("thing", dict.fromkeys(SPLITS, (drawings.things == one).nonzero()[:, 0])) for one in things]
         touched = {"style": torch.isin(drawings.styles, styles), "thing": torch.isin(drawings.things, things)}
-        kept = _parted(~(touched["style"] | touched["thing"]), self.seed)
+        kept = parted(~(touched["style"] | touched["thing"]), self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         forget: list[dict[Split, Dataset]] = [{} for _ in gone]
         retain: dict[Split, Dataset] = {}

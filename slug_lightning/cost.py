@@ -77,7 +77,7 @@ class CostMeter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure what happens inside."""
-        memory = _LiveTensors() if self.count else _Allocated(self.device) if self.device.type == "cuda" else _Resident()
+        memory = LiveTensors() if self.count else _Allocated(self.device) if self.device.type == "cuda" else _Resident()
         with ExitStack() as stack:
             stack.enter_context(memory)
             flops = stack.enter_context(flop_counter()) if self.count else None
@@ -165,7 +165,7 @@ class _Resident:
         self.thread.join()
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Peak of the bytes of tensors made inside that are alive at once."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slug_lightning.bench import Bench, Move
-from slug_lightning.cost import _LiveTensors
+from slug_lightning.cost import LiveTensors
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gradients import mean_gradient
 from slug_lightning.layers import Layer
@@ -132,7 +132,7 @@ def _phases(
 ) -> dict[str, int]:
     """The phases of a run, as `slug_lightning.request` goes through them, on one batch each."""
     # Not by a `CostMeter`: torch's counter of operations, which it has too, keeps tensors of every batch until it is left.
-    live = {name: _LiveTensors() for name in ("validate", "gradients", "search")}
+    live = {name: LiveTensors() for name in ("validate", "gradients", "search")}
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     with live["validate"], torch.no_grad():
         measured()

@@ -91,7 +91,7 @@ class VLMModule(UnlearnModule):
         self.strict_loading = False  # checkpoints hold what may be edited, and not the rest
         self.prompts = Prompts(model, processor)
         self.tower_name, tower = vision_tower(model)
-        refuse_unfit(model, tower)
+        refuse_unfit(model, tower, differentiates=route == "answers")
         freeze_unseen(model, tower, self.prompts)
         self.clip = SourceClip(clip, tower, processor.image_processor) if route == "clip" and clip else None
         self.max_new_tokens = max_new_tokens
