@@ -1,6 +1,6 @@
 """Train the vision-language model that ships with the package: the embedded CLIP's vision tower and a small language model.
 
-    python benchmarks/embedded/train_vlm.py            # about 40 minutes on one core
+    python benchmarks/embedded/train_vlm.py            # about half an hour on one core
     python benchmarks/embedded/train_vlm.py --evaluate # only print how many answers of what is shipped are right
 
 They are joined by transformers' own `LlavaForConditionalGeneration`. The tower is frozen, as LLaVA's is, and so stays that
@@ -35,7 +35,7 @@ from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
 from slug_lightning.datamodules.emoji_questions import NUMBERS, QUESTIONS, answer_of, side_by_side
 from slug_lightning.embedded import CLIP, VLM
 
-SEED, STEPS, BATCH, WARMUP, RATE = 0, 2000, 128, 100, 1e-3
+SEED, STEPS, BATCH, WARMUP, RATE = 0, 1500, 128, 100, 1e-3
 MIX = {"thing": 0.45, "style": 0.2, "both": 0.2, "count": 0.15}
 """How often what is asked."""
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
