@@ -44,7 +44,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "import slug_lightning.callbacks, slug_lightning.datamodules, slug_lightning.configs, slug_lightning.modules as m;"
-        "m.EmbeddedClip(); m.EmbeddedLM(); m.EmbeddedCanvas(); print(slug_lightning.callbacks.__file__)"
+        "m.EmbeddedClip(); m.EmbeddedLM(); m.EmbeddedCanvas(); m.EmbeddedVLM(); print(slug_lightning.callbacks.__file__)"
     )
     # Before the editable install of the source on the path.
     environment = os.environ | {"PYTHONPATH": str(site)}
@@ -58,6 +58,7 @@ def test_data_and_weights_stay_small():
     assert (embedded / "emoji.tar").stat().st_size <= 10 * 2**20
     assert (embedded / "clip" / "open_clip_model.safetensors").stat().st_size <= 15 * 2**20
     assert sum(p.stat().st_size for p in (embedded / "canvas").rglob("*") if p.is_file()) <= 25 * 2**20
+    assert sum(p.stat().st_size for p in (embedded / "vlm").iterdir()) <= 25 * 2**20
 
 
 def blocks(language: str) -> list[str]:

@@ -86,13 +86,13 @@ class VLMModule(UnlearnModule):
                 "clip: route='clip' compares pictures with texts; give the CLIP or SigLIP that the vision tower comes from "
                 '(LLaVA 1.5: "hf:openai/clip-vit-large-patch14-336"), or route="answers"'
             )
-        model, processor = load_vlm(model, processor, getattr(torch, dtype))
-        super().__init__(model, loss=_never, learning_rate=learning_rate)
+        loaded, processor = load_vlm(model, processor, getattr(torch, dtype))
+        super().__init__(loaded, loss=_never, learning_rate=learning_rate)
         self.strict_loading = False  # checkpoints hold what may be edited, and not the rest
-        self.prompts = Prompts(model, processor)
-        self.tower_name, tower = vision_tower(model)
-        refuse_unfit(model, tower, differentiates=route == "answers")
-        freeze_unseen(model, tower, self.prompts)
+        self.prompts = Prompts(loaded, processor)
+        self.tower_name, tower = vision_tower(loaded)
+        refuse_unfit(loaded, tower, differentiates=route == "answers")
+        freeze_unseen(loaded, tower, self.prompts)
         self.clip = SourceClip(clip, tower, processor.image_processor) if route == "clip" and clip else None
         self.max_new_tokens = max_new_tokens
         self._said: list[tuple[str, list[str]]] = []

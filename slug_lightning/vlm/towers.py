@@ -48,7 +48,7 @@ def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else list(found)
 
 
-def freeze_unseen(model: nn.Module, tower: nn.Module, prompts: Prompts) -> None:
+def freeze_unseen(model: Any, tower: nn.Module, prompts: Prompts) -> None:
     """Let only those tensors of the tower be edited that the language model gets to see, and nothing else of the model.
 
     LLaVA reads the last layer but one; the gradient of a CLIP's own loss knows the last one too, whose edit would change no
