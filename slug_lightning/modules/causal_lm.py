@@ -53,7 +53,8 @@ class CausalLMModule(UnlearnModule):
         dropout: whether the model's dropout acts while it is trained. Gradient checkpointing of transformers needs it on.
 
     Raises:
-        UnlearnError: if the model's tokenizer is missing, or the reference cannot be had.
+        UnlearnError: if the model's tokenizer is missing, or the reference cannot be had; in every step, if sequences are longer
+            than the model's context.
 
     Example:
         >>> from slug_lightning.modules import EmbeddedLM
