@@ -54,7 +54,7 @@ def find_layers(
     module: nn.Module,
     layers: str | Sequence[str] = "*",
     granularity: Granularity = "tensor",
-    towers: Mapping[str, str] | None = None,
+    towers: Mapping[str, str | Sequence[str]] | None = None,
 ) -> list[Layer]:
     """List the layers of `module` that may be edited.
 
@@ -68,7 +68,7 @@ def find_layers(
         layers: shell-style patterns of tensor names; a tensor counts if any of them matches.
         granularity: "tensor", each by itself; "module", the tensors of one submodule together; "siblings", the
             tensors of the submodules that share a parent (q, k and v; fc1 and fc2).
-        towers: name of a tower -> pattern of its tensors; the rest is a tower of its own, called "model".
+        towers: name of a tower -> pattern of its tensors, or several; the rest is a tower of its own, called "model".
 
     Raises:
         UnlearnError: if a pattern matches nothing (the message shows near misses), or if nothing is left.
@@ -127,8 +127,11 @@ def _group(name: str, granularity: Granularity) -> str:
     return ".".join(name.split(".")[: -1 if granularity == "module" else -2]) or "(root)"
 
 
-def _tower(name: str, towers: Mapping[str, str]) -> str:
-    return next((tower for tower, pattern in towers.items() if fnmatchcase(name, pattern)), "model")
+def _tower(name: str, towers: Mapping[str, str | Sequence[str]]) -> str:
+    for tower, patterns in towers.items():
+        if any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)):
+            return tower
+    return "model"
 
 
 def _refuse_unmatched(pattern: str, names: Iterable[str]) -> None:

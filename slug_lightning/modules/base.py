@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -55,8 +55,8 @@ class UnlearnModule(pl.LightningModule):
     retain_metric: Optional[str] = None
     forget_target: Optional[float] = None
     chance: Any = None
-    towers: Optional[dict[str, str]] = None
-    """Name of a tower -> pattern of its parameters, for a model whose towers are ranked apart."""
+    towers: Optional[Mapping[str, str | Sequence[str]]] = None
+    """Name of a tower -> pattern of its parameters, or several, for a model whose towers are ranked apart."""
     methods: tuple[str, ...] = ()
     """By which the losses call the model, besides `forward`: a sharded model must know."""
 

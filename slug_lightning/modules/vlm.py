@@ -20,7 +20,7 @@ from slug_lightning.vlm.answers import names
 from slug_lightning.vlm.loading import refuse_unfit
 from slug_lightning.vlm.pretrained import load_vlm
 from slug_lightning.vlm.prompts import Prompts
-from slug_lightning.vlm.towers import SourceClip, freeze_unseen, vision_tower
+from slug_lightning.vlm.towers import SourceClip, by_depth, freeze_unseen, vision_tower
 
 
 class VLMModule(UnlearnModule):
@@ -28,7 +28,9 @@ class VLMModule(UnlearnModule):
 
     Candidates are the matrices of its vision tower that the language model gets to see, as in SLUG (arXiv 2407.11867, section
     4.4); name others with `layers=`, such as "*multi_modal_projector*". The rest is frozen: the language model is run forward,
-    and backward only to bring the gradient to the tower.
+    and backward only to bring the gradient to the tower. The early, the middle and the late third of the tower's blocks are
+    ranked apart, as the towers of a CLIP are: an edit of an early block that forgets harms most of what the later ones read,
+    but gradients are as large there or larger, so that ranked together no late block may be left on the front.
 
     For the gradient, a batch is `{"image", "question", "answer", "text"}`: uint8 pictures, `[B, 3, H, W]` or a list of
     `[3, H, W]`, and lists of B strings; "text" is what a CLIP is to compare a picture with. In search and report it is
@@ -93,6 +95,7 @@ class VLMModule(UnlearnModule):
         self.tower_name, tower = vision_tower(loaded)
         refuse_unfit(loaded, tower, differentiates=route == "answers")
         freeze_unseen(loaded, tower, self.prompts)
+        self.towers = {part: [f"model.{self.tower_name}.{some}" for some in own] for part, own in by_depth(tower).items()}
         self.clip = SourceClip(clip, tower, processor.image_processor) if route == "clip" and clip else None
         self.max_new_tokens = max_new_tokens
         self._said: list[tuple[str, list[str]]] = []

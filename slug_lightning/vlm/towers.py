@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from slug_lightning.edits import same_bits
 from slug_lightning.errors import UnlearnError
 from slug_lightning.vlm.prompts import Prompts
 
+PARTS = ("early", "middle", "late")
+BLOCK = re.compile(r".*?\.(\d+)\.")
+"""What the names of a block's tensors begin with."""
 NAMES = ("vision_tower", "vision_model", "visual")
 """What transformers calls the tower: in LLaVA and PaliGemma, in Idefics3 and SmolVLM, in Qwen-VL."""
 
@@ -46,6 +50,26 @@ def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     found = extract(**{name: tensor for name, tensor in inputs.items() if name in own})
     found = getattr(found, "pooler_output", found)  # transformers 5 gives the tower's output object
     return [found] if isinstance(found, Tensor) else list(found)
+
+
+def by_depth(tower: nn.Module) -> dict[str, list[str]]:
+    """The blocks of a tower in three parts of equal depth, as patterns of tensor names; what is in none comes before them.
+
+    Example:
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from slug_lightning.embedded import VLM
+        >>> _, tower = vision_tower(AutoModelForImageTextToText.from_pretrained(VLM))
+        >>> by_depth(tower)["late"]
+        ['encoder.layers.4.*', 'encoder.layers.5.*']
+    """
+    found = {match[0]: int(match[1]) for name, _ in tower.named_parameters() if (match := BLOCK.match(name))}
+    blocks = sorted(found, key=found.__getitem__)
+    if len(blocks) < len(PARTS):
+        return {}
+    return {
+        part: [f"{block}*" for i, block in enumerate(blocks) if i * len(PARTS) // len(blocks) == number]
+        for number, part in enumerate(PARTS)
+    }
 
 
 def freeze_unseen(model: Any, tower: nn.Module, prompts: Prompts) -> None:
