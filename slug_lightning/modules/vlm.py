@@ -192,7 +192,11 @@ class VLMModule(UnlearnModule):
         return [text.strip() for text in self.prompts.tokenizer.batch_decode(own, skip_special_tokens=True)]
 
     def _choose(self, batch: Mapping[str, Any]) -> list[str]:
-        """The choice whose tokens are the likeliest as a whole; the question is read once for all of them."""
+        choices: Sequence[Sequence[str]] = batch["choices"]
+        return [some[int(likely.argmax())] for some, likely in zip(choices, self._likely(batch), strict=True)]
+
+    def _likely(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Log-likelihood of the choices of each question, all of their tokens together; the question is read once for all."""
         inputs = self._asked(batch)
         choices: Sequence[Sequence[str]] = batch["choices"]
         model: Any = self.model
@@ -205,12 +209,14 @@ class VLMModule(UnlearnModule):
         cache = read.past_key_values
         cache.batch_select_indices(which)
         mask = torch.cat([inputs["attention_mask"][which], (labels != -100).to(inputs["attention_mask"].dtype)], dim=1)
-        rest = model(input_ids=labels.clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True).logits.float()
+        more: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if (deltas := getattr(model.model, "rope_deltas", None)) is not None:  # Qwen-VL: a picture has fewer places than tokens
+            places = (mask.cumsum(1) - 1)[:, -labels.shape[1] :] + deltas[which]
+            more["position_ids"] = places.expand(3, -1, -1)
+        rest = model(input_ids=labels.clamp(min=0), **more).logits.float()
         logits = torch.cat([first[which], rest[:, :-1]], dim=1)
         likely = -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
-        return [
-            some[int(part.argmax())] for some, part in zip(choices, likely.split([len(some) for some in choices]), strict=True)
-        ]
+        return likely.split([len(some) for some in choices])
 
 
 def _never(model: nn.Module, batch: Any) -> Tensor:

@@ -115,13 +115,13 @@ class Prompts:
         end = self.tokenizer.eos_token or ""
         if getattr(self.processor, "chat_template", None) is None:
             return self._tokens(answer + end)
-        before = self.text(question)
+        before, answer = self.text(question), answer.strip()
         turns = [_turn("user", question), _turn("assistant", answer)]
         whole: str = self.processor.apply_chat_template(turns).rstrip()
-        rest = whole.removeprefix(before.rstrip()) if whole.startswith(before.rstrip()) else f" {answer}"
-        rest = rest if rest.endswith(end) else rest + end
+        rest = whole.removeprefix(before) if whole.startswith(before) else f" {answer}"
+        rest = rest + end if rest.endswith(answer) else rest  # a template may end it, too
         # A tokenizer reads the same letters otherwise at the beginning of a text than behind another one.
-        head, both = self._tokens(before.rstrip()), self._tokens(before.rstrip() + rest)
+        head, both = self._tokens(before), self._tokens(before + rest)
         return both[len(head) :] if both[: len(head)].equal(head) else self._tokens(rest)
 
     def _tokens(self, text: str) -> Tensor:
