@@ -14,7 +14,8 @@ def normal(text: str) -> str:
         >>> normal("It's  Beyoncé!"), normal("T-shirt"), normal("ΣΊΣΥΦΟΣ") == normal("Σίσυφος")
         ('it s beyonce', 't shirt', True)
     """
-    plain = unicodedata.normalize("NFKD", text.casefold())
+    # Twice, as a letter of another shape has its case only once it is a plain one.
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return " ".join(re.findall(r"\w+", "".join(sign for sign in plain if not unicodedata.combining(sign))))
 
 
