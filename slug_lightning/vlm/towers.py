@@ -132,7 +132,8 @@ class SourceClip(nn.Module):
         clip, self.tokenizer = load_clip(name)
         twin: Any = to_hugging_face(clip) if hasattr(clip, "visual") else clip
         of_tower = next(tower.parameters())
-        self.model = twin.requires_grad_(False).eval().to(of_tower.device, of_tower.dtype)
+        # In training mode, as Lightning expects; we set evaluation mode ourselves.
+        self.model = twin.requires_grad_(False).train().to(of_tower.device, of_tower.dtype)
         _share(name, self.model.vision_model, tower)
         self.size = int(twin.config.vision_config.image_size)
         for key, value in (("mean", image_processor.image_mean), ("deviation", image_processor.image_std)):
@@ -169,7 +170,7 @@ def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
             f"clip: the vision tower, a {type(tower).__name__}, has not a CLIP's or SigLIP's layers (such as "
             f"{(unknown or ['no matrix'])[0]}); use route='answers', which needs no CLIP"
         )
-    odd = [key for key in matrices if held[key].shape != theirs[key].shape or not same_bits(theirs[key], held[key])]
+    odd = [key for key in matrices if held[key].shape != theirs[key].shape or not _rounded_alike(theirs[key], held[key])]
     if any(held[key].shape != theirs[key].shape for key in matrices) or len(odd) >= len(matrices) / 2:
         raise UnlearnError(
             f"clip: the vision tower is not that of {name}: they differ in {odd[0]} and {len(odd) - 1} more of {len(matrices)} "
@@ -179,3 +180,8 @@ def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
         if key in held:
             parent, _, last = key.rpartition(".")
             setattr(own.get_submodule(parent), last, p)
+
+
+def _rounded_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, but that the first may have been kept in 16 bits for a while."""
+    return any(same_bits(one, other.to(kept).to(one.dtype)) for kept in (one.dtype, torch.float16, torch.bfloat16))
