@@ -25,6 +25,13 @@ from slug_lightning.gallery import Gallery, before_and_after
 from slug_lightning.steps import same_draws
 
 
+class Answering(Classifier):
+    """Shows pictures that are what they are, and says of each which class it is."""
+
+    def gallery_step(self, batch, batch_idx):
+        return torch.zeros(len(batch[0]), 3, 4, 4), [f"what is this? {int(said)}" for said in self.net(batch[0]).argmax(1)]
+
+
 class Drawing(Classifier):
     """Paints what it thinks of a batch, and noise."""
 
@@ -95,6 +102,25 @@ def test_of_several_concepts_each_has_its_pictures_and_all_edits_are_there():
         assert torch.equal(gallery.before, picture_of(original, batch))
         assert torch.equal(gallery.after, picture_of(model, batch))
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_what_is_said_to_a_picture_stands_below_it_before_and_after_the_edit():
+    model, made = trained(Answering), UnlearnDataModule(part(True), part(False), batch_size=16)
+    callback = UnlearnCallback(retain_tolerance=0.05)
+    fit_on(callback, model, made)
+    forgotten, kept = (callback.report.gallery[kind] for kind in ("forget", "retain"))
+    assert set(forgotten.titles) == {"what is this? 2"} and "what is this? 2" not in forgotten.said
+    assert len(forgotten.said) == 8 and "what is this? 2" not in kept.titles
+    figure = callback.report.figures()["samples/forget"]
+    written = [" ".join(axes.get_xlabel().split()) for axes in figure.axes]
+    assert written == forgotten.titles + forgotten.said
+
+
+def test_titles_that_an_edit_leaves_as_they_are_stand_once():
+    module = Scaled(titles=list("abcd"))
+    gallery = before_and_after(objective_of(module, DataLoader(numbers, 4)), "forget", doubled(module))
+    assert gallery.said is None
+    assert [axes.get_xlabel() for axes in gallery.figure("").axes] == [""] * 4 + list("abcd")
 
 
 def test_nothing_is_drawn_without_an_edit_or_without_a_step():
@@ -182,15 +208,21 @@ def test_a_step_that_gives_something_else_is_refused(step):
         before_and_after(objective_of(Scaled(**step), DataLoader(numbers, 4)), "forget", nullcontext())
 
 
+@pytest.mark.parametrize("said", [False, True])
 @pytest.mark.parametrize("count", [1, 8])
-def test_titles_stand_whole_below_their_pictures(count):
+def test_titles_stand_whole_below_their_pictures(count, said):
     titles = ["a very long prompt, for $5 to $6, of a cat that sits on a mat and looks at nothing at all"] * count
     blank = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
-    figure = Gallery(titles, blank, blank).figure("To keep, with " + "cats and dogs, " * 40 + "forgotten")
+    others = [title.replace("cat", "dog") for title in titles] if said else None
+    figure = Gallery(titles, blank, blank, others).figure("To keep, with " + "cats and dogs, " * 40 + "forgotten")
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi
-    labels = [axes.xaxis.label.get_window_extent() for axes in figure.axes[count:]]
-    boxes = [*labels, figure._suptitle.get_window_extent()]
+    rows = [figure.axes[:count], figure.axes[count:]][not said :]
+    labels = [[axes.xaxis.label.get_window_extent() for axes in row] for row in rows]
+    boxes = [*itertools.chain(*labels), figure._suptitle.get_window_extent()]
     assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
-    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(labels))
-    assert " ".join(figure.axes[-1].get_xlabel().split()) == titles[0]
+    assert all(one.x1 < other.x0 for row in labels for one, other in itertools.pairwise(row))
+    below = figure.axes[count].get_window_extent()
+    assert not said or all(box.y0 > below.y1 for box in labels[0])  # and not over the pictures of the second row
+    assert " ".join(figure.axes[-1].get_xlabel().split()) == (others or titles)[0]
+    assert " ".join(figure.axes[0].get_xlabel().split()) == (titles[0] if said else "")

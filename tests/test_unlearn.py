@@ -382,6 +382,13 @@ def large(forget):
     return DataLoader(TensorDataset(torch.full((8, 8), 1e38 if forget else 1.0), torch.zeros(8).long()), batch_size=4)
 
 
+class Explaining(Classifier):
+    """Knows what to look at where nothing is left to forget."""
+
+    def nothing_to_forget(self):
+        return "names: it never says so"
+
+
 class Silent(Classifier):
     def training_step(self, batch, batch_idx):
         return None
@@ -416,7 +423,12 @@ def empty():
         ({"layers": "nett.*"}, trained, "layers: 'nett.*'.*near misses: net"),
         ({"layers": "*.bias"}, trained, "layers: .*only vectors"),
         ({}, lambda: trained(frozen=True), "layers: all 3 candidates are frozen.*requires_grad"),
-        ({"forget_target": 0.0}, trained, "forget_target: nothing to forget"),
+        (
+            {"forget_target": 0.0},
+            trained,
+            "forget_target: nothing to forget.*; look at the forget data, or give a stricter",
+        ),
+        ({"forget_target": 0.0}, lambda: trained(Explaining), r"forget_target: nothing to forget.*already; names: it never says"),
         ({"forget_metric": "val_acc"}, trained, "forget_target: the chance level of 'val_acc' is not known.*num_classes"),
         ({}, nan_weights, "_metric: loss is nan before any edit"),
         ({}, lambda: trained(Silent), "forget_metric: the step returns no loss"),
