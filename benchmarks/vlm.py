@@ -163,7 +163,8 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=every, metavar="NAME", help="things and styles (default: the ten)")
     parser.add_argument("--routes", nargs="+", default=["clip", "answers"], choices=["clip", "answers"], help="(default: both)")
     parser.add_argument("--seed", type=int, default=0, help="of splits and renderings (default: %(default)s)")
-    parser.add_argument("--layers", nargs="+", default="*", help="patterns of tensors to edit (default: those of the tower)")
+    layers = ["*.layers.[45].mlp.*", "*multi_modal_projector.linear_2*"]
+    parser.add_argument("--layers", nargs="+", default=layers, help="patterns of tensors to edit (default: as configs/vlm.yaml)")
     parser.add_argument(
         "--granularity", default="tensor", choices=["tensor", "module", "siblings"], help="(default: %(default)s)"
     )
