@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.02, help="share of answers that may name it (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.03, help="of what is kept (default: %(default)s)")
     parser.add_argument("--evaluations", type=int, default=10, help="for each layer (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.2, help="beyond the smallest step (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.1, help="beyond the smallest step (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/vlm.jsonl"), help="(default: %(default)s)")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
