@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.datamodules.loaders import Split
 from slug_lightning.datamodules.names import by_concept, labelled, listed
-from slug_lightning.datamodules.pairs import ImageTextPairs, Pair, whole_words
+from slug_lightning.datamodules.pairs import ImageTextPairs, Pair
 from slug_lightning.datamodules.texts import read_content
 from slug_lightning.errors import UnlearnError
+from slug_lightning.vlm.answers import names
 
 FIELDS = ("image", "question", "answer", "aliases", "kind", "text")
 
@@ -139,8 +140,7 @@ def with_choices(
     for asked in questions:
         key = asked.kind, asked.answer, asked.aliases
         if key not in wrong:
-            right = whole_words("aliases", asked.aliases)
-            wrong[key] = [answer for answer in answers[asked.kind] if answer != asked.answer and not right.search(answer)]
+            wrong[key] = [one for one in answers[asked.kind] if one != asked.answer and not names(one, asked.aliases)]
         others = wrong[key]
         if not others:
             raise UnlearnError(
@@ -238,10 +238,8 @@ class VisualQuestionDataModule(UnlearnDataModule):
         for name, read in forget.items():
             self._divide("forget", *read, answers, generator, name)
         self._divide("retain", *retain, answers, generator)
-        gone = whole_words(
-            "aliases", [alias for _, questions in forget.values() for asked in questions for alias in asked.aliases]
-        )
-        if named := [asked.answer for asked in retain[1] if gone.search(asked.answer)]:
+        gone = [alias for _, questions in forget.values() for asked in questions for alias in asked.aliases]
+        if named := [asked.answer for asked in retain[1] if names(asked.answer, gone)]:
             self.notes["retain"] += f"; {len(named)} answers name what is to be forgotten, such as {named[0]!r}"
 
     def _divide(

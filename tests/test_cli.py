@@ -18,8 +18,8 @@ from slug_lightning.output import PATCH
 from slug_lightning.patch import Edit
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-# test_cluster.py, test_icu_cli.py and test_diffusion_cli.py run the others
-ON_ONE_DEVICE = [c for c in CONFIGS if c.stem not in ("cluster", "icu", "stable_diffusion", "unlearn_canvas")]
+# test_cluster.py, test_icu_cli.py, test_diffusion_cli.py and test_embedded_vlm.py run the others
+ON_ONE_DEVICE = [c for c in CONFIGS if c.stem not in ("cluster", "icu", "stable_diffusion", "unlearn_canvas", "vlm")]
 
 
 def run(*args: str) -> int:

@@ -39,8 +39,9 @@ class VLMModule(UnlearnModule):
     what is to be forgotten this says how often it is named still.
 
     Answers are generated, greedily and in batches. Where a batch has "choices", lists of possible answers of which the
-    likeliest is taken, nothing is generated: one forward pass, and one over the choices alone. That is cheaper, but a choice
-    among few is often right by chance: give `forget_target` accordingly.
+    likeliest is taken, nothing is generated: one forward pass, and one over the choices alone, in place of one for every new
+    token. That is cheaper for a large model with long answers, not for a small one; and a choice among few is often right by
+    chance: give `forget_target` accordingly.
 
     Args:
         model: name or folder of such a model (LLaVA, LLaVA-NeXT, Idefics3, SmolVLM, PaliGemma, Qwen-VL, …), or the model.
@@ -132,6 +133,8 @@ class VLMModule(UnlearnModule):
         right = [float(names(answer, aliases)) for answer, aliases in self._said]
         found = {"answer_accuracy": torch.tensor(right, device=self.device)}
         for kind in dict.fromkeys(batch.get("kind", ())):
+            if kind == "answer":
+                raise UnlearnError("kind: 'answer_accuracy' is that of all questions; call this kind something else")
             other = torch.tensor([one != kind for one in batch["kind"]], device=self.device)
             found[f"{kind}_accuracy"] = found["answer_accuracy"].masked_fill(other, torch.nan)
         return found
