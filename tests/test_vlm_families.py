@@ -113,8 +113,8 @@ def test_answers_of_a_batch_are_those_of_each_question_alone(family):
 
 
 def test_a_choice_is_the_one_whose_tokens_are_likeliest_in_passes_of_their_own(family):
-    """With choices of different numbers and lengths; one row has but one."""
-    model, processor = tiny_vlm(family)
+    """With choices of different numbers and lengths; one row has but one. What has learned looks at places, too."""
+    model, processor = knowing_vlm(family)
     module, batch = VLMModule(model, processor=processor), odd_batch(family)
     batch["choices"] = [["cat", "the sea dog", "bird"], ["a frog"], ["colour of the bird", "dog", "a", "sea dog ?"]]
     with torch.no_grad():
