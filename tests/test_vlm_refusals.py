@@ -101,6 +101,22 @@ def test_a_tower_that_an_edit_has_changed_is_known_by_the_rest(tmp_path):
     assert any(p is edited for p in module.clip.model.parameters())
 
 
+def test_a_processor_of_an_old_checkpoint_is_refused_with_what_to_set():
+    model, processor = tiny_vlm("llava")
+    processor.patch_size = None
+    with refused("processor: it has no patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        VLMModule(model, processor=processor)
+
+
+def test_a_question_of_the_kind_answer_is_refused():
+    """Its accuracy would take the place of that of all questions."""
+    model, processor = tiny_vlm("llava")
+    module = VLMModule(model, processor=processor).eval()
+    batch = {"image": pictures(["frog"]), "question": [QUESTIONS[0]], "aliases": [["frog"]], "kind": ["answer"]}
+    with refused("kind: 'answer_accuracy' is that of all questions"):
+        module.scores(batch, 0)
+
+
 def test_a_model_is_not_sharded(monkeypatch):
     model, processor = tiny_vlm("llava")
     module = VLMModule(model, processor=processor)

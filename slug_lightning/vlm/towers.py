@@ -86,6 +86,11 @@ def freeze_unseen(model: Any, tower: nn.Module, prompts: Prompts) -> None:
     Raises:
         UnlearnError: if the processor makes another number of tokens for a picture than the tower makes features.
     """
+    if getattr(prompts.processor, "patch_size", 0) is None:  # as those of old LLaVA checkpoints
+        raise UnlearnError(
+            "processor: it has no patch_size, so that it cannot keep tokens for a picture; set its patch_size, "
+            "vision_feature_select_strategy and num_additional_image_tokens (1 with a class token) as in the model's config"
+        )
     model.requires_grad_(False)
     matrices = [p for p in tower.parameters() if p.is_floating_point()]
     for p in matrices:
