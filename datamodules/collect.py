@@ -22,8 +22,11 @@ from slug_lightning.datamodules.pairs import Pair, decode, open_pairs, whole_wor
 from slug_lightning.errors import UnlearnError, needed
 
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}")
-SIDE = 8
-"""Pixels of a side of the pictures that are compared: so few that encoding and size hardly show."""
+SIDE, FINE = 8, 32
+"""Pixels of a side of the pictures that are compared: so few that encoding and size hardly show; and to make sure."""
+LIKENESS = 0.8
+"""Root mean square difference of the finer ones, in standard deviations of the picture, up to which they are copies: of a page of
+text, or a mark on white, the coarse ones are alike whatever it says."""
 ALIKE = 7.0
 """Root mean square difference, in levels from 0 to 255, up to which two shrunk pictures are copies. The embedded pictures, saved
 at 48 pixels instead of 64 as JPEG of quality 60, are at most 6.8 off; different ones, at least 10.7."""
@@ -149,6 +152,10 @@ def _naming(pairs: Iterator[Pair], naming: re.Pattern[str], names: list[str], fo
             found.longer.update(map(str.casefold, longer.findall(pair.caption)))
 
 
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
 class _Pictures:
     """The folder that is being made, in which no picture is twice."""
 
@@ -158,7 +165,7 @@ class _Pictures:
         (folder / "images").mkdir(parents=True)
         self.count = 0
         # Small pictures by their mean in steps of ALIKE. Means differ by no more than pictures, so a copy is at most a step away.
-        self.small: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        self.small: defaultdict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
 
     def new(self, pairs: Iterable[Pair]) -> Iterator[dict[str, str]]:
         """Keep the pictures that can be read and are no copies; gives the rows of their table."""
@@ -179,12 +186,17 @@ class _Pictures:
     def _is_copy(self, image: Any) -> bool:
         """Whether a picture looks like one that was kept; if not, it is remembered."""
         # Colours times opacity: what lies below transparent points is not seen.
-        own = np.asarray(image.convert("RGBa").resize((SIDE, SIDE), self.box), dtype=np.float32).ravel()
+        whole = image.convert("RGBa")
+        own, fine = (np.asarray(whole.resize((side, side), self.box), dtype=np.float32) for side in (SIDE, FINE))
         step = int(own.mean() // ALIKE)
         near = [other for neighbour in (step - 1, step, step + 1) for other in self.small[neighbour]]
-        if near and np.square(np.stack(near) - own).mean(axis=1).min() <= ALIKE**2:
-            return True
-        self.small[step].append(own)
+        if near:
+            apart = np.square(np.stack([coarse for coarse, _ in near]) - own).mean(axis=(1, 2, 3))
+            # Two levels are what an encoding may change in a picture of one colour.
+            most = max(LIKENESS * fine[..., :3].std(axis=(0, 1)).mean(), 2.0)
+            if any(_rms(near[i][1] - fine) <= most for i in np.flatnonzero(apart <= ALIKE**2)):
+                return True
+        self.small[step].append((own, fine.astype(np.uint8)))
         return False
 
     def write(self, kind: str, rows: list[dict[str, str]], at_least: int, seed: int) -> None:

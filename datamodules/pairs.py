@@ -23,6 +23,8 @@ Transform = Callable[[Any], Tensor]
 """A PIL image, RGB, to a float tensor `[3, H, W]`."""
 Tokenize = Callable[[list[str]], Any]
 """N texts to token ids, int64, `[N, T]`, as open_clip's tokenizers do, or to any N objects."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What pictures are read as, whatever their names say: other formats make Pillow start other programs."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -299,7 +301,8 @@ def decode(pair: Pair, mode: str = "RGB") -> Any:
     """
     image = needed("PIL.Image", "clip")
     try:
-        with image.open(io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image) as opened:
+        content = io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image
+        with image.open(content, formats=FORMATS) as opened:
             converted = opened.convert(mode)
             converted.format = opened.format
             return converted

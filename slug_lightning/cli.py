@@ -185,8 +185,8 @@ def _collect(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name != "run"}
     print(collect(**given))
     init = {kind: str(options.output / f"{kind}.csv") for kind in ("forget", "retain")}
-    seed = {"seed": options.seed} if "seed" in options else {}
-    data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init | seed}
+    more = {name: getattr(options, name) for name in ("seed", "limit") if name in options}
+    data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init | more}
     print(f"in a config, with the model that it is for:\ndata: {json.dumps(data)}")
 
 

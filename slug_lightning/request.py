@@ -87,7 +87,7 @@ class Request:
         ((name, before),) = report.search_before["forget"].items()
         metric = objective.metrics[name]
         target, reason = self.wanted.forget_target, "given"
-        if target is None:
+        if target is None and name == getattr(objective.module, "forget_metric", name):  # it may have been asked for another
             target, reason = getattr(objective.module, "forget_target", None), "the module's own"
         if target is None:
             target, reason = metric.default_target(before)
@@ -97,7 +97,7 @@ class Request:
             raise UnlearnError(
                 f"forget_target: nothing to forget of {self.name!r}, {name} is {before:.4g} on the search data and meets the "
                 f"target of {target:.4g} ({reason}) already; "
-                + (why() if why else "look at the forget data, or give a stricter forget_target")
+                + (why and why() or "look at the forget data, or give a stricter forget_target")
             )
         report.bounds = {
             "forget_metric": name,

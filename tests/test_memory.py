@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import default_collate
 
+from _tiny import trainer
 from slug_lightning import UnlearnError
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.cost import LiveTensors
+from slug_lightning.datamodules import UnlearnDataModule
+from slug_lightning.datamodules.questions import Question, Questions, question_batch
 from slug_lightning.layers import find_layers
 from slug_lightning.memory import Footprint, footprint
+from slug_lightning.modules import EmbeddedVLM
+from slug_lightning.strategies import only_differentiating
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "vlm_memory.py"))
 sizes = st.integers(16, 200)
@@ -114,3 +122,28 @@ def test_a_model_in_two_places_is_refused():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
     with pytest.raises(UnlearnError, match="stands on cpu, meta"):
         footprint(net, torch.ones(2, 4), lambda net, x: net(x).sum(), find_layers(net))
+
+
+@pytest.mark.parametrize("route", ["answers", "clip"])
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:You defined a `validation_step`")
+def test_a_vision_language_model_needs_two_gradients_and_one_batch(route):
+    """At most 2.2 times the candidates in fp32, and what one bare pass over a batch takes: no gradient of the language model."""
+    module = EmbeddedVLM(route).eval()
+    pictures = torch.randint(0, 256, (24, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    asked = [Question(i, "what is this?", name, (name,), "thing", name) for i, name in enumerate(["cat", "owl", "sun"] * 8)]
+    sets = [Questions(pictures, asked[start : start + 4]) for start in range(0, 24, 4)]
+    names = ("forget", "forget_val", "forget_test", "retain", "retain_val", "retain_test")
+    data = UnlearnDataModule(**dict(zip(names, sets, strict=True)), batch_size=4, collate_fn=question_batch)
+    candidates = {name: p for layer in find_layers(module) for name, p in layer.parameters.items()}
+    batch = next(iter(data.forget_dataloader("train")))
+    with LiveTensors() as bare, only_differentiating(module, candidates), ExitStack() as stack:
+        for parameter in candidates.values():
+            stack.callback(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)).remove)
+        (module.forget_step(batch, 0) + 0 * module.retain_step(batch, 0)).backward()
+    callback = UnlearnCallback(forget_metric="loss", retain_metric="loss", retain_tolerance=10.0, replay=False)
+    with LiveTensors() as live:
+        trainer(callback).fit(module, data)
+    size = sum(p.numel() * 4 for p in candidates.values())
+    whole = sum(p.numel() * 4 for p in module.model.parameters())
+    assert live.peak <= 2.2 * size + bare.peak
+    assert 2 * size <= live.peak and size < 0.7 * whole

@@ -38,7 +38,7 @@ def test_a_model_without_a_processor_or_with_one_that_reads_no_pictures_is_refus
         VLMModule(model)
     with refused("processor: .* reads no pictures", "AutoProcessor"):
         VLMModule(model, processor=processor.tokenizer)
-    with refused("model: nothing is found as '.*nowhere'", "folder"):
+    with refused("model: '.*nowhere' cannot be loaded", "folder"):
         VLMModule(tmp_path / "nowhere")
     processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
     with refused("processor: .* reads no pictures|model: nothing is found"):

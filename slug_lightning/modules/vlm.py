@@ -16,6 +16,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.gallery import MOST
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.patch import UnlearnPatch
+from slug_lightning.steps import batch_samples
 from slug_lightning.vlm.answers import names
 from slug_lightning.vlm.loading import refuse_unfit
 from slug_lightning.vlm.pretrained import load_vlm
@@ -32,8 +33,10 @@ class VLMModule(UnlearnModule):
     ranked apart, as the towers of a CLIP are: an edit of an early block that forgets harms most of what the later ones read,
     but gradients are as large there or larger, so that ranked together no late block may be left on the front.
 
-    For the gradient, a batch is `{"image", "question", "answer", "text"}`: uint8 pictures, `[B, 3, H, W]` or a list of
-    `[3, H, W]`, and lists of B strings; "text" is what a CLIP is to compare a picture with. In search and report it is
+    For the gradient, a batch is `{"index", "image", "question", "answer", "text"}`: "index" is any tensor of B numbers, by which
+    samples are counted; pictures are uint8, `[B, 3, H, W]` (then "index" may be missing) or a list of `[3, H, W]`; the rest is
+    lists of B strings. "text" is what a CLIP is to compare a picture with. `question_batch` of
+    `slug_lightning.datamodules.questions` makes such batches. In search and report it is
     `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers name what is asked for by any of
     its aliases (whole words, whatever the case, accents and signs), and `<kind>_accuracy` that of the questions of a kind. Of
     what is to be forgotten this says how often it is named still.
@@ -108,10 +111,12 @@ class VLMModule(UnlearnModule):
 
     def forget_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a forget batch, which the edit raises: that of the answers, or `mean(1 - cos)` of pictures and texts."""
+        _refuse_miscounted(batch)
         return self.answer_loss(batch) if self.clip is None else matching_loss(self.clip, dict(batch))
 
     def retain_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of a retain batch, which the edit keeps low: that of the answers, or the contrastive one."""
+        _refuse_miscounted(batch)
         return self.answer_loss(batch) if self.clip is None else contrastive_loss(self.clip, dict(batch))
 
     def answer_loss(self, batch: Mapping[str, Any]) -> Tensor:
@@ -119,7 +124,7 @@ class VLMModule(UnlearnModule):
         inputs = self._asked(batch)
         inputs, labels = self.prompts.answered(inputs, batch["question"], batch["answer"])
         lost = self._nll(inputs, labels)
-        return (lost.sum(1) / (labels != -100).sum(1)).mean()
+        return (lost.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
 
     @torch.no_grad()
     def answer(self, batch: Mapping[str, Any]) -> list[str]:
@@ -128,6 +133,7 @@ class VLMModule(UnlearnModule):
 
     def scores(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Whether each answer names what was asked for, `[B]`, of all questions and by kind; NaN for those of another kind."""
+        _refuse_miscounted(batch)
         said = self.answer(batch)
         self._said = list(zip(said, batch["aliases"], strict=True))
         right = [float(names(answer, aliases)) for answer, aliases in self._said]
@@ -140,7 +146,9 @@ class VLMModule(UnlearnModule):
         return found
 
     def nothing_to_forget(self) -> str:
-        """What to look at if the answers never named what is to be forgotten; the callback adds it to its message."""
+        """What to look at if no answer named what is to be forgotten, else nothing; the callback adds it to its message."""
+        if not self._said or any(names(answer, aliases) for answer, aliases in self._said):
+            return ""
         said = ", ".join(repr(answer) for answer in dict.fromkeys(answer for answer, _ in self._said[:3]))
         wanted = sorted({alias for _, aliases in self._said for alias in aliases})
         return f"aliases: the model says {said}, in which none of {wanted} stands; list the names that it uses itself"
@@ -220,6 +228,16 @@ class VLMModule(UnlearnModule):
         logits = torch.cat([first[which], rest[:, :-1]], dim=1)
         likely = -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
         return likely.split([len(some) for some in choices])
+
+
+def _refuse_miscounted(batch: Mapping[str, Any]) -> None:
+    """Refuse a batch that would be weighted as if it had another number of samples."""
+    asked, counted = len(batch["question"]), batch_samples(batch)
+    if asked != counted:
+        raise UnlearnError(
+            f'image: a batch of {asked} questions counts as {counted} samples; put a tensor "index" '
+            "of their numbers first, as question_batch of slug_lightning.datamodules.questions does"
+        )
 
 
 def _never(model: nn.Module, batch: Any) -> Tensor:

@@ -23,28 +23,32 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
         UnlearnError: if transformers is missing or has nothing of that name, or if a model comes without a processor.
     """
     transformers = needed("transformers", "hf")
+    whose = "model" if processor is None else "processor"
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # PaliGemma of version 4 reads an answer's later tokens before the earlier ones, and LLaVA-NeXT's pictures are uneven.
+        raise UnlearnError(
+            f"transformers: {transformers.__version__} is too old for vision-language models; install 5.0 or later"
+        )
     if processor is None:
         if isinstance(model, nn.Module):
             raise UnlearnError(
                 "processor: the model is given as an object, which brings no processor; give its name or the object"
             )
         processor = model
-    try:
-        if isinstance(processor, (str, Path)):
-            processor = transformers.AutoProcessor.from_pretrained(str(processor))
-        if not isinstance(model, nn.Module):
-            kept = {"dtype" if _knows_dtype(transformers) else "torch_dtype": dtype}
-            # In training mode, as Lightning expects; we set evaluation mode ourselves.
-            model = transformers.AutoModelForImageTextToText.from_pretrained(str(model), **kept).train()
-    except (OSError, ValueError) as error:
-        raise UnlearnError(
-            f"model: nothing is found as {str(model)!r} ({error}); give its folder, or its name on the hub"
-        ) from error
+    if isinstance(processor, (str, Path)):
+        processor = _loaded(whose, transformers.AutoProcessor, processor)
+    if not isinstance(model, nn.Module):
+        # In training mode, as Lightning expects; we set evaluation mode ourselves.
+        model = _loaded("model", transformers.AutoModelForImageTextToText, model, dtype=dtype).train()
     if getattr(processor, "image_processor", None) is None:
         raise UnlearnError(f"processor: {type(processor).__name__} reads no pictures; give the model's own AutoProcessor")
     return model, processor
 
 
-def _knows_dtype(transformers: Any) -> bool:
-    """Whether `torch_dtype` is called `dtype` already."""
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
+def _loaded(argument: str, kind: Any, name: Union[str, Path], **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(str(name), **options)
+    except (OSError, ValueError) as error:
+        raise UnlearnError(
+            f"{argument}: {str(name)!r} cannot be loaded ({error}); give its folder, or its name on the hub"
+        ) from error

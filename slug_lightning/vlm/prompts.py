@@ -68,8 +68,7 @@ class Prompts:
         Raises:
             UnlearnError: if it is more tokens than the language model was made for.
         """
-        fromarray = needed("PIL.Image", "hf").fromarray
-        pictures = [[fromarray(image.permute(1, 2, 0).cpu().numpy())] for image in images]
+        pictures = [[picture] for picture in as_pil(images)]
         texts = [self.text(question) for question in questions]
         # A template may have put the first token already; a tokenizer would put it once more.
         begun = self.tokenizer.bos_token is not None and texts[0].startswith(self.tokenizer.bos_token)
@@ -119,7 +118,7 @@ class Prompts:
         turns = [_turn("user", question), _turn("assistant", answer)]
         whole: str = self.processor.apply_chat_template(turns).rstrip()
         rest = whole.removeprefix(before) if whole.startswith(before) else f" {answer}"
-        rest = rest + end if rest.endswith(answer) else rest  # a template may end it, too
+        rest = rest + end if rest.endswith(answer) and not (end and rest.endswith(end)) else rest  # a template may end it, too
         # A tokenizer reads the same letters otherwise at the beginning of a text than behind another one.
         head, both = self._tokens(before), self._tokens(before + rest)
         return both[len(head) :] if both[: len(head)].equal(head) else self._tokens(rest)
@@ -136,6 +135,12 @@ class Prompts:
                 f"question: {list(texts)[row]!r} makes {length} tokens with its picture ({pictures} tokens), and the language "
                 f"model was made for {self.context}; shorten it, or give the processor smaller pictures"
             )
+
+
+def as_pil(images: Union[Tensor, Sequence[Tensor]]) -> list[Any]:
+    """Pictures as every image processor reads them, of uint8 tensors, RGB, each `[3, H, W]`."""
+    fromarray = needed("PIL.Image", "hf").fromarray
+    return [fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
 
 
 def _turn(role: str, text: str) -> dict[str, Any]:
