@@ -97,7 +97,7 @@ class Request:
             raise UnlearnError(
                 f"forget_target: nothing to forget of {self.name!r}, {name} is {before:.4g} on the search data and meets the "
                 f"target of {target:.4g} ({reason}) already; "
-                + (why and why() or "look at the forget data, or give a stricter forget_target")
+                + ((why and why()) or "look at the forget data, or give a stricter forget_target")
             )
         report.bounds = {
             "forget_metric": name,
