@@ -308,7 +308,7 @@ def test_a_search_among_choices_generates_no_answers(tmp_path, monkeypatch):
 def test_pictures_are_shown_with_question_and_answer(forgotten):
     report, module = forgotten.callback.report, forgotten.module
     shown = report.gallery["forget"]
-    assert shown.titles == [f"{QUESTIONS[row % 2]} frog" for row in range(4)]
+    assert shown.titles == [f"{QUESTIONS[row % 2]} → frog" for row in range(4)]
     assert shown.said is not None and not any(names(text, FORGET) for text in shown.said)
     assert torch.equal(shown.before, pictures(FORGET * 4, 12)) and torch.equal(shown.after, shown.before)
     sizes = [(8, 16), (16, 8), *[(16, 16)] * 8]

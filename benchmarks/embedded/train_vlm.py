@@ -1,6 +1,6 @@
 """Train the vision-language model that ships with the package: the embedded CLIP's vision tower and a small language model.
 
-    python benchmarks/embedded/train_vlm.py            # about half an hour on one core
+    python benchmarks/embedded/train_vlm.py            # less than an hour on one core
     python benchmarks/embedded/train_vlm.py --evaluate # only print how many answers of what is shipped are right
 
 They are joined by transformers' own `LlavaForConditionalGeneration`. The tower is frozen, as LLaVA's is, and so stays that

@@ -161,7 +161,7 @@ class VLMModule(UnlearnModule):
         side = max(max(image.shape[1:]) for image in some["image"])
         pictures = [interpolate(image[None].float(), (side, side)) for image in some["image"]]
         answers = self._generate(some)
-        return torch.cat(pictures) / 255, [f"{q} {a}" for q, a in zip(some["question"], answers, strict=True)]
+        return torch.cat(pictures) / 255, [f"{q} → {a}" for q, a in zip(some["question"], answers, strict=True)]
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write model and processor as plain transformers loads them."""
