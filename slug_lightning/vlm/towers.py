@@ -91,7 +91,8 @@ def freeze_unseen(model: Any, tower: nn.Module, prompts: Prompts) -> None:
         prompts: how it is asked.
 
     Raises:
-        UnlearnError: if the processor makes another number of tokens for a picture than the tower makes features.
+        UnlearnError: if the processor makes another number of tokens for a picture than the tower makes features, or cannot
+            know how many these are.
     """
     if getattr(prompts.processor, "patch_size", 0) is None:  # as those of old LLaVA checkpoints
         raise UnlearnError(
@@ -142,9 +143,11 @@ def _in_one_piece(image_processor: Any) -> Iterator[None]:
     cuts = getattr(image_processor, "do_image_splitting", None)
     if cuts is not None:
         image_processor.do_image_splitting = False
-    yield
-    if cuts is not None:
-        image_processor.do_image_splitting = cuts
+    try:
+        yield
+    finally:
+        if cuts is not None:
+            image_processor.do_image_splitting = cuts
 
 
 class SourceClip(nn.Module):
