@@ -144,8 +144,8 @@ class Objective:
                 loss = self._loss(kind, batch, number)
             if loss is not None and not loss.requires_grad:
                 raise UnlearnError(
-                    f"{kind}: the loss of the step has no graph; return it without detach() or item(), and if layers=… names what "
-                    "the loss does not reach, name other layers"
+                    f"{kind}: the loss of the step has no graph; return it without detach() or item(), and if layers=… names "
+                    "what the loss does not reach, name other layers"
                 )
             return loss, batch_samples(batch)
 
