@@ -271,7 +271,6 @@ def test_it_runs_inside_what_a_trainer_wraps_around_validation(context):
         assert every == [[slow_complete(model, r[:t].tolist(), len(r) - t) for t in range(1, len(r))] for r in rows]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_of_peft_are_part_of_the_model():
     from peft import LoraConfig, get_peft_model
 
@@ -336,5 +335,5 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, state_size=2, num_hidden_layers=1))
-    with pytest.raises(UnlearnError, match="MambaForCausalLM keeps no past_key_values"):
+    with pytest.raises(UnlearnError, match="MambaForCausalLM keeps no cache of keys and values"):
         complete(model, [torch.tensor([1, 2])], [2])

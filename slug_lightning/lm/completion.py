@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.kv_cache import cache_argument, cache_of
 from slug_lightning.lm.losses import sequence_nll
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.sequences import Sequences, counted, pad
@@ -195,13 +196,16 @@ def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) ->
     takes = inspect.signature(own.forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     stop = torch.tensor(sorted(ends), device=ids.device)
-    cache, added, ended = None, [], torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    argument, cache = cache_argument(own), None
+    added, ended = [], torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(steps):
         where = {"position_ids": positions} if "position_ids" in takes else {}
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **only_last)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{argument: cache}, **where, **only_last)
+        cache = cache_of(output)
         if cache is None:
-            raise UnlearnError(f"model: {type(own).__name__} keeps no past_key_values; completions need an attention model")
+            raise UnlearnError(
+                f"model: {type(own).__name__} keeps no cache of keys and values; completions need an attention model"
+            )
         ids = output.logits[:, -1:].argmax(-1)
         added.append(ids)
         if ends:

@@ -14,6 +14,7 @@ from slug_lightning.clips import contrastive_loss, matching_loss
 from slug_lightning.embedded import CLIP, VLM
 from slug_lightning.errors import UnlearnError
 from slug_lightning.gallery import MOST
+from slug_lightning.lm.kv_cache import cache_argument, cache_of
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.patch import UnlearnPatch
 from slug_lightning.steps import batch_samples
@@ -217,10 +218,10 @@ class VLMModule(UnlearnModule):
         tokens = [self.prompts.tokens_of(batch["question"][row], one) for row, some in enumerate(choices) for one in some]
         labels = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-100).to(self.device)
         which = torch.tensor(rows, device=self.device)
-        cache = read.past_key_values
+        cache = cache_of(read)
         cache.batch_select_indices(which)
         mask = torch.cat([inputs["attention_mask"][which], (labels != -100).to(inputs["attention_mask"].dtype)], dim=1)
-        more: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        more: dict[str, Any] = {"attention_mask": mask, cache_argument(model): cache, "use_cache": True}
         if (deltas := getattr(model.model, "rope_deltas", None)) is not None:  # Qwen-VL: a picture has fewer places than tokens
             places = (mask.cumsum(1) - 1)[:, -labels.shape[1] :] + deltas[which]
             more["position_ids"] = places.expand(3, -1, -1)
