@@ -257,6 +257,18 @@ def test_the_fused_layers_of_evaluation_cost_as_much_as_the_same_layers_with_gra
         assert counted[0] == counted[1] > 0
 
 
+def test_attention_costs_two_products_forward_and_five_backward():
+    """In closed form, whatever torch knows by itself of the kernel that the CPU takes."""
+    b, heads, length, width = 2, 3, 7, 4
+    q, k, v = (torch.randn(b, heads, length, width, requires_grad=True) for _ in range(3))
+    with flop_counter() as forward:
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+    with flop_counter() as backward:
+        out.sum().backward()
+    product = 2 * b * heads * length * length * width
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (2 * product, 5 * product)
+
+
 def test_a_phase_that_comes_again_adds_up_and_has_the_peak_of_the_largest():
     made = meter()
     for size in (10, 30, 20):
