@@ -110,7 +110,7 @@ def test_the_configuration_runs_and_leaves_report_patch_pictures_and_pipeline(tm
 def test_what_cannot_be_had_exits_with_2_and_says_what_to_give(tmp_path, capsys):
     given = ["fit", "--config", CONFIG, "--output_dir", tmp_path / "run", "--trainer.accelerator", "cpu"]
     assert run(*given, "--model.pipeline", tmp_path) == 2
-    assert "slug-lightning: pipeline: no pipeline is found" in capsys.readouterr().err
+    assert f"slug-lightning: pipeline: '{tmp_path}' cannot be loaded" in capsys.readouterr().err
     tiny_pipeline("sd1").save_pretrained(tmp_path / "pipeline")
     assert run(*given, "--model.pipeline", tmp_path / "pipeline", "--model.clip", "null") == 2
     assert "slug-lightning: clip: objective='clip'" in capsys.readouterr().err

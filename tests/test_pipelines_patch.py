@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+from _peft import add_adapter
 from _tiny_diffusion import TOKENS, tiny_pipeline, tiny_text_config, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,7 +171,7 @@ def test_the_name_of_a_text_encoder_is_never_read_as_that_of_an_image_tower(enco
 def with_adapters(model: nn.Module, targets, name="style") -> nn.Module:
     with torch.random.fork_rng():
         if targets:
-            model.add_adapter(LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=sorted(targets)), name)
+            add_adapter(model, LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=sorted(targets)), name)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from slug_lightning.errors import UnlearnError, needed
+from slug_lightning.pretrained import load_pretrained
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -32,12 +33,7 @@ def load_pipeline(pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         with warnings.catch_warnings():
             # It is to be called dtype; versions that do not know that name yet would ignore it.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            try:
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype)
-            except (OSError, ValueError) as error:
-                raise UnlearnError(
-                    f"pipeline: no pipeline is found as {str(pipeline)!r}: {error}; give its folder, or its name on the hub"
-                ) from error
+            pipeline = load_pretrained("pipeline", diffusers.DiffusionPipeline, pipeline, torch_dtype=dtype)
     refuse_other_pipelines(pipeline)
     return pipeline
 

@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 from slug_lightning.datamodules.names import file_name
 from slug_lightning.diffusion.parts import adapted, parts_of
+from slug_lightning.pretrained import WITH_ADAPTERS
 
 ADAPTERS = "adapters"
-WITH_ADAPTERS = "_hf_peft_config_loaded"
-"""Where transformers and diffusers note that a model has adapters; transformers then writes nothing but these."""
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Union
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.pretrained import load_pretrained
 
 
 def load_causal_lm(name: Union[str, Path]) -> nn.Module:
@@ -39,7 +40,4 @@ def _load(argument: str, kind: str, name: Union[str, Path]) -> Any:
         import transformers
     except ImportError as error:
         raise UnlearnError(f'{argument}: transformers is missing; pip install "slug-lightning[lm]"') from error
-    try:
-        return getattr(transformers, kind).from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        raise UnlearnError(f"{argument}: {str(name)!r} cannot be loaded ({error}); give its folder or its name") from error
+    return load_pretrained(argument, getattr(transformers, kind), name)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slug_lightning.errors import UnlearnError, needed
+from slug_lightning.pretrained import load_pretrained
 
 
 def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -36,19 +37,10 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
             )
         processor = model
     if isinstance(processor, (str, Path)):
-        processor = _loaded(whose, transformers.AutoProcessor, processor)
+        processor = load_pretrained(whose, transformers.AutoProcessor, processor)
     if not isinstance(model, nn.Module):
         # In training mode, as Lightning expects; we set evaluation mode ourselves.
-        model = _loaded("model", transformers.AutoModelForImageTextToText, model, dtype=dtype).train()
+        model = load_pretrained("model", transformers.AutoModelForImageTextToText, model, dtype=dtype).train()
     if getattr(processor, "image_processor", None) is None:
         raise UnlearnError(f"processor: {type(processor).__name__} reads no pictures; give the model's own AutoProcessor")
     return model, processor
-
-
-def _loaded(argument: str, kind: Any, name: Union[str, Path], **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(str(name), **options)
-    except (OSError, ValueError) as error:
-        raise UnlearnError(
-            f"{argument}: {str(name)!r} cannot be loaded ({error}); give its folder, or its name on the hub"
-        ) from error

@@ -1,0 +1,60 @@
+"""Load what `save_pretrained` wrote, by folder or name, and say what is wrong where that fails."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Union
+
+from packaging.version import Version
+
+from slug_lightning.errors import UnlearnError
+
+WITH_ADAPTERS = "_hf_peft_config_loaded"
+"""Where transformers and diffusers note that a model has adapters; transformers then writes nothing but these."""
+
+
+def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options: Any) -> Any:
+    """Call `kind.from_pretrained(name, **options)`.
+
+    Args:
+        argument: what the user calls this; an error names it.
+        kind: a class of transformers or diffusers.
+        name: a folder, or a name on the hub.
+        options: passed on.
+
+    Raises:
+        UnlearnError: if nothing of that name can be loaded, or if it has adapters and transformers refuses the installed PEFT.
+    """
+    try:
+        loaded = kind.from_pretrained(str(name), **options)
+    except (OSError, ValueError) as error:
+        raise UnlearnError(
+            f"{argument}: {str(name)!r} cannot be loaded ({error}); give its folder, or its name on the hub"
+        ) from error
+    # Loading adapters works with any PEFT; switching them off or saving them, after the edit, would not.
+    if getattr(loaded, WITH_ADAPTERS, False) and (refusal := peft_refusal()):
+        raise UnlearnError(f"{argument}: {str(name)!r} has adapters, but {refusal}")
+    return loaded
+
+
+def peft_refusal() -> str:
+    """Say why the installed transformers refuses the installed PEFT, and what to install; "" if it does not, or without PEFT.
+
+    Each release of transformers names the lowest PEFT that its methods for adapters take: 5.24 one that was not released yet.
+    """
+    try:
+        installed = version("peft")
+    except PackageNotFoundError:
+        return ""
+    from transformers.integrations import peft as integration
+
+    lowest = getattr(integration, "MIN_PEFT_VERSION", "0")
+    if Version(installed) >= Version(lowest):
+        return ""
+    transformers = Version(version("transformers"))
+    older = f"transformers<{transformers.major}.{transformers.minor}"
+    return (
+        f"transformers {transformers} refuses the installed PEFT {installed} (it needs {lowest} or later); "
+        f'pip install "peft>={lowest}", or where there is none yet, pip install "{older}"'
+    )
