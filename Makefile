@@ -3,20 +3,33 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
+# Printed by the run: the 25 slowest tests, and every skip with its reason.
+PYTEST = python -m pytest --numprocesses auto --maxprocesses 4 --durations 25 -rs
 
-.PHONY: demo test slow lint types figures tensorboard clean
+.PHONY: demo test newest lowest slow lint types figures tensorboard constraints clean
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt \
+		--editable ".[dev]"
 	touch $@
 
 demo: $(INSTALLED)  ## forget an art style of the embedded CLIP, into runs/demo
 	$(BIN)/slug-lightning fit --config configs/demo.yaml
 
-test: $(INSTALLED)  ## tests and doctests, with branch coverage, as many at once as there are cores (at most four)
-	$(BIN)/python -m pytest --cov --cov-fail-under=90 --numprocesses auto --maxprocesses 4
+test: $(INSTALLED)  ## tests and doctests with the known-good set, with branch coverage, as many at once as there are cores (at most four)
+	$(BIN)/$(PYTEST) --cov --cov-fail-under=95
+
+# The other two legs, each in an environment of its own, made anew: what the registry has now, and the floors of pyproject.toml.
+newest: RESOLUTION = highest
+lowest: RESOLUTION = lowest-direct
+newest lowest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/python -m pip install --quiet uv
+	.venv-$@/bin/uv pip install --quiet --python .venv-$@/bin/python --resolution $(RESOLUTION) --editable ".[dev]"
+	.venv-$@/bin/uv pip list --quiet --python .venv-$@/bin/python
+	.venv-$@/bin/$(PYTEST)
 
 slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -34,5 +47,11 @@ figures: $(INSTALLED)  ## the pictures of the README, from a run of the demo
 tensorboard: $(INSTALLED)
 	$(BIN)/tensorboard --logdir runs
 
+constraints:  ## the known-good set anew: all that .[dev] brings in, for every Python and platform, less what constraints.in holds back
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv
+	.venv-uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --strip-extras \
+		--no-annotate --custom-compile-command "make constraints" --constraints constraints.in pyproject.toml --output-file constraints.txt
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv* build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
