@@ -22,8 +22,6 @@ from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent
 from slug_lightning.lm.sequences import pad
 from slug_lightning.modules import CausalLMModule
 
-# peft and older versions of transformers know checkpointing by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing")
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 NEVER = {MA: 0.0}
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _peft import add_adapter
 from _tiny_diffusion import SIZE, tiny_clips, tiny_pipeline
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -220,14 +221,13 @@ def test_layers_of_the_unet_can_be_named():
     assert not any(p.requires_grad for p in module.pipeline.unet.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own use
 @pytest.mark.parametrize("objective", ["denoising", "clip"])
 def test_a_pipeline_with_lora_forgets_below_its_adapters(objective, tmp_path):
     plain, pipeline = tiny_pipeline(), tiny_pipeline()
     clips = tiny_clips(plain)
     with torch.random.fork_rng():
         lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
-        pipeline.text_encoder.add_adapter(lora, "style")
+        add_adapter(pipeline.text_encoder, lora, "style")
     before = tensors_of(pipeline)
     module = made(pipeline, objective=objective, clip=clips if objective == "clip" else None)
     callback = forgetting()

@@ -66,7 +66,6 @@ def test_a_prompt_gives_the_same_picture_whatever_stands_beside_it(kind):
     assert not close(drawn(pipeline, [*TEXTS[:3], "a cat"], seeds)[3], together[3])
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # the schedulers' own
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: scheduler.__name__)
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_every_scheduler_draws_alike_from_the_same_seed(scheduler, kind):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _peft import add_adapter
 from _tiny_diffusion import tiny_pipeline
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,8 +13,6 @@ from torch import nn
 from slug_lightning.diffusion.parts import parts_of
 from slug_lightning.diffusion.saving import save_pipeline
 from slug_lightning.patch import Edit, UnlearnPatch, same_bits
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own use
 
 
 def tensors_of(pipeline) -> dict[str, torch.Tensor]:
@@ -37,8 +36,8 @@ def lora(*targets: str) -> LoraConfig:
 def styled(pipeline, name="a style"):
     """With an adapter on UNet and text encoder, as `load_lora_weights` makes it."""
     with torch.random.fork_rng():
-        pipeline.text_encoder.add_adapter(lora("q_proj", "fc1"), name)
-        pipeline.unet.add_adapter(lora("to_q", "to_k"), name)
+        add_adapter(pipeline.text_encoder, lora("q_proj", "fc1"), name)
+        add_adapter(pipeline.unet, lora("to_q", "to_k"), name)
     return pipeline
 
 

@@ -192,7 +192,6 @@ def test_criteria_come_from_a_config():
 # ---- BERTScore
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_bert_score_compares_each_pair_by_itself(tmp_path):
     from transformers import AutoModel, AutoTokenizer
 

@@ -26,7 +26,6 @@ from slug_lightning.lm.sequences import pad
 from slug_lightning.sharded import shard
 
 V = 80
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's use of it
 
 
 def llama(seed: int = 0, **options) -> LlamaForCausalLM:
@@ -212,7 +211,6 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2))
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", [llama, neo, gpt2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_asking_the_original_between_forward_and_backward_changes_no_gradient(family, checkpointing):

@@ -103,7 +103,6 @@ def callback():
     return UnlearnCallback(forget=loader(True), retain=loader(False), retain_tolerance=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*already in scaled.*")
 def test_after_forked_processes_the_caller_has_report_patch_and_edited_module(tmp_path):
     alone, forked = callback(), callback()

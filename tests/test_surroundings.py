@@ -476,10 +476,6 @@ def adapted(trained_steps: int = 5) -> Words:
     return model
 
 
-by_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@by_peft
 @pytest.mark.parametrize(
     ("layers", "edited"), [("*", "lora_"), ("*mlp.*base_layer*", "base_layer"), ("*.up_proj.weight", "up_proj")]
 )
@@ -496,7 +492,6 @@ def test_of_a_model_with_adapters_these_are_edited_and_the_base_only_on_request(
     assert not changed(model, before)
 
 
-@by_peft
 def test_adapters_that_know_nothing_yet_are_refused_by_name():
     model = adapted(trained_steps=0)
     with pytest.raises(UnlearnError, match=r"layers: .*lora_B\.default\.weight.* hold only zeros.*train it first"):

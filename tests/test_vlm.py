@@ -37,8 +37,6 @@ from slug_lightning.edits import same_bits
 from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.vlm.answers import names, normal
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in PaliGemma's processor
-
 FORGET, RETAIN = ["frog"], ["cat", "sea dog"]
 
 

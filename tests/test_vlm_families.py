@@ -28,8 +28,6 @@ from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.vlm.prompts import Prompts
 from slug_lightning.vlm.towers import image_features
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in PaliGemma's processor
-
 THINGS = list(COLOURS)
 
 

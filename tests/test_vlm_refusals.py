@@ -15,8 +15,6 @@ from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in PaliGemma's processor
-
 
 def refused(match: str, *remedies: str) -> Any:
     """That an error begins with the argument (a pattern), and says what to do."""
