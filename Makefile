@@ -4,15 +4,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 # Printed by the run: the 25 slowest tests, and every skip with its reason.
-PYTEST = python -m pytest --numprocesses auto --maxprocesses 4 --durations 25 -rs
+PYTEST = python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 -rs
 
 .PHONY: demo test newest lowest slow lint types figures tensorboard constraints clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt \
-		--editable ".[dev]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+		--constraints constraints.txt --build-constraints constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(INSTALLED)  ## forget an art style of the embedded CLIP, into runs/demo
@@ -27,7 +27,7 @@ lowest: RESOLUTION = lowest-direct
 newest lowest:
 	$(PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/python -m pip install --quiet uv
-	.venv-$@/bin/uv pip install --quiet --python .venv-$@/bin/python --resolution $(RESOLUTION) --editable ".[dev]"
+	.venv-$@/bin/uv pip install --quiet --python .venv-$@/bin/python --compile-bytecode --resolution $(RESOLUTION) --editable ".[dev]"
 	.venv-$@/bin/uv pip list --quiet --python .venv-$@/bin/python
 	.venv-$@/bin/$(PYTEST)
 
