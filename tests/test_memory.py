@@ -140,7 +140,7 @@ def test_a_vision_language_model_needs_two_gradients_and_one_batch(route):
         for parameter in candidates.values():
             stack.callback(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)).remove)
         (module.forget_step(batch, 0) + 0 * module.retain_step(batch, 0)).backward()
-    callback = UnlearnCallback(forget_metric="loss", retain_metric="loss", retain_tolerance=10.0, replay=False)
+    callback = UnlearnCallback(forget_metric="loss", retain_metric="loss", retain_tolerance=10.0, max_evaluations=2, replay=False)
     with LiveTensors() as live:
         trainer(callback).fit(module, data)
     size = sum(p.numel() * 4 for p in candidates.values())
