@@ -62,6 +62,7 @@ def _child(
     sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w")  # noqa: SIM115 (until the process ends)
     faulthandler.dump_traceback_later(timeout - 1, file=sys.stderr)
     torch.set_num_threads(1)
+    sys.settrace(None)  # coverage's, which slows all down and of which a process that ends so leaves nothing
     code = 0
     try:
         result = function(*args)
