@@ -29,6 +29,8 @@ MINE = '''
 from _tiny import Classifier, part, trained
 from slug_lightning.datamodules import UnlearnDataModule
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 
 class Model(Classifier):
     """Somebody's model, in the working folder."""

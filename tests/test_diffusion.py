@@ -26,7 +26,11 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.diffusion import DiffusionModule
 
 # The models of a pipeline are in evaluation mode from the start, as diffusers loads them.
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.uncovered,
+]
 
 FORGET, RETAIN = ["cat in blob style", "dog in blob style"], ["cat in noto style", "frog in noto style"]
 STEPS = 2

@@ -31,6 +31,8 @@ from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.patch import same_bits
 from slug_lightning.sharded import local, placed, whole
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 LIMIT = 30
 """Seconds after which a process counts as hanging."""
 

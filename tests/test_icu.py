@@ -22,7 +22,11 @@ from slug_lightning.lm.criteria import ProbabilityBelow
 from slug_lightning.lm.report import PassagesReport
 
 # Lightning asks for the callbacks that have saved the checkpoint.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.usefixtures("quick_figures"),
+    pytest.mark.uncovered,
+]
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 
 

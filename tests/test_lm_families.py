@@ -18,6 +18,8 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.layers import find_layers
 from slug_lightning.lm.sequences import pad
 
+pytestmark = pytest.mark.uncovered
+
 MA = "memorization_accuracy"
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -51,7 +51,7 @@ SCALE = 2.0**18
 TOLERANCE = {"32-true": 1e-6, "bf16-mixed": 2.0**-8, "16-mixed": 2.0**-11}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+pytestmark = [pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`"), pytest.mark.uncovered]
 
 
 @functools.cache

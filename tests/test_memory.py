@@ -24,6 +24,8 @@ from slug_lightning.memory import Footprint, footprint
 from slug_lightning.modules import EmbeddedVLM
 from slug_lightning.strategies import only_differentiating
 
+pytestmark = pytest.mark.uncovered
+
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "vlm_memory.py"))
 sizes = st.integers(16, 200)
 

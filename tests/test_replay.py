@@ -20,6 +20,8 @@ from slug_lightning.replay import Replay
 from slug_lightning.steps import Attempt
 from slug_lightning.trace import CannotTrace
 
+pytestmark = pytest.mark.uncovered
+
 torch.manual_seed(0)
 
 

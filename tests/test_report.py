@@ -72,6 +72,7 @@ reports = st.builds(
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
+@pytest.mark.uncovered
 def test_json_gives_back_the_same_report(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"
     report.to_json(path)

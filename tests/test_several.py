@@ -28,6 +28,8 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.sharded import whole
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 LIMIT = 60
 
 

@@ -37,6 +37,8 @@ from slug_lightning.datamodules.overlap import samples_in
 from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.modules import ClassifierModule
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 
 def callback(**options: Any) -> UnlearnCallback:
     return UnlearnCallback(**{"forget": loader(True, batch_size=4), "retain": loader(False, batch_size=4), **options})

@@ -17,6 +17,8 @@ from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 
 def callback(**options):
     return UnlearnCallback(**{"forget": loader(True), "retain": loader(False), **options})

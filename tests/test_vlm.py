@@ -37,6 +37,8 @@ from slug_lightning.edits import same_bits
 from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.vlm.answers import names, normal
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 FORGET, RETAIN = ["frog"], ["cat", "sea dog"]
 
 
