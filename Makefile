@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
-# Printed by the run: the 25 slowest tests, and every skip with its reason.
-PYTEST = python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 -rs
+# Printed at the end: the 25 slowest tests, and every skip with its reason.
+PYTEST = python -m pytest --durations 25 -rs
+# Each worker gets a stretch of neighbouring tests, so that what a module caches is made once. Load groups would say it better, but
+# pytest-xdist 3.8 ignores them under pytest 9.2.
+AT_ONCE = --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test newest lowest slow lint types figures tensorboard constraints clean
 
@@ -19,7 +22,7 @@ demo: $(INSTALLED)  ## forget an art style of the embedded CLIP, into runs/demo
 	$(BIN)/slug-lightning fit --config configs/demo.yaml
 
 test: $(INSTALLED)  ## tests and doctests with the known-good set, with branch coverage, as many at once as there are cores (at most four)
-	$(BIN)/$(PYTEST) --cov --cov-fail-under=95
+	$(BIN)/$(PYTEST) $(AT_ONCE) --cov --cov-fail-under=95
 
 # The other two legs, each in an environment of its own, made anew: what the registry has now, and the floors of pyproject.toml.
 newest: RESOLUTION = highest
@@ -29,10 +32,10 @@ newest lowest:
 	.venv-$@/bin/python -m pip install --quiet uv
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@/bin/python --compile-bytecode --resolution $(RESOLUTION) --editable ".[dev]"
 	.venv-$@/bin/uv pip list --quiet --python .venv-$@/bin/python
-	.venv-$@/bin/$(PYTEST)
+	.venv-$@/bin/$(PYTEST) $(AT_ONCE)
 
 slow: $(INSTALLED)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -54,4 +57,4 @@ constraints:  ## the known-good set anew: all that .[dev] brings in, for every P
 		--no-annotate --custom-compile-command "make constraints" --constraints constraints.in pyproject.toml --output-file constraints.txt
 
 clean:
-	rm -rf .venv* build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lowest .venv-uv build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -60,7 +60,7 @@ def _product_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _product_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """The scores once more, and two products for each of the forward pass."""
+    """The scores again, then two products for each of the two in the forward pass."""
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 

@@ -32,16 +32,30 @@ def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options:
         raise UnlearnError(
             f"{argument}: {str(name)!r} cannot be loaded ({error}); give its folder, or its name on the hub"
         ) from error
-    # Loading adapters works with any PEFT; switching them off or saving them, after the edit, would not.
-    if getattr(loaded, WITH_ADAPTERS, False) and (refusal := peft_refusal()):
-        raise UnlearnError(f"{argument}: {str(name)!r} has adapters, but {refusal}")
+    refuse_adapters(argument, loaded)
     return loaded
+
+
+def refuse_adapters(argument: str, model: Any) -> None:
+    """Refuse a transformers model with adapters where transformers refuses the installed PEFT.
+
+    Such a model can be loaded and edited, but not saved afterwards.
+
+    Args:
+        argument: what the user calls this; an error names it.
+        model: any object.
+
+    Raises:
+        UnlearnError: with both versions and what to install.
+    """
+    if getattr(model, WITH_ADAPTERS, False) and (refusal := peft_refusal()):
+        raise UnlearnError(f"{argument}: {type(model).__name__} has adapters, but {refusal}")
 
 
 def peft_refusal() -> str:
     """Say why the installed transformers refuses the installed PEFT, and what to install; "" if it does not, or without PEFT.
 
-    Each release of transformers names the lowest PEFT that its methods for adapters take: 5.24 one that was not released yet.
+    Each release of transformers names the lowest PEFT that its methods for adapters take; 5.24 named one that was not out yet.
     """
     try:
         installed = version("peft")
@@ -56,5 +70,5 @@ def peft_refusal() -> str:
     older = f"transformers<{transformers.major}.{transformers.minor}"
     return (
         f"transformers {transformers} refuses the installed PEFT {installed} (it needs {lowest} or later); "
-        f'pip install "peft>={lowest}", or where there is none yet, pip install "{older}"'
+        f'pip install "peft>={lowest}", or where there is none yet, pip install --upgrade peft "{older}"'
     )

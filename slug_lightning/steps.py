@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -394,17 +394,18 @@ def same_draws(number: int) -> None:
         >>> draws[0] == draws[2] != draws[1]
         True
     """
-    seed = torch.manual_seed if _has_accelerator() else torch.default_generator.manual_seed
+    seed = torch.manual_seed if _accelerator_draws() else torch.default_generator.manual_seed
     seed(number)
     np.random.seed(number)
     random.seed(number)
 
 
-@cache
-def _has_accelerator() -> bool:
-    """Whether there are random numbers of another device than the CPU.
+def _accelerator_draws() -> bool:
+    """Whether a device other than the CPU may draw random numbers.
 
-    Without one `torch.manual_seed` keeps the seed for when there is, each time with a formatted stack: of a tiny model's batches
-    that was nine tenths of the time.
+    Where none does, `torch.manual_seed` keeps the seed in case one is used later, each time with a formatted stack: nine tenths
+    of the time of a tiny model's batches. Asking whether there is a CUDA device could spoil a later fork; a CUDA that nobody has
+    initialised draws nothing.
     """
-    return torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _coverage import measuring
 
 CONTEXT = multiprocessing.get_context("fork")  # half a second; what a test defines needs no pickling
 
@@ -62,7 +63,8 @@ def _child(
     sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w")  # noqa: SIM115 (until the process ends)
     faulthandler.dump_traceback_later(timeout - 1, file=sys.stderr)
     torch.set_num_threads(1)
-    sys.settrace(None)  # coverage's, which slows all down and of which a process that ends so leaves nothing
+    if coverage := measuring():  # it slows the process, and what it measured is lost with os._exit
+        coverage.stop()
     code = 0
     try:
         result = function(*args)

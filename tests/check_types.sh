@@ -3,7 +3,7 @@ set -eu
 modules=$(find slug_lightning callbacks datamodules configs -name '*.py' | wc -l)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$BIN/python" -m build --quiet --outdir "$work/dist" .
+"$BIN/python" -m build --quiet --no-isolation --outdir "$work/dist" .
 "$BIN/python" -m pip install --quiet --no-deps --target "$work/site" "$work"/dist/*.whl
 cp pyproject.toml "$work/mypy.toml"
 cd "$work/site"

@@ -17,15 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run a test that is marked `uncovered` without measuring coverage, its fixtures too."""
-    coverage = sys.modules.get("coverage")
-    measuring = coverage.Coverage.current() if coverage and item.get_closest_marker("uncovered") else None
-    if measuring:
-        measuring.stop()
+    from _coverage import measuring
+
+    coverage = measuring() if item.get_closest_marker("uncovered") else None
+    if coverage:
+        coverage.stop()
     try:
         return (yield)
     finally:
-        if measuring:
-            measuring.start()
+        if coverage:
+            coverage.start()
 
 
 @pytest.fixture(scope="module")

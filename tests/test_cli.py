@@ -78,11 +78,11 @@ def test_every_config_round_trips(config, capsys, tmp_path):
 
 
 def small(config: Path, folder: Path, **options) -> list[str]:
-    """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations."""
+    """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations, one strength."""
     made = yaml.safe_load(config.read_text())
     (callback,) = (c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("UnlearnCallback"))
     cache = {"retain_cache": str(folder / "retain")} if "retain_cache" in callback["init_args"] else {}
-    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, **cache, **options}
+    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "strengths": [0.5], **cache, **options}
     made["trainer"]["enable_progress_bar"] = False
     path = folder / config.name
     path.write_text(yaml.safe_dump(made))

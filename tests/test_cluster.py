@@ -21,6 +21,8 @@ import slug_lightning.lightning_cli  # noqa: F401 (here, not in each process)
 from slug_lightning import UnlearnPatch
 from slug_lightning.cli import main
 
+pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+
 CONFIG = Path(__file__).parent.parent / "configs" / "cluster.yaml"
 HERE = ["--trainer.num_nodes", "1", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
 """As the config says itself: two processes on this machine."""
@@ -28,8 +30,6 @@ FILES = {"report.json", "patch.safetensors", "weights.safetensors", "unlearned.c
 MINE = '''
 from _tiny import Classifier, part, trained
 from slug_lightning.datamodules import UnlearnDataModule
-
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
 
 
 class Model(Classifier):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slug_lightning.clips import encode_image, encode_text, to_hugging_face
@@ -141,10 +141,9 @@ def test_any_parts_of_a_fused_tensor_are_edited_as_they_are_apart(edits, steps, 
 
     together = fused()
     directions = [{name: drawn(name) for name in sorted(names)} for names in edits]
-    patch = UnlearnPatch(
-        {name: apart[name].clone() for name in sorted(set().union(*edits))},
-        [Edit(str(i), step, d) for i, (step, d) in enumerate(zip(steps, directions, strict=False))],
-    )
+    made = [Edit(str(i), step, d) for i, (step, d) in enumerate(zip(steps, directions, strict=False))]
+    assume(len({edit.digest for edit in made}) == len(made))  # a patch refuses the same edit twice
+    patch = UnlearnPatch({name: apart[name].clone() for name in sorted(set().union(*edits))}, made)
     (other,) = translations(patch, together)
     before = {name: tensor.clone() for name, tensor in together.items()}
     patch.apply(apart, strength)

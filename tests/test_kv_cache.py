@@ -9,6 +9,7 @@ from torch import nn
 
 from slug_lightning.lm.completion import complete
 from slug_lightning.lm.kv_cache import cache_argument, cache_of
+from slug_lightning.modules import EmbeddedVLM
 
 
 class Respelled(nn.Module):
@@ -52,7 +53,32 @@ def test_completions_are_the_same_under_both_names(kind):
 
 
 def test_a_cache_without_keys_is_none():
+    """Generation would go on without one: the padding on the left is masked for attention alone."""
     keys, states = SimpleNamespace(keys=None), SimpleNamespace(recurrent_states=None)
     attention, mixed, state_space = (SimpleNamespace(layers=layers) for layers in ([keys], [states, keys], [states]))
     assert cache_of(SimpleNamespace(cache=attention)) is attention and cache_of(SimpleNamespace(cache=mixed)) is mixed
-    assert cache_of(SimpleNamespace(cache=state_space)) is cache_of(SimpleNamespace()) is None
+    for output in ({"cache": state_space}, {"cache": object()}, {"cache": None}, {"past_key_values": None}, {}):
+        assert cache_of(SimpleNamespace(**output)) is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_choices_are_scored_the_same_under_both_names(name, monkeypatch):
+    module = EmbeddedVLM().eval()
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch = {"image": pictures, "question": ["what is this?"] * 2, "choices": [["cat", "alarm clock"], ["owl"]]}
+    own, real = type(module.model).forward, cache_argument(module.model)
+    with torch.no_grad():
+        expected = module._likely(batch)
+
+    def named(self, cache, inputs):
+        output = own(self, **inputs, **{real: cache})
+        return SimpleNamespace(logits=output.logits, **{name: cache_of(output)})
+
+    forwards = {
+        "cache": lambda self, cache=None, **inputs: named(self, cache, inputs),
+        "past_key_values": lambda self, past_key_values=None, **inputs: named(self, past_key_values, inputs),
+    }
+    monkeypatch.setattr(type(module.model), "forward", forwards[name])
+    with torch.no_grad():
+        found = module._likely(batch)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -110,7 +110,7 @@ class SmallLM(pl.LightningModule):
 def sentences() -> Tensor:
     """Sixty sentences of ten words, three in four of which follow from the last by a rule; the first six in another language.
 
-    So a language is forgotten as a whole, at little cost, by whatever weights training ends at in a version of torch.
+    So that forgetting the language costs little, whatever weights training reaches with the installed torch.
     """
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(0, 16, (60, 10), generator=generator)

@@ -1,14 +1,16 @@
 """What is said where nothing can be loaded, and where transformers refuses the installed PEFT."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, integrations
 
+from slug_lightning import pretrained
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.pretrained import load_causal_lm
+from slug_lightning.modules import CausalLMModule
 from slug_lightning.pretrained import load_pretrained, peft_refusal
 
 
@@ -32,9 +34,10 @@ def test_a_refused_peft_is_named_with_both_versions_and_the_line_to_install(adap
     with pytest.raises(UnlearnError) as error:
         load_causal_lm(adapted)
     major, minor, *_ = transformers.__version__.split(".")
+    older = f"transformers<{major}.{minor}"
     assert str(error.value) == (
-        f"model: '{adapted}' has adapters, but {refusal}"
-        f'pip install "peft>=98.7", or where there is none yet, pip install "transformers<{major}.{minor}"'
+        f"model: GPT2LMHeadModel has adapters, but {refusal}"
+        f'pip install "peft>=98.7", or where there is none yet, pip install --upgrade peft "{older}"'
     )
 
 
@@ -47,6 +50,21 @@ def test_adapters_are_loaded_where_peft_is_not_refused(adapted, monkeypatch):
 def test_peft_is_refused_below_what_transformers_asks_for(lowest, refused, monkeypatch):
     monkeypatch.setattr(integrations.peft, "MIN_PEFT_VERSION", lowest)
     assert bool(peft_refusal()) == refused
+
+
+def test_a_model_that_is_given_is_refused_like_one_that_is_named(adapted, monkeypatch):
+    given = GPT2LMHeadModel.from_pretrained(adapted)
+    monkeypatch.setattr(integrations.peft, "MIN_PEFT_VERSION", "98.7")
+    with pytest.raises(UnlearnError, match="^model: GPT2LMHeadModel has adapters, but transformers .* refuses"):
+        CausalLMModule(given)
+
+
+def test_without_peft_nothing_is_refused(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(pretrained, "version", missing)
+    assert peft_refusal() == ""
 
 
 def test_another_fault_is_not_laid_to_peft(tmp_path, monkeypatch):

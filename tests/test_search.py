@@ -281,7 +281,7 @@ def test_a_trial_whose_measurement_was_broken_off_is_never_the_best():
 
 @settings(deadline=None, max_examples=200)
 @given(power=st.floats(0.5, 5), reach=st.floats(0.05, 20), start=st.sampled_from([0.1, 1.0]), kink=st.floats(0.1, 1))
-@example(power=0.5, reach=1.0, start=0.1, kink=0.2)  # the second step is on the target
+@example(power=0.5, reach=1.0, start=0.1, kink=0.2)  # on the target, where either is right
 def test_a_hairs_breadth_in_the_metric_does_not_change_the_path(power, reach, start, kink):
     """What adds up in another order on several devices must not end the search one step earlier or later."""
 

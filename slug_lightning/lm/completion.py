@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.kv_cache import cache_argument, cache_of
+from slug_lightning.lm.kv_cache import cache_argument, cache_of, unwrapped
 from slug_lightning.lm.losses import sequence_nll
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.sequences import Sequences, counted, pad
@@ -185,18 +185,15 @@ def _leaving(row: list[int], best: list[int], ends: set[int]) -> list[int]:
 
 def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) -> Tensor:
     """Add up to `steps` tokens to each prefix, `[B, steps]`; fewer if all have ended. After an end comes anything."""
-    from transformers import PreTrainedModel
-
     # Padding stands on the left, so that distances between tokens are the true ones for every kind of attention.
     reverse = pad([prefix.flip(0) for prefix in prefixes])
     ids, mask = (reverse[name].flip(1).to(model.device) for name in ("input_ids", "attention_mask"))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # What is wrapped around a model, as by peft and torch.compile, does not name its arguments.
-    own = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    own = unwrapped(model)
     takes = inspect.signature(own.forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     stop = torch.tensor(sorted(ends), device=ids.device)
-    argument, cache = cache_argument(own), None
+    argument, cache = cache_argument(model), None
     added, ended = [], torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     for _ in range(steps):
         where = {"position_ids": positions} if "position_ids" in takes else {}

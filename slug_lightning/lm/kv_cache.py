@@ -5,24 +5,31 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-NAMES = ("cache", "past_key_values")
-"""The new spelling first: where it exists, the old one warns."""
+from torch import nn
 
 
-def cache_argument(model: Any) -> str:
-    """Name of the argument by which the model's forward takes the cache.
-
-    Args:
-        model: of transformers, itself and not what is wrapped around it, as wrappers do not name their arguments.
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside what PEFT or `torch.compile` has wrapped around it: wrappers do not name their arguments.
 
     Example:
-        >>> class Net:
+        >>> type(unwrapped(nn.Linear(1, 1))).__name__
+        'Linear'
+    """
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument by which the model's forward takes the cache.
+
+    Example:
+        >>> class Net(nn.Module):
         ...     def forward(self, input_ids, past_key_values=None): ...
         >>> cache_argument(Net())
         'past_key_values'
     """
-    takes = inspect.signature(model.forward).parameters
-    return next((name for name in NAMES if name in takes), NAMES[-1])
+    return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
 
 
 def cache_of(output: Any) -> Any:
@@ -30,10 +37,11 @@ def cache_of(output: Any) -> Any:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> cache_of(SimpleNamespace(past_key_values="keys and values"))
-        'keys and values'
+        >>> cache_of(SimpleNamespace(logits=None)) is None
+        True
     """
-    # What stands behind a missing "cache" is asked for only then: the old name of a new output warns.
-    cache = next((found for name in NAMES if (found := getattr(output, name, None)) is not None), None)
-    layers = getattr(cache, "layers", None)
-    return None if layers and not any(hasattr(layer, "keys") for layer in layers) else cache
+    # The old name of a new output warns.
+    cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+    # Caches of hybrid models keep a list of keys instead of layers in some releases.
+    holds_keys = hasattr(cache, "key_cache") or any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ()))
+    return cache if holds_keys else None

@@ -19,6 +19,7 @@ from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, Reference
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
 from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.pretrained import refuse_adapters
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -87,6 +88,7 @@ class CausalLMModule(UnlearnModule):
             tokenizer = load_tokenizer(tokenizer)
         if not isinstance(model, nn.Module):
             model = load_causal_lm(model)
+        refuse_adapters("model", model)
         if reference == "top-k" and reference_dir is None:
             raise UnlearnError("reference_dir: reference='top-k' keeps the original's distribution on disk; name a folder")
         super().__init__(model, mean_nll)

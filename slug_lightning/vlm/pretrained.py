@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slug_lightning.errors import UnlearnError, needed
-from slug_lightning.pretrained import load_pretrained
+from slug_lightning.pretrained import load_pretrained, refuse_adapters
 
 
 def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -41,6 +41,7 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
     if not isinstance(model, nn.Module):
         # In training mode, as Lightning expects; we set evaluation mode ourselves.
         model = load_pretrained("model", transformers.AutoModelForImageTextToText, model, dtype=dtype).train()
+    refuse_adapters("model", model)
     if getattr(processor, "image_processor", None) is None:
         raise UnlearnError(f"processor: {type(processor).__name__} reads no pictures; give the model's own AutoProcessor")
     return model, processor
