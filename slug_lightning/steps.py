@@ -407,5 +407,4 @@ def _accelerator_draws() -> bool:
     of the time of a tiny model's batches. Asking whether there is a CUDA device could spoil a later fork; a CUDA that nobody has
     initialised draws nothing.
     """
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized())
+    return torch.cuda.is_initialized() or torch.xpu.is_initialized() or torch.backends.mps.is_available()

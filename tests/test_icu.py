@@ -25,7 +25,6 @@ from slug_lightning.lm.report import PassagesReport
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.usefixtures("quick_figures"),
-    pytest.mark.uncovered,
 ]
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 

@@ -36,8 +36,6 @@ from slug_lightning.patch import digest_of, same_bits
 from slug_lightning.processes import Processes
 from slug_lightning.steps import LogReader, untouched
 
-pytestmark = pytest.mark.uncovered
-
 
 def temperate(temperature):
     return lambda model, batch: cross_entropy(model(batch[0]) / temperature, batch[1].long())
