@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import json
 import tarfile
@@ -40,8 +41,9 @@ class Drawings(NamedTuple):
     style_names: list[str]
 
 
+@functools.cache
 def load_drawings() -> Drawings:
-    """Read the embedded shard.
+    """Read the embedded shard, once in a process: what it returns is shared, so don't write into it.
 
     Example:
         >>> drawings = load_drawings()

@@ -49,13 +49,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.fixture(scope="module")
-def quick_figures() -> Iterator[None]:
-    """Draw figures small and without a layout: for tests of runs so tiny that their figures take longer than all the rest."""
+@pytest.fixture(scope="module", autouse=True)
+def _figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave figures blank, but where a file of tests is about them: they take longer than all the rest of a tiny run."""
     from matplotlib.figure import Figure
 
     own = Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda self, *args, **options: own(self, *args, **{**options, "dpi": 40}))
-        patch.setattr(Figure, "get_layout_engine", lambda self: None)
+        if request.node.get_closest_marker("figures") is None:
+            patch.setattr(Figure, "savefig", lambda self, *args, **options: own(self, *args, **{**options, "dpi": 20}))
+            patch.setattr(Figure, "draw", lambda self, renderer: None)
         yield

@@ -163,7 +163,7 @@ class Composed(RuleBasedStateMachine):
 
 
 TestComposed = Composed.TestCase
-TestComposed.settings = settings(deadline=None, max_examples=40, stateful_step_count=20)
+TestComposed.settings = settings(deadline=None, max_examples=25, stateful_step_count=20)
 
 
 @settings(deadline=None, max_examples=30)

@@ -22,7 +22,7 @@ from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent
 from slug_lightning.lm.sequences import pad
 from slug_lightning.modules import CausalLMModule
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 NEVER = {MA: 0.0}

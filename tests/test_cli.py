@@ -17,8 +17,6 @@ from slug_lightning.cli import main
 from slug_lightning.output import PATCH
 from slug_lightning.patch import Edit
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # test_cluster.py, test_icu_cli.py, test_diffusion_cli.py and test_embedded_vlm.py run the others
 ON_ONE_DEVICE = [c for c in CONFIGS if c.stem not in ("cluster", "icu", "stable_diffusion", "unlearn_canvas", "vlm")]
@@ -316,7 +314,7 @@ def another(folder: Path, name: str, label: int, *more: str) -> int:
     return run("forget-another", "--run", folder, "--forget", json.dumps(new), *more)
 
 
-def test_one_more_concept_is_forgotten_beside_those_of_an_earlier_run(earlier, capsys):
+def test_one_more_concept_is_forgotten_beside_those_of_an_earlier_run_or_exits_with_4(earlier, capsys):
     first = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
     assert another(earlier, "three", 3) == 0
     beside = earlier.with_name("run-2")
@@ -330,15 +328,11 @@ def test_one_more_concept_is_forgotten_beside_those_of_an_earlier_run(earlier, c
     new.apply(model)
     assert not changed(model, load_file(beside / "weights.safetensors"))
     assert list(beside.glob("events.out.tfevents.*")) and (beside / "config.yaml").exists()
-    assert {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()} == first
-
-
-def test_what_cannot_be_forgotten_beside_an_earlier_run_exits_with_4(earlier):
-    assert (
-        another(earlier, "three", 3, "--trainer.callbacks.max_evaluations", "1", "--trainer.callbacks.forget_target", "1e6") == 4
-    )
-    report = json.loads((earlier.with_name("run-2") / "report.json").read_text())
+    too_much = ("--trainer.callbacks.max_evaluations", "1", "--trainer.callbacks.forget_target", "1e6")
+    assert another(earlier, "three", 3, *too_much) == 4
+    report = json.loads((earlier.with_name("run-3") / "report.json").read_text())
     assert report["status"] == "partly" and report["concepts"]["three"]["status"] == "infeasible"
+    assert {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()} == first
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")

@@ -21,7 +21,7 @@ import slug_lightning.lightning_cli  # noqa: F401 (here, not in each process)
 from slug_lightning import UnlearnPatch
 from slug_lightning.cli import main
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cluster.yaml"
 HERE = ["--trainer.num_nodes", "1", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]

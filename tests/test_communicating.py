@@ -54,7 +54,10 @@ def forget(kind: type[Classifier], sharded: bool, **options: Any) -> tuple[str, 
     return callback.report.layer, callback.report.step_size, callback.report.patch.edits[0].directions
 
 
-@pytest.mark.parametrize(("kind", "sharded", "count"), [(Gathering, False, 2), (OwnMesh, True, 2), (OwnMesh, True, 4)])
+@pytest.mark.parametrize(
+    ("kind", "sharded", "count"),
+    [(Gathering, False, 2), pytest.param(OwnMesh, True, 2, marks=pytest.mark.slow), (OwnMesh, True, 4)],
+)
 def test_it_gives_the_answer_of_one_device(kind, sharded, count):
     (alone,) = in_processes(1, forget, kind, False)
     assert not isinstance(alone, Ended), alone

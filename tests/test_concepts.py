@@ -34,7 +34,7 @@ from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.patch import same_bits
 from slug_lightning.request import ALTERNATIVES
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 TWO = {"one": (1,), "two": (2,)}
 THREE = {**TWO, "three": (3,)}

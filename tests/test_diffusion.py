@@ -28,7 +28,6 @@ from slug_lightning.modules.diffusion import DiffusionModule
 # The models of a pipeline are in evaluation mode from the start, as diffusers loads them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
-    pytest.mark.usefixtures("quick_figures"),
     pytest.mark.uncovered,
 ]
 
@@ -98,7 +97,16 @@ class Forgotten(NamedTuple):
     clips: list[Any]
 
 
-@pytest.fixture(scope="module", params=[(k, o) for k in ("sd1", "sd2", "sdxl") for o in ("denoising", "clip")], ids="-".join)
+# Each kind once and each objective; the other three as well take half a minute.
+QUICK = [("sd1", "denoising"), ("sd2", "denoising"), ("sdxl", "clip")]
+RUNS = [
+    pytest.param((kind, objective), marks=() if (kind, objective) in QUICK else pytest.mark.slow, id=f"{kind}-{objective}")
+    for kind in ("sd1", "sd2", "sdxl")
+    for objective in ("denoising", "clip")
+]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def forgotten(request, tmp_path_factory) -> Forgotten:
     """A pipeline from disk that has forgotten something; the denoising one of SD 1 has a safety checker."""
     kind, objective = request.param
@@ -189,7 +197,11 @@ def test_a_checkpoint_holds_what_can_be_edited_and_a_fit_that_goes_on_from_it_kn
 
 @pytest.mark.parametrize(
     ("kind", "objective", "dtype"),
-    [("sd1", "denoising", "float16"), ("sdxl", "clip", "float16"), ("sd2", "denoising", "bfloat16")],
+    [
+        ("sd1", "denoising", "float16"),
+        pytest.param("sdxl", "clip", "float16", marks=pytest.mark.slow),
+        ("sd2", "denoising", "bfloat16"),
+    ],
 )
 def test_weights_in_half_precision_are_edited_and_saved_as_they_are(kind, objective, dtype, tmp_path):
     pipeline = tiny_pipeline(kind, dtype=getattr(torch, dtype))
@@ -225,7 +237,7 @@ def test_layers_of_the_unet_can_be_named():
     assert not any(p.requires_grad for p in module.pipeline.unet.parameters())
 
 
-@pytest.mark.parametrize("objective", ["denoising", "clip"])
+@pytest.mark.parametrize("objective", ["denoising", pytest.param("clip", marks=pytest.mark.slow)])
 def test_a_pipeline_with_lora_forgets_below_its_adapters(objective, tmp_path):
     plain, pipeline = tiny_pipeline(), tiny_pipeline()
     clips = tiny_clips(plain)

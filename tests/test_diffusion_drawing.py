@@ -67,7 +67,7 @@ def test_a_prompt_gives_the_same_picture_whatever_stands_beside_it(kind):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: scheduler.__name__)
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_every_scheduler_draws_alike_from_the_same_seed(scheduler, kind):
     pipeline = tiny_pipeline(kind)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)

@@ -31,7 +31,7 @@ from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.patch import same_bits
 from slug_lightning.sharded import local, placed, whole
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 LIMIT = 30
 """Seconds after which a process counts as hanging."""
@@ -188,7 +188,12 @@ FIRST_WRITES = ["patch", "weights", "checkpoint is written", REPORT]
 
 @pytest.mark.parametrize(
     ("place", "rank"),
-    [(place, rank) for place in [*PHASES, "checkpoint"] for rank in (0, 1)] + [(place, 0) for place in FIRST_WRITES],
+    [
+        pytest.param(place, rank, marks=pytest.mark.slow if (number + rank) % 2 else ())
+        for number, place in enumerate([*PHASES, "checkpoint"])
+        for rank in (0, 1)
+    ]
+    + [(place, 0) for place in FIRST_WRITES],
 )
 def test_when_one_process_is_killed_the_other_ends_with_an_error_and_no_file_is_half_written(place, rank, tmp_path):
     ends = in_processes(2, broken, place, rank, die, tmp_path / "run", timeout=LIMIT)
@@ -211,8 +216,14 @@ def test_when_one_process_of_a_sharded_model_is_killed_the_other_ends_too(place,
 # ---- 3: an exception in one process
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("place", ["validate", "forget gradient", "retain gradient", "search", "report"])
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [
+        pytest.param(place, rank, marks=() if (number + rank) % 2 else pytest.mark.slow)
+        for number, place in enumerate(PHASES)
+        for rank in (0, 1)
+    ],
+)
 def test_what_fails_in_one_process_fails_in_the_other_with_its_message(place, rank, tmp_path):
     ends = in_processes(2, broken, place, rank, fail, tmp_path / "run", timeout=LIMIT)
     assert ends[rank].error == "RuntimeError: the failure of one process"

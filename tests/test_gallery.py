@@ -24,6 +24,8 @@ from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.gallery import Gallery, before_and_after
 from slug_lightning.steps import same_draws
 
+pytestmark = pytest.mark.figures
+
 
 class Answering(Classifier):
     """Shows pictures that are what they are, and says of each which class it is."""

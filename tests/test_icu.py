@@ -24,7 +24,6 @@ from slug_lightning.lm.report import PassagesReport
 # Lightning asks for the callbacks that have saved the checkpoint.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    pytest.mark.usefixtures("quick_figures"),
 ]
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 

@@ -12,8 +12,6 @@ from _forgetting import N
 from _tiny_lm import KEPT, PREFIX, RECITED, SUFFIX, UNSEEN, reciting, tokenizer
 from test_cli import run
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
 
 @pytest.fixture
 def config(tmp_path):

@@ -43,7 +43,7 @@ FORGET_ONLY = [
 ]
 lengths = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any)
 seeds = st.integers(0, 1000)
-quick = settings(deadline=None, max_examples=25)
+quick = settings(deadline=None, max_examples=15)
 
 
 class Bigrams:

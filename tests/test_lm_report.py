@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from slug_lightning.lm.report import PassagesReport, samples_table
 
+pytestmark = pytest.mark.figures
+
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 names = st.sampled_from([MA, EL, "bleu", "perplexity", "mine"])

@@ -41,7 +41,7 @@ CASES = [
     for way in WAYS
 ]
 MIXED = [
-    pytest.param(model, precision, marks=pytest.mark.slow if (model, precision) == ("clip", "16-mixed") else ())
+    pytest.param(model, precision, marks=pytest.mark.slow if model == "clip" else ())
     for model in MODELS
     for precision in PRECISIONS[1:]
 ]

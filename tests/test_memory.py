@@ -46,8 +46,7 @@ def test_one_matrix_takes_two_sums_in_fp32_and_a_gradient_of_its_own(rows, width
     assert found.peak == found.weights + max(found.phases.values())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
 def test_an_instance_without_values_takes_as_much_as_a_real_one(dtype, attention):
     config = SCRIPT["SMALL"]
     found = []
@@ -65,6 +64,7 @@ def test_an_instance_without_values_takes_as_much_as_a_real_one(dtype, attention
     assert real.phases == pytest.approx(meta.phases, rel=0.01)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_gradients_do_not():
     one, two, three = (SCRIPT["estimate"](SCRIPT["SMALL"], torch.float32, size, 9) for size in (4, 8, 12))
     assert one.gradient == two.gradient and one.weights == two.weights
@@ -84,6 +84,7 @@ def test_only_the_candidates_get_a_gradient():
     assert all_of_it.phases["gradients"] - last.phases["gradients"] >= saved > 0
 
 
+@pytest.mark.slow
 def test_a_run_takes_no_more_than_was_estimated_and_is_within_the_bound():
     run = SCRIPT["forget"](SCRIPT["SMALL"], batch_size=4, words=9)
     assert run["status"] == "unlearned" and "vision_tower" in run["layer"]
@@ -92,6 +93,7 @@ def test_a_run_takes_no_more_than_was_estimated_and_is_within_the_bound():
     assert SCRIPT["problems"](run, Footprint(1, 1, {"gradients": 1}), card=2) == []
 
 
+@pytest.mark.slow
 def test_the_shape_of_llava_1_5_7b_fits_a_card_of_24_gb_in_fp16():
     found = SCRIPT["estimate"](SCRIPT["LARGE"], torch.float16, batch_size=1, words=64)
     assert found.weights == pytest.approx(2 * 7.06e9, rel=1e-3)
@@ -126,7 +128,7 @@ def test_a_model_in_two_places_is_refused():
         footprint(net, torch.ones(2, 4), lambda net, x: net(x).sum(), find_layers(net))
 
 
-@pytest.mark.parametrize("route", ["answers", "clip"])
+@pytest.mark.parametrize("route", ["answers", pytest.param("clip", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:You defined a `validation_step`")
 def test_a_vision_language_model_needs_two_gradients_and_one_batch(route):
     """At most 2.2 times the candidates in fp32, and what one bare pass over a batch takes: no gradient of the language model."""

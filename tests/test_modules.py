@@ -22,8 +22,6 @@ from slug_lightning.embedded import CLIP
 from slug_lightning.layers import Layer
 from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},

@@ -18,8 +18,6 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.output import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
 from slug_lightning.patch import at_once
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
 KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS, MODEL]
 
 

@@ -438,13 +438,22 @@ class Awkward(Classifier):
                 optimizer.step()
 
 
+ACCURACY = {"forget_metric": "val_acc", "forget_target": 1 / CLASSES, "retain_metric": "val_acc"}
 TRAINABLE = sorted(ZOO.keys() - {"overwriting", "read afterwards", "inferring", "caching", "passing"})
 """Autograd refuses the first three, and the others give no logits for every batch."""
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True", "ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("options", [{}, {"forget_metric": "val_acc", "forget_target": 1 / CLASSES, "retain_metric": "val_acc"}])
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(
+            name, options, marks=pytest.mark.slow if (number + turn) % 2 else (), id=f"{name}-{'accuracy' if turn else 'loss'}"
+        )
+        for number, name in enumerate(TRAINABLE)
+        for turn, options in enumerate([{}, ACCURACY])
+    ],
+)
 def test_layer_step_and_weights_are_the_same_with_and_without_replay(name, options):
     found = []
     for more in ({"replay": False}, {}, {"replay_budget": 1000}):

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from slug_lightning.patch import Edit, UnlearnPatch
 from slug_lightning.report import UnlearnReport
 
+pytestmark = pytest.mark.figures
+
 TRIALS = [("a.weight", 0.1, 0.8, None), ("a.weight", 0.2, 0.1, 0.89), ("b.weight", 0.2, 0.05, 0.5), ("b.weight", 0.1, 0.7, None)]
 
 
@@ -70,7 +72,7 @@ reports = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
 @pytest.mark.uncovered
 def test_json_gives_back_the_same_report(report, tmp_path_factory):

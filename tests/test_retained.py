@@ -279,7 +279,7 @@ def assert_refused(folder, match="is not used, and computed anew"):
     assert asked(RetainCache(folder))[1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), way=st.sampled_from(["cut", "flip", "grow"]))
 def test_a_file_cut_or_altered_anywhere_is_never_used(place, flip, way, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")

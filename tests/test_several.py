@@ -28,7 +28,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.sharded import whole
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 LIMIT = 60
 
@@ -87,7 +87,7 @@ def trains_on() -> tuple[str, dict[str, Tensor], dict[str, Tensor], int]:
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             seen.update(snapshot(pl_module))
 
-    ddp(forgetting, Look(), max_epochs=1).fit(model, loader(False), loader(False))
+    ddp(forgetting, Look(), max_epochs=1).fit(model, loader(False, batch_size=16), loader(False))
     assert forgetting.report is not None
     edited = trained()
     assert forgetting.report.patch is not None

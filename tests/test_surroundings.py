@@ -37,7 +37,7 @@ from slug_lightning.datamodules.overlap import samples_in
 from slug_lightning.datamodules.resolve import resolve_loaders
 from slug_lightning.modules import ClassifierModule
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 
 def callback(**options: Any) -> UnlearnCallback:
@@ -128,7 +128,7 @@ class Stream(IterableDataset):
 
 
 def test_a_share_of_a_stream_is_refused_and_a_number_is_not():
-    data = {"forget": DataLoader(Stream(True), batch_size=4), "retain": loader(False)}
+    data = {"forget": DataLoader(Stream(True), batch_size=4), "retain": loader(False, batch_size=16)}
     with pytest.raises(UnlearnError, match=r"Trainer\(limit_val_batches=0.5\): the length of the forget loader.*number of"):
         forgotten(callback(**data), limit_val_batches=0.5)
     forgetting = callback(**data)

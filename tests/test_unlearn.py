@@ -17,8 +17,6 @@ from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 
-pytestmark = pytest.mark.usefixtures("quick_figures")
-
 
 def callback(**options):
     return UnlearnCallback(**{"forget": loader(True), "retain": loader(False), **options})
@@ -224,7 +222,7 @@ def test_a_training_step_may_return_a_dict_or_none():
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 1 else {"loss": loss, "other": 1}
 
-    forgetting = callback()
+    forgetting = callback(forget=loader(True, batch_size=4), retain=loader(False, batch_size=16))
     fit(forgetting, trained(Moody))
     assert forgetting.report.status == "unlearned"
 

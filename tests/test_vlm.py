@@ -37,7 +37,7 @@ from slug_lightning.edits import same_bits
 from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.vlm.answers import names, normal
 
-pytestmark = [pytest.mark.usefixtures("quick_figures"), pytest.mark.uncovered]
+pytestmark = pytest.mark.uncovered
 
 FORGET, RETAIN = ["frog"], ["cat", "sea dog"]
 
@@ -79,6 +79,9 @@ class Forgotten(NamedTuple):
 
 
 ROUTES = [(family, "answers") for family in FAMILIES] + [(family, "clip") for family in WITH_CLIP]
+# Every kind of tower and both routes; the others as well are what takes minutes.
+QUICK = [("llava", "answers"), ("qwen2_vl", "answers"), ("idefics3", "clip")]
+RUNS = [pytest.param(route, marks=() if route in QUICK else pytest.mark.slow, id="-".join(route)) for route in ROUTES]
 
 
 def on_disk(family: Any, folder: Path) -> None:
@@ -94,7 +97,7 @@ def made(folder: Path, route: Any = "answers", **options: Any) -> VLMModule:
     return VLMModule(folder / "original", route=route, clip=clip, **options)
 
 
-@pytest.fixture(scope="module", params=ROUTES, ids="-".join)
+@pytest.fixture(scope="module", params=RUNS)
 def forgotten(request, tmp_path_factory) -> Forgotten:
     """A model from disk that has forgotten something."""
     family, route = request.param
@@ -255,7 +258,10 @@ def test_a_siglip_is_loaded_by_name_with_both_towers_and_texts_of_the_length_tha
 # ---- precision, choices, what is shown
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llava", "float16"), ("paligemma", "bfloat16"), ("qwen2_vl", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llava", "float16"), *(pytest.param(kind, "bfloat16", marks=pytest.mark.slow) for kind in ("paligemma", "qwen2_vl"))],
+)
 def test_a_model_in_half_precision_forgets_in_it(family, dtype, tmp_path):
     on_disk(family, tmp_path)
     module = made(tmp_path, dtype=dtype)
