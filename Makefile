@@ -1,4 +1,4 @@
-# The commands of the README, each with its set-up. Python 3.10 or newer and the package registry are all they need.
+# The commands of the README and of docs/, each with its set-up. Python 3.10 or newer and the package registry are all they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -44,7 +44,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)  ## of the installed wheel: from the root a type checker would see half the package
 	BIN=$(abspath $(BIN)) sh tests/check_types.sh
 
-figures: $(INSTALLED)  ## the pictures of the README, from a run of the demo
+figures: $(INSTALLED)  ## the pictures of the README and of docs/clip.md, from a run of the demo
 	$(BIN)/python benchmarks/readme_figures.py
 
 tensorboard: $(INSTALLED)

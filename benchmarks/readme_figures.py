@@ -1,4 +1,4 @@
-"""Copy the figures of a demo run to where the README shows them, and draw what the demo forgot.
+"""Copy the figures of a demo run to where the README and the pages under docs/ show them, and draw what the demo forgot.
 
 make demo && make figures
 

@@ -1,7 +1,6 @@
-"""What a user installs: the wheel from another folder, and every code block of the README."""
+"""What a user installs: the wheel from another folder."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -63,37 +62,3 @@ def test_data_and_weights_stay_small():
     assert (embedded / "clip" / "open_clip_model.safetensors").stat().st_size <= 15 * 2**20
     assert sum(p.stat().st_size for p in (embedded / "canvas").rglob("*") if p.is_file()) <= 25 * 2**20
     assert sum(p.stat().st_size for p in (embedded / "vlm").iterdir()) <= 25 * 2**20
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """All blocks, one after the other, as a reader would paste them."""
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for number, block in enumerate(blocks("python")):
-        exec(compile(block, f"README block {number}", "exec"), names)
-    assert names["callback"].report.status == "unlearned"
-
-
-def test_the_commands_of_the_readme_exist():
-    """Every file that a command names is there, every verb and target is known."""
-    text = "\n".join(blocks("sh"))
-    assert text
-    for path in re.findall(r"(?:configs|benchmarks)/[\w/.-]+", text):
-        assert (ROOT / path).exists(), path
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE)) <= targets
-    from slug_lightning.cli import main
-
-    for verb in set(re.findall(r"slug-lightning patch (\w+)", text)):
-        with pytest.raises(SystemExit, match="0"):
-            main(["patch", verb, "--help"])
-
-
-def test_pictures_of_the_readme_are_there():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).exists()
