@@ -13,8 +13,8 @@ WORDS, LENGTH, CLASSES = 24, 8, 4
 
 def sentences() -> TensorDataset:
     """Four classes of sentence: each goes round in six words of its own, so the next word is sure once it is known."""
-    start = torch.arange(6).repeat(CLASSES * 4)
-    kind = torch.arange(CLASSES).repeat_interleave(24)
+    start = torch.arange(6).repeat(CLASSES * 6)
+    kind = torch.arange(CLASSES).repeat_interleave(36)
     words = (start[:, None] + torch.arange(LENGTH + 1)) % 6 + 6 * kind[:, None]
     return TensorDataset(words[:, :-1].contiguous(), words[:, 1:].contiguous())
 
