@@ -12,6 +12,8 @@ from slug_lightning.datamodules.emoji import caption_of
 from slug_lightning.diffusion.pipelines import load_pipeline
 from slug_lightning.modules import EmbeddedCanvas
 
+pytestmark = pytest.mark.uncovered
+
 
 @pytest.fixture(scope="module")
 def canvas() -> EmbeddedCanvas:

@@ -12,6 +12,8 @@ from _forgetting import N
 from _tiny_lm import KEPT, PREFIX, RECITED, SUFFIX, UNSEEN, reciting, tokenizer
 from test_cli import run
 
+pytestmark = pytest.mark.uncovered
+
 
 @pytest.fixture
 def config(tmp_path):

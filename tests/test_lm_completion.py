@@ -15,6 +15,8 @@ from slug_lightning.lm.completion import complete, complete_every_prefix, comple
 from slug_lightning.lm.metrics import extraction_likelihood, memorization_accuracy
 from slug_lightning.lm.sequences import pad
 
+pytestmark = pytest.mark.uncovered
+
 VOCABULARY, LONGEST = 29, 24
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {**TINY, "num_key_value_heads": 1, "max_position_embeddings": LONGEST}

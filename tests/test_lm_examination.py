@@ -19,6 +19,8 @@ from slug_lightning.lm.sequences import pad
 from slug_lightning.progress import Progress
 from slug_lightning.strategies import Runner
 
+pytestmark = pytest.mark.uncovered
+
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 
 

@@ -17,6 +17,8 @@ from slug_lightning.lm.criteria import BleuBelow, ExtractionBelow, MemorizationB
 from slug_lightning.lm.losses import GradientAscent
 from slug_lightning.lm.refinement import Refinement
 
+pytestmark = pytest.mark.uncovered
+
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 NEVER = {MA: 0.0}
 """A bound that this model does not reach in so few epochs."""

@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from slug_lightning.loggers import STEP_SCALE, front_table, publish
 from slug_lightning.report import UnlearnReport
 
-pytestmark = pytest.mark.figures
+pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 
 TRIALS = [("a.weight", 0.4, 0.1, 0.5), ("a.weight", 0.1, 0.8, None), ("a.weight", 0.2, 0.3, 0.75), ("b.weight", 0.1, 0.25, 0.25)]
 

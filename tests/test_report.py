@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slug_lightning.patch import Edit, UnlearnPatch
 from slug_lightning.report import UnlearnReport
 
-pytestmark = pytest.mark.figures
+pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 
 TRIALS = [("a.weight", 0.1, 0.8, None), ("a.weight", 0.2, 0.1, 0.89), ("b.weight", 0.2, 0.05, 0.5), ("b.weight", 0.1, 0.7, None)]
 
@@ -74,7 +74,6 @@ reports = st.builds(
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
-@pytest.mark.uncovered
 def test_json_gives_back_the_same_report(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"
     report.to_json(path)

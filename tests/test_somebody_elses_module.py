@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from slug_lightning.callbacks import UnlearnCallback
 
+pytestmark = pytest.mark.uncovered
+
 WORDS, LENGTH, CLASSES = 24, 8, 4
 
 
