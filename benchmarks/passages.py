@@ -33,16 +33,16 @@ import torch
 
 from slug_lightning.callbacks import ICUCallback, UnlearnCallback
 from slug_lightning.datamodules import PassageDataModule, PythonDocsDataModule
-from slug_lightning.datamodules.texts import read_texts
+from slug_lightning.datamodules.text.reading import read_texts
 from slug_lightning.errors import UnlearnError
-from slug_lightning.layers import Granularity
 from slug_lightning.lm.completion import predictions
 from slug_lightning.lm.criteria import MemorizationBelow
-from slug_lightning.lm.examination import Examiner, means_of
 from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent, LMLoss, SimNPO
 from slug_lightning.lm.metrics import memorization_accuracy
 from slug_lightning.lm.sequences import pad
+from slug_lightning.methods.icu.examination import Examiner, means_of
 from slug_lightning.modules import CausalLMModule, EmbeddedLM
+from slug_lightning.tensors.layers import Granularity
 
 METHODS: dict[str, tuple[LMLoss, dict[str, Any], dict[str, Any]]] = {
     "ICU": (ICU(), {"pairing": "nearest"}, {}),
@@ -157,8 +157,8 @@ def weakened(module: CausalLMModule, data: PassageDataModule, original: dict[str
 
 def examiner_of(module: CausalLMModule, data: PassageDataModule) -> Examiner:
     """What measures for `ICUCallback`, without one."""
-    from slug_lightning.progress import Progress
-    from slug_lightning.strategies import Runner
+    from slug_lightning.distributed.strategy import Runner
+    from slug_lightning.utils.progress import Progress
 
     trainer = pl.Trainer(max_epochs=1, **QUIET)
     trainer.strategy.connect(module)

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from slug_lightning import UnlearnPatch, UnlearnReport
-from slug_lightning.clips import encode_image, encode_text
+from slug_lightning.clip.models import encode_image, encode_text
 from slug_lightning.datamodules import EmojiDataModule
-from slug_lightning.datamodules.canvas import canvas_drawings
-from slug_lightning.datamodules.emoji import load_drawings, render
+from slug_lightning.datamodules.demo.canvas import canvas_drawings
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import EmbeddedCanvas, EmbeddedClip
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -33,10 +33,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 
 from slug_lightning import RetainCache, UnlearnModule, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import CostMeter, flop_counter
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.emoji import emoji_pairs, load_drawings
+from slug_lightning.datamodules.demo.emoji import emoji_pairs
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import ClipModule, EmbeddedClip
+from slug_lightning.reports.cost import CostMeter, flop_counter
 
 BUDGET = 2**28
 """Bytes that replay may keep."""

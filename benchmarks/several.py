@@ -20,12 +20,12 @@ import torch
 from things import evaluation
 
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.clips import contrastive_loss, matching_loss
-from slug_lightning.cost import flop_counter
+from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.datamodules import EmojiDataModule
-from slug_lightning.datamodules.emoji import load_drawings
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import EmbeddedClip
-from slug_lightning.patch import same_bits
+from slug_lightning.reports.cost import flop_counter
+from slug_lightning.tensors.bits import same_bits
 
 MORE = 0.03
 """How much more may be lost of what is kept for the sake of a later request."""

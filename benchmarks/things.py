@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from slug_lightning import RetainCache, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import flop_counter
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.base import split_indices
-from slug_lightning.datamodules.emoji import Drawings, emoji_pairs, load_drawings
+from slug_lightning.datamodules.demo.emoji import emoji_pairs
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.modules import EmbeddedClip
+from slug_lightning.reports.cost import flop_counter
 
 RENDERINGS = {"train": 16, "val": 16, "test": 64}
 """Of each of a thing's five drawings, for gradient, search and report: as many as in configs/thing.yaml."""

@@ -29,11 +29,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from slug_lightning import UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import CanvasDataModule
-from slug_lightning.datamodules.canvas import canvas_drawings, canvas_render
-from slug_lightning.datamodules.emoji import caption_of
+from slug_lightning.datamodules.demo.canvas import canvas_drawings, canvas_render
+from slug_lightning.datamodules.demo.emoji import caption_of
 from slug_lightning.errors import UnlearnError
-from slug_lightning.metrics import ROUNDING
 from slug_lightning.modules import EmbeddedCanvas
+from slug_lightning.objective.metrics import ROUNDING
 
 STYLES = ["blob", "emojione", "firefox", "fluent", "noto"]
 TEN = ["airplane", "bicycle", "cat", "cherries", "crown", "elephant", "guitar", "octopus", "rocket", "strawberry"]

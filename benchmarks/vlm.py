@@ -27,13 +27,14 @@ import pandas
 import torch
 
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.clips import encode_image
+from slug_lightning.clip.models import encode_image
 from slug_lightning.datamodules import EmojiQuestionDataModule
-from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
-from slug_lightning.datamodules.emoji_questions import QUESTIONS, answer_of
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.demo.questions import QUESTIONS, answer_of
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
-from slug_lightning.metrics import ROUNDING
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
+from slug_lightning.objective.metrics import ROUNDING
 from slug_lightning.vlm.answers import names
 
 CONCEPTS = {

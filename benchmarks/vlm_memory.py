@@ -24,17 +24,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas
 import torch
+from footprint import Footprint, footprint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset, default_collate
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from slug_lightning import UnlearnModule
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import LiveTensors
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.layers import find_layers
-from slug_lightning.memory import Footprint, footprint
-from slug_lightning.strategies import only_differentiating
+from slug_lightning.distributed.strategy import only_differentiating
+from slug_lightning.reports.cost import LiveTensors
+from slug_lightning.tensors.layers import find_layers
 
 TOWER = "model.vision_tower.*"
 FACTOR = 2.2

@@ -11,16 +11,17 @@ from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
 
+from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.criteria import BleuBelow, Criterion
-from slug_lightning.lm.examination import Examiner, Finding, means_of
-from slug_lightning.lm.refinement import Refinement
-from slug_lightning.lm.report import PassagesReport, samples_table
+from slug_lightning.methods.icu.examination import Examiner, Finding, means_of
+from slug_lightning.methods.icu.refinement import Refinement
 from slug_lightning.modules.causal_lm import CausalLMModule
-from slug_lightning.output import fresh_folder, save_passages
-from slug_lightning.progress import Progress
-from slug_lightning.strategies import Runner, refuse_unsupported
-from slug_lightning.surroundings import folder_of, refuse_surroundings
+from slug_lightning.reports.passages import PassagesReport, samples_table
+from slug_lightning.reports.run_files import fresh_folder
+from slug_lightning.trainer.checks import folder_of, refuse_surroundings
+from slug_lightning.trainer.run_folder import save_passages
+from slug_lightning.utils.progress import Progress
 
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 Below = Union[float, Literal["unseen"]]

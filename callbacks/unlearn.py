@@ -9,27 +9,28 @@ from typing import Any, Literal, Optional, Union
 import lightning.pytorch as pl
 import torch
 
-from slug_lightning.callbacks.run import AnyReport, Run
-from slug_lightning.datamodules.loaders import UnlearnLoaders, as_trainer_limits
-from slug_lightning.datamodules.names import concept_of
-from slug_lightning.datamodules.resolve import resolve_loaders
-from slug_lightning.earlier import Earlier, digest_of_edited
+from slug_lightning.datamodules.sources.loaders import UnlearnLoaders, as_trainer_limits
+from slug_lightning.datamodules.sources.names import concept_of
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
-from slug_lightning.joint_report import JointReport, report_from_dict
-from slug_lightning.layers import Granularity, plain_parameters
-from slug_lightning.loggers import publish
-from slug_lightning.mailbox import Mailbox
+from slug_lightning.methods.slug.pipeline import Run
 from slug_lightning.modules.base import own_model
-from slug_lightning.objective import Objective, refuse_unusable_steps
-from slug_lightning.output import fresh_folder, save_run
-from slug_lightning.patch import digest_of
-from slug_lightning.processes import Processes
-from slug_lightning.progress import Progress
-from slug_lightning.retained import RetainCache
-from slug_lightning.sharded import local, write_local
-from slug_lightning.steps import untouched
-from slug_lightning.strategies import Runner, refuse_unsupported
-from slug_lightning.surroundings import folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.objective import Objective, refuse_unusable_steps
+from slug_lightning.objective.retain_cache import RetainCache
+from slug_lightning.reports.loggers import publish
+from slug_lightning.reports.run_files import fresh_folder
+from slug_lightning.reports.several import AnyReport, JointReport, report_from_dict
+from slug_lightning.tensors.bits import digest_of
+from slug_lightning.tensors.dtensor import local, write_local
+from slug_lightning.tensors.layers import Granularity, plain_parameters
+from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.trainer.previous_run import Earlier, digest_of_edited
+from slug_lightning.trainer.report_transfer import Mailbox
+from slug_lightning.trainer.run_folder import save_run
+from slug_lightning.utils.progress import Progress
 
 
 class UnlearnCallback(pl.Callback):
@@ -48,14 +49,14 @@ class UnlearnCallback(pl.Callback):
             each, as if each were asked for alone; then the sum of all is measured, and searched again where it fails.
         retain: what to keep, likewise.
         layers: shell-style pattern, or list of patterns, of the tensors that may be edited: matrices and kernels that are
-            not frozen, and whatever else is named (see `slug_lightning.layers.find_layers`).
+            not frozen, and whatever else is named (see `slug_lightning.tensors.layers.find_layers`).
         granularity: what one edit covers: "tensor", "module" (the tensors of one submodule) or "siblings" (those of
             submodules with the same parent, such as q, k and v).
         forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
             Default: the module's own `forget_metric`, else the loss.
         forget_target: value at which the metric counts as forgotten: an accuracy at or below it, a loss at or above
             it. Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
-            less likely data (see `slug_lightning.metrics.Metric.default_target`). The report states it.
+            less likely data (see `slug_lightning.objective.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must be kept. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose: absolute for an accuracy, relative for a loss.
         max_evaluations: most evaluations for each layer on the front; and of several concepts, how often steps are changed
@@ -71,7 +72,7 @@ class UnlearnCallback(pl.Callback):
             (an infeasible run stops all the same).
         output_dir: folder for report, patch, checkpoint, weights and figures; if it holds a run already, a numbered
             one beside it. Default: the logger's folder; without a logger, or with fast_dev_run, nothing is written.
-        replay: whether evaluations of an edit compute only what the edit can change (`slug_lightning.replay`). The
+        replay: whether evaluations of an edit compute only what the edit can change (`slug_lightning.objective.replay`). The
             outcome is the same, bit for bit, without it.
         replay_budget: bytes that the outputs kept for that may take, on the device and again on the host. Default: a
             quarter of what is free when the search starts. A small budget makes the search slower.

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slug_lightning.errors import UnlearnError
     from slug_lightning.modules.base import UnlearnModule
-    from slug_lightning.patch import PatchError, UnlearnPatch
-    from slug_lightning.report import UnlearnReport
-    from slug_lightning.retained import RetainCache
+    from slug_lightning.objective.retain_cache import RetainCache
+    from slug_lightning.patches.edit import PatchError
+    from slug_lightning.patches.patch import UnlearnPatch
+    from slug_lightning.reports.single import UnlearnReport
 
 __all__ = ["PatchError", "RetainCache", "UnlearnError", "UnlearnModule", "UnlearnPatch", "UnlearnReport"]
 
 HOMES = {
-    "PatchError": "patch",
-    "RetainCache": "retained",
+    "PatchError": "patches.edit",
+    "RetainCache": "objective.retain_cache",
     "UnlearnError": "errors",
     "UnlearnModule": "modules.base",
-    "UnlearnPatch": "patch",
-    "UnlearnReport": "report",
+    "UnlearnPatch": "patches.patch",
+    "UnlearnReport": "reports.single",
 }
 
 

@@ -1,7 +1,4 @@
-"""The one exception for what a user can mend, and the import of what they may have to install."""
-
-import importlib
-from typing import Any
+"""The one exception for what a user can mend."""
 
 
 class UnlearnError(ValueError):
@@ -13,15 +10,3 @@ class UnlearnError(ValueError):
         ...
         slug_lightning.errors.UnlearnError: forget: the set is empty; give at least three samples
     """
-
-
-def needed(name: str, extra: str) -> Any:
-    """Import a module of one of the package's extras, or say how to install it.
-
-    Raises:
-        UnlearnError: if it cannot be imported.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnlearnError(f'{name} cannot be imported ({error}); pip install "slug-lightning[{extra}]"') from error

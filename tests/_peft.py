@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from slug_lightning.pretrained import peft_refusal
+from slug_lightning.utils.pretrained import peft_refusal
 
 
 def add_adapter(model: Any, config: Any, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slug_lightning.processes import Processes
+from slug_lightning.distributed.processes import Processes
 
 
 class _Waiting(BaseException):

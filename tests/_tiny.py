@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from slug_lightning.gradients import Backward
-from slug_lightning.processes import Processes
-from slug_lightning.strategies import only_differentiating
-from slug_lightning.turns import Turn, take_turns
+from slug_lightning.distributed.backward import Backward
+from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.distributed.strategy import only_differentiating
 
 CLASSES = 4
 FORGET = 2
@@ -69,7 +69,7 @@ class Classifier(pl.LightningModule):
 
 
 class PlainRunner:
-    """Takes batches as they come: the place of `slug_lightning.strategies.Runner`, without a trainer."""
+    """Takes batches as they come: the place of `slug_lightning.distributed.strategy.Runner`, without a trainer."""
 
     def __init__(self, processes: Processes | None = None, precision: str = "32-true") -> None:
         self.processes = processes or Processes()

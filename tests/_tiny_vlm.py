@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slug_lightning.clips import contrastive_loss, matching_loss
+from slug_lightning.clip.models import contrastive_loss, matching_loss
 
 Family = Literal["llava", "llava_next", "idefics3", "paligemma", "qwen2_vl"]
 FAMILIES: tuple[Family, ...] = ("llava", "llava_next", "idefics3", "paligemma", "qwen2_vl")

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from _tiny import PlainRunner
-from slug_lightning.bench import Bench
-from slug_lightning.joint import Joint
-from slug_lightning.layers import find_layers
-from slug_lightning.objective import Objective
-from slug_lightning.progress import Progress
-from slug_lightning.request import ALTERNATIVES, Request, Wanted
+from slug_lightning.methods.slug.concept import ALTERNATIVES, Request, Wanted
+from slug_lightning.methods.slug.several import Joint
+from slug_lightning.objective.objective import Objective
+from slug_lightning.patches.temporary import Bench
+from slug_lightning.tensors.layers import find_layers
+from slug_lightning.utils.progress import Progress
 
 KEEPING = -1
 TOLERANCE = 0.25

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor, nn
 
 from slug_lightning import PatchError, UnlearnPatch
-from slug_lightning.applied import History, held_by
-from slug_lightning.patch import Edit
-from slug_lightning.sharded import whole
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.state import History, held_by
+from slug_lightning.tensors.dtensor import whole
 
 DTYPES = {"wide": torch.float32, "brain": torch.bfloat16, "short": torch.float16, "pair.weight": torch.bfloat16}
 strengths = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0, 3.0, 1e-9, 0.1])
@@ -502,7 +502,7 @@ def composed_on_shards(count: int) -> list[Any]:
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from slug_lightning.sharded import shard
+    from slug_lightning.tensors.dtensor import shard
 
     dist.init_process_group("gloo")
     net = model()

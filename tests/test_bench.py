@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.bench import Bench, Move
-from slug_lightning.edits import Edit, edited, same_bits
-from slug_lightning.layers import Layer
-from slug_lightning.patch import UnlearnPatch
+from slug_lightning.patches.edit import Edit, edited
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.layers import Layer
 
 
 class Failure(Exception):

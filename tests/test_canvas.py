@@ -7,8 +7,8 @@ import torch
 from test_cli import run
 
 from slug_lightning import UnlearnReport
-from slug_lightning.datamodules.canvas import canvas_drawings, canvas_render
-from slug_lightning.datamodules.emoji import caption_of
+from slug_lightning.datamodules.demo.canvas import canvas_drawings, canvas_render
+from slug_lightning.datamodules.demo.emoji import caption_of
 from slug_lightning.diffusion.pipelines import load_pipeline
 from slug_lightning.modules import EmbeddedCanvas
 

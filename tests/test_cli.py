@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from _tiny import changed, snapshot, trained
 from slug_lightning import UnlearnPatch
-from slug_lightning.cli import main
-from slug_lightning.output import PATCH
-from slug_lightning.patch import Edit
+from slug_lightning.cli.main import main
+from slug_lightning.patches.edit import Edit
+from slug_lightning.reports.run_files import PATCH
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # test_cluster.py, test_icu_cli.py, test_diffusion_cli.py and test_embedded_vlm.py run the others
@@ -42,7 +42,8 @@ def test_help_answers(verb, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from slug_lightning.cli import main\ntry: main(['patch', 'apply', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from slug_lightning.cli.main import main\n"
+    code += "try: main(['patch', 'apply', '--help'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'lightning' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("False False")

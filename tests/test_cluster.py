@@ -17,9 +17,9 @@ import yaml
 from _processes import in_processes
 from safetensors.torch import load_file
 
-import slug_lightning.lightning_cli  # noqa: F401 (here, not in each process)
+import slug_lightning.cli.lightning  # noqa: F401 (here, not in each process)
 from slug_lightning import UnlearnPatch
-from slug_lightning.cli import main
+from slug_lightning.cli.main import main
 
 pytestmark = pytest.mark.uncovered
 

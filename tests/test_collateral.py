@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from _worlds import Table, objective_of, searched, steps_of
 
-from slug_lightning import collateral as collateral_module
-from slug_lightning.bench import Bench
-from slug_lightning.collateral import collateral, strength_curves
-from slug_lightning.progress import Progress
+from slug_lightning.methods.slug import cross_effects as collateral_module
+from slug_lightning.methods.slug.cross_effects import collateral, strength_curves
+from slug_lightning.patches.temporary import Bench
+from slug_lightning.utils.progress import Progress
 
 
 def share(concept, steps):

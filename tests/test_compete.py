@@ -15,15 +15,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from _tiny import PlainRunner, blobs, changed, loader, snapshot, trained
-from slug_lightning.compete import Competition, _first_step, recorded, smallest_step
-from slug_lightning.layers import Layer, find_layers
-from slug_lightning.metrics import damage
-from slug_lightning.objective import LOSS, Objective
-from slug_lightning.patch import same_bits
-from slug_lightning.progress import Progress
-from slug_lightning.replay import Replay
-from slug_lightning.scores import Score, score_layers
-from slug_lightning.search import START, Trial, best_trial
+from slug_lightning.methods.slug.candidates import Score, score_layers
+from slug_lightning.methods.slug.layer_search import Competition, _first_step, recorded, smallest_step
+from slug_lightning.methods.slug.step_search import START, Trial, best_trial
+from slug_lightning.objective.metrics import damage
+from slug_lightning.objective.objective import LOSS, Objective
+from slug_lightning.objective.replay.replay import Replay
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.layers import Layer, find_layers
+from slug_lightning.utils.progress import Progress
 
 FORGETTING, KEEPING = 0, 1
 TOLERANCE = 0.25

@@ -21,18 +21,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import slug_lightning.callbacks.run as run
+import slug_lightning.methods.slug.pipeline as run
 from _tiny import blobs, changed, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.collateral import MOST
-from slug_lightning.datamodules.names import file_name
-from slug_lightning.datamodules.resolve import resolve_loaders
-from slug_lightning.joint_report import JointReport, report_from_json
-from slug_lightning.objective import Objective
-from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
-from slug_lightning.patch import same_bits
-from slug_lightning.request import ALTERNATIVES
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.methods.slug.concept import ALTERNATIVES
+from slug_lightning.methods.slug.cross_effects import MOST
+from slug_lightning.objective.objective import Objective
+from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
+from slug_lightning.reports.several import JointReport, report_from_json
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.utils.names import file_name
 
 pytestmark = pytest.mark.uncovered
 

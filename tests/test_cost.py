@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.cost import UNAVOIDABLE, CostMeter, flop_counter
+from slug_lightning.reports.cost import UNAVOIDABLE, CostMeter, flop_counter
 
 FLOAT = 4
 lengths = st.integers(1, 50)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from slug_lightning.datamodules.active import ActiveSampler
+from slug_lightning.datamodules.text.active import ActiveSampler
 
 COUNT = 60
 SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -19,9 +19,10 @@ from torch.utils.data import (
 )
 
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices, three_parts
-from slug_lightning.datamodules.loaders import SPLITS, Chained, UnlearnLoaders
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS, Chained
 
 FORGET, RETAIN = range(24), range(100, 140)
 

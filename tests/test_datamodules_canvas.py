@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from slug_lightning.datamodules import canvas
-from slug_lightning.datamodules.canvas import AMOUNT, THINGS, CanvasDataModule, canvas_drawings
-from slug_lightning.datamodules.emoji import render
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.demo import canvas
+from slug_lightning.datamodules.demo.canvas import AMOUNT, THINGS, CanvasDataModule, canvas_drawings
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS
 
 STYLES = ["blob", "emojione", "firefox", "fluent", "noto"]
 PROMPTS = {f"{thing} in {style} style": (style, thing) for thing in THINGS for style in STYLES}

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from slug_lightning.cli import main
-from slug_lightning.datamodules.collect import collect
-from slug_lightning.datamodules.image_text import ImageTextDataModule
-from slug_lightning.datamodules.loaders import SPLITS
+from slug_lightning.cli.main import main
+from slug_lightning.datamodules.image_text.collect import collect
+from slug_lightning.datamodules.image_text.image_text import ImageTextDataModule
 from slug_lightning.embedded import SHARD
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS
 
 TOOLS = {"transform": lambda image: torch.zeros(3, 2, 2), "tokenize": list}
 

@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from slug_lightning.datamodules.concept import ConceptDataModule
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS
 
 LABELS = [i % 5 for i in range(40)]
 

@@ -11,12 +11,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from slug_lightning.datamodules import EmojiDataModule, emoji
-from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules import EmojiDataModule
+from slug_lightning.datamodules.demo import emoji
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.embedded import CLIP
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS
 
 COLUMNS = ("image", "text", "thing", "style")
 

@@ -11,13 +11,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from slug_lightning.datamodules import emoji_questions
-from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
-from slug_lightning.datamodules.emoji_questions import QUESTIONS, EmojiQuestionDataModule, answer_of, side_by_side
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.demo import questions as emoji_questions
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.demo.questions import QUESTIONS, EmojiQuestionDataModule, answer_of, side_by_side
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
-from slug_lightning.steps import batch_samples
+from slug_lightning.objective.batch_utils import batch_samples
+from slug_lightning.utils.loaders import SPLITS
 
 WHOLE = load_drawings()
 KIND = {question: kind for kind, questions in QUESTIONS.items() for question in questions}

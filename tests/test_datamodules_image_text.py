@@ -16,12 +16,12 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from slug_lightning.datamodules import image_text, pairs
-from slug_lightning.datamodules.image_text import ImageTextDataModule, clip_preprocessing
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.pairs import ImageTextFolder, ImageTextPairs, ImageTextShards, Pair
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.image_text import image_text, pairs
+from slug_lightning.datamodules.image_text.image_text import ImageTextDataModule, clip_preprocessing
+from slug_lightning.datamodules.image_text.pairs import ImageTextFolder, ImageTextPairs, ImageTextShards, Pair
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import SPLITS
 
 CAPTIONS = [
     "a cat",

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.datamodules import pairing
-from slug_lightning.datamodules.pairing import near_duplicates, pair
+from slug_lightning.datamodules.text import pairing
+from slug_lightning.datamodules.text.pairing import near_duplicates, pair
 from slug_lightning.errors import UnlearnError
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe") for b in ("ra", "so", "ti", "vu")]

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from slug_lightning import embedded
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.passages import REFUSALS, PassageDataModule
-from slug_lightning.datamodules.python_docs import PythonDocsDataModule
-from slug_lightning.datamodules.resolve import resolve_loaders
-from slug_lightning.datamodules.texts import read_texts
+from slug_lightning.datamodules.demo.python_docs import PythonDocsDataModule
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.datamodules.text.passages import REFUSALS, PassageDataModule
+from slug_lightning.datamodules.text.reading import read_texts
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import counted
+from slug_lightning.utils.loaders import SPLITS
 
 WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "nu") for b in ("ra", "so", "ti", "vu") for c in ("b", "d", "g", "")]
 LENGTH = 8

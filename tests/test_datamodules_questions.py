@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from slug_lightning.datamodules import questions
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.questions import VisualQuestionDataModule, read_questions
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.image_text import questions
+from slug_lightning.datamodules.image_text.questions import VisualQuestionDataModule, read_questions
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
-from slug_lightning.steps import batch_samples
+from slug_lightning.objective.batch_utils import batch_samples
+from slug_lightning.utils.loaders import SPLITS
 
 
 def written(folder: Path, name: str, lines: list, pictures: bool = True) -> str:

@@ -15,13 +15,19 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from slug_lightning.datamodules import text_to_image
 from slug_lightning.datamodules.base import split_indices
-from slug_lightning.datamodules.loaders import SPLITS
-from slug_lightning.datamodules.resolve import resolve_loaders
-from slug_lightning.datamodules.text_to_image import BLOCK, Prompts, TextToImageDataModule, noise_seeds, picture_transform
+from slug_lightning.datamodules.image_text import text_to_image
+from slug_lightning.datamodules.image_text.text_to_image import (
+    BLOCK,
+    Prompts,
+    TextToImageDataModule,
+    noise_seeds,
+    picture_transform,
+)
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.diffusion import DiffusionModule
+from slug_lightning.utils.loaders import SPLITS
 
 THINGS = ["truck", "cat", "dog", "fire truck", "owl"]
 STYLES = ["noto", "blob"]

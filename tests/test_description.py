@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import BinaryAccuracy
 
-from slug_lightning.description import digest_of_module
 from slug_lightning.modules import ClassifierModule, UnlearnModule
 from slug_lightning.modules.clip import EmbeddedClip
+from slug_lightning.objective.module_digest import digest_of_module
 
 KNOWN = """
 import functools

@@ -8,9 +8,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.clips import encode_image, encode_text, to_hugging_face
-from slug_lightning.dialects import translations
-from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited, same_bits
+from slug_lightning.clip.models import encode_image, encode_text, to_hugging_face
+from slug_lightning.patches.clip_names import translations
+from slug_lightning.patches.edit import Edit, PatchError, edited
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.tensors.bits import same_bits
 
 pytestmark = pytest.mark.uncovered
 

@@ -18,12 +18,12 @@ from _tiny import trainer
 from slug_lightning import UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.text_to_image import Prompts
-from slug_lightning.diffusion.parts import parts_of
+from slug_lightning.datamodules.image_text.text_to_image import Prompts
 from slug_lightning.diffusion.pipelines import draw
-from slug_lightning.edits import same_bits
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.diffusion import DiffusionModule
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.utils.model_parts import parts_of
 
 # The models of a pipeline are in evaluation mode from the start, as diffusers loads them.
 pytestmark = [

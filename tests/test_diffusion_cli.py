@@ -17,10 +17,10 @@ from PIL import Image
 from test_cli import run
 
 from slug_lightning import UnlearnPatch
-from slug_lightning.datamodules.text_to_image import noise_seeds
-from slug_lightning.diffusion.parts import parts_of
-from slug_lightning.edits import same_bits
+from slug_lightning.datamodules.image_text.text_to_image import noise_seeds
 from slug_lightning.modules.diffusion import DiffusionModule
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.utils.model_parts import parts_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "stable_diffusion.yaml"
 

@@ -26,8 +26,8 @@ from slug_lightning import UnlearnError
 from slug_lightning.diffusion.judges import NamedClassifier, make_judges
 from slug_lightning.diffusion.pipelines import draw
 from slug_lightning.diffusion.towers import OPENAI
-from slug_lightning.gallery import MOST
 from slug_lightning.modules.diffusion import DiffusionModule
+from slug_lightning.objective.samples import MOST
 
 TEXTS = ["cat in blob style", "dog in noto style", "frog", "a rose"]
 SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler]

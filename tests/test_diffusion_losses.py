@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 from slug_lightning.diffusion.losses import Denoising, latents_of
 from slug_lightning.diffusion.pipelines import native_size, read_prompts, resized
 from slug_lightning.diffusion.towers import OPENAI, Towers
-from slug_lightning.edits import Edit, same_bits
 from slug_lightning.modules.diffusion import DiffusionModule
-from slug_lightning.patch import UnlearnPatch
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.tensors.bits import same_bits
 
 TEXTS = ["cat in blob style", "dog in noto style", "frog"]
 KINDS = ("sd1", "sd2", "sdxl")

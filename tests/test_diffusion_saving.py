@@ -10,9 +10,11 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from slug_lightning.diffusion.parts import parts_of
 from slug_lightning.diffusion.saving import save_pipeline
-from slug_lightning.patch import Edit, UnlearnPatch, same_bits
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.utils.model_parts import parts_of
 
 
 def tensors_of(pipeline) -> dict[str, torch.Tensor]:

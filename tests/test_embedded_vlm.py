@@ -8,9 +8,10 @@ from test_cli import run
 from transformers import AutoModelForImageTextToText
 
 from slug_lightning import UnlearnPatch, UnlearnReport
-from slug_lightning.datamodules.emoji import load_drawings, render
-from slug_lightning.datamodules.emoji_questions import QUESTIONS, answer_of
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.demo.questions import QUESTIONS, answer_of
 from slug_lightning.embedded import VLM
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
 from slug_lightning.vlm.towers import SourceClip
 

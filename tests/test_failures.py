@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
-import slug_lightning.output as output
-import slug_lightning.patch as patch
+import slug_lightning.patches.patch as patch
+import slug_lightning.trainer.run_folder as output
 from _tiny import Classifier, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnModule, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import CostMeter
-from slug_lightning.objective import Objective
-from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
-from slug_lightning.patch import same_bits
-from slug_lightning.sharded import local, placed, whole
+from slug_lightning.objective.objective import Objective
+from slug_lightning.reports.cost import CostMeter
+from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.dtensor import local, placed, whole
 
 pytestmark = pytest.mark.uncovered
 

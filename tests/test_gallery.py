@@ -20,9 +20,9 @@ from _tiny import Classifier, PlainRunner, fit, loader, part, trained, trainer
 from slug_lightning import UnlearnError
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import ConceptDataModule, UnlearnDataModule
-from slug_lightning.datamodules.resolve import resolve_loaders
-from slug_lightning.gallery import Gallery, before_and_after
-from slug_lightning.steps import same_draws
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.objective.samples import Gallery, before_and_after
+from slug_lightning.utils.random import same_draws
 
 pytestmark = pytest.mark.figures
 

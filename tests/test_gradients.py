@@ -19,12 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from slug_lightning import gradients
-from slug_lightning.cost import CostMeter
+from slug_lightning.distributed.backward import DATA, Backward
+from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.processes import Processes
-from slug_lightning.sharded import shard, whole_like
-from slug_lightning.turns import Turn, take_turns
+from slug_lightning.objective import gradients
+from slug_lightning.reports.cost import CostMeter
+from slug_lightning.tensors.dtensor import shard, whole_like
 
 SAMPLES = 12
 
@@ -298,7 +299,7 @@ class Half(torch.autograd.Function):
 
 def scaled(scale=2.0**16, processes=None, averages=1, interval=2000):
     scaler = GradScaler("cpu", init_scale=scale, growth_interval=interval)
-    return gradients.Backward(processes, scaler, averages)
+    return Backward(processes, scaler, averages)
 
 
 class ThroughHalf:
@@ -440,7 +441,7 @@ def test_however_many_processes_share_the_batches_it_is_one_gradient(cuts, share
 
     def run(processes):
         scaler = None if scale is None else GradScaler("cpu", init_scale=scale)
-        backward = gradients.Backward(processes, scaler)
+        backward = Backward(processes, scaler)
         found = gradients.mean_gradient(mse_of(w), take_turns(batches, processes), {"w": w}, backward=backward)
         return found, processes.sums
 
@@ -456,7 +457,7 @@ def test_sets_without_losses_and_without_batches_are_told_apart_by_all_processes
 
     def run(batches, loss):
         def one(processes):
-            backward = gradients.Backward(processes)
+            backward = Backward(processes)
             return gradients.mean_gradient(lambda x, _: (loss, 1), take_turns(batches, processes), {"w": w}, backward=backward)
 
         return [str(error) for error in simulate(2, one)]
@@ -469,7 +470,7 @@ def test_a_loss_that_is_not_finite_in_a_stand_in_is_nobodys_concern():
     w = torch.ones(1, requires_grad=True)
 
     def run(processes):
-        backward = gradients.Backward(processes)
+        backward = Backward(processes)
         turns = [Turn(0, 2.0, processes.share == 0), Turn(2, 4.0 if processes.share == 0 else torch.inf, processes.share == 0)]
         return gradients.mean_gradient(lambda x, _: ((w * x).sum(), 1), turns, {"w": w}, backward=backward).tensors["w"].item()
 
@@ -499,7 +500,7 @@ def by_ddp(batch_size):
     all_reduce, dist.all_reduce = dist.all_reduce, lambda tensor, **how: (calls.append(tensor.dtype), all_reduce(tensor, **how))
     net = Net()
     turns = take_turns(DataLoader(data(), batch_size=batch_size), processes)
-    backward = gradients.Backward(processes)
+    backward = Backward(processes)
     found = gradients.mean_gradient(lambda x, _: (net(x), len(x)), turns, dict(net.named_parameters()), backward=backward)
     return found, calls
 
@@ -545,12 +546,12 @@ def rows(sizes):
 def by_fsdp(sizes, half):
     dist.init_process_group("gloo")
     count = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (count,), mesh_dim_names=(gradients.DATA,))
+    mesh = init_device_mesh("cpu", (count,), mesh_dim_names=(DATA,))
     net = Block()
     shard(net, mesh)
     processes = Processes(dist.get_rank(), count, mesh.get_group(), in_step=True)
     scaler = GradScaler("cpu", init_scale=2.0**17) if half else None
-    backward = gradients.Backward(processes, scaler, averages=count)
+    backward = Backward(processes, scaler, averages=count)
     parameters = dict(net.named_parameters())
     runs = []
 
@@ -585,7 +586,7 @@ def test_a_sharded_model_refuses_a_step_without_a_loss():
     w = torch.ones(1, requires_grad=True)
 
     def run(processes):
-        backward = gradients.Backward(processes, averages=2)
+        backward = Backward(processes, averages=2)
         return gradients.mean_gradient(lambda x, _: (None, 1), take_turns([1, 2], processes), {"w": w}, backward=backward)
 
     assert all("a sharded model must run every batch" in str(error) for error in simulate(2, run, in_step=True))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slug_lightning.datamodules.base import split_indices
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.criteria import ProbabilityBelow
-from slug_lightning.lm.report import PassagesReport
+from slug_lightning.reports.passages import PassagesReport
 
 # Lightning asks for the callbacks that have saved the checkpoint.
 pytestmark = [

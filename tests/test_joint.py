@@ -10,8 +10,8 @@ from _worlds import Table, joint_of, objective_of, searched, steps_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.bench import Bench
-from slug_lightning.joint import AFTER_LEAVING_OUT, GENTLY, GROW, SEARCHES, SHRINK
+from slug_lightning.methods.slug.several import AFTER_LEAVING_OUT, GENTLY, GROW, SEARCHES, SHRINK
+from slug_lightning.patches.temporary import Bench
 
 
 def alone(concept, steps):

@@ -9,9 +9,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_loggers import a_report, an_infeasible_report
 
-from slug_lightning.joint_report import JointReport, report_from_dict, report_from_json
-from slug_lightning.loggers import publish
-from slug_lightning.report import SHOWN, UnlearnReport
+from slug_lightning.reports.loggers import publish
+from slug_lightning.reports.several import JointReport, report_from_dict, report_from_json
+from slug_lightning.reports.single import SHOWN, UnlearnReport
 
 pytestmark = pytest.mark.figures
 

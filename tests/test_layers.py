@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.layers import find_layers
+from slug_lightning.tensors.layers import find_layers
 
 
 class Attention(nn.Module):

@@ -13,11 +13,11 @@ from _processes import Ended, in_processes
 from _tiny_lm import KEPT, PREFIX, RECITED, UNSEEN, reciting, rows
 from lightning.pytorch.callbacks import Callback
 
+from slug_lightning.distributed.strategy import Runner
 from slug_lightning.lm.criteria import BleuBelow, MemorizationBelow, ProbabilityBelow
-from slug_lightning.lm.examination import MEANS, Examiner, means_of
 from slug_lightning.lm.sequences import pad
-from slug_lightning.progress import Progress
-from slug_lightning.strategies import Runner
+from slug_lightning.methods.icu.examination import MEANS, Examiner, means_of
+from slug_lightning.utils.progress import Progress
 
 pytestmark = pytest.mark.uncovered
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from slug_lightning import UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
-from slug_lightning.layers import find_layers
 from slug_lightning.lm.sequences import pad
+from slug_lightning.tensors.layers import find_layers
 
 pytestmark = pytest.mark.uncovered
 

@@ -23,7 +23,7 @@ from slug_lightning.lm.losses import DPO, ICU, log_likelihood, sequence_kl
 from slug_lightning.lm.original import logits_of, weights_digest
 from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, TopK
 from slug_lightning.lm.sequences import pad
-from slug_lightning.sharded import shard
+from slug_lightning.tensors.dtensor import shard
 
 V = 80
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.lm.report import PassagesReport, samples_table
+from slug_lightning.reports.passages import PassagesReport, samples_table
 
 pytestmark = pytest.mark.figures
 

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from slug_lightning.loggers import STEP_SCALE, front_table, publish
-from slug_lightning.report import UnlearnReport
+from slug_lightning.reports.loggers import STEP_SCALE, front_table, publish
+from slug_lightning.reports.single import UnlearnReport
 
 pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 

@@ -15,10 +15,11 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from _tiny import changed, fit, loader, snapshot, trained, trainer
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.mailbox import Mailbox
-from slug_lightning.output import REPORT
-from slug_lightning.patch import Edit, UnlearnPatch
-from slug_lightning.report import UnlearnReport
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.run_files import REPORT
+from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.trainer.report_transfer import Mailbox
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,11 @@ from torch.utils.data import Subset, TensorDataset
 from _tiny import trainer
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.emoji import emoji_pairs, load_drawings
+from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded import CLIP
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import ClipModule
-from slug_lightning.sharded import shard, whole
+from slug_lightning.tensors.dtensor import shard, whole
 
 ALONE = ("one device", 1)
 WAYS = [("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)]

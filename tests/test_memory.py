@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from torch.utils.data import default_collate
 from _tiny import trainer
 from slug_lightning import UnlearnError
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.cost import LiveTensors
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.questions import Question, Questions, question_batch
-from slug_lightning.layers import find_layers
-from slug_lightning.memory import Footprint, footprint
+from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
+from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.modules import EmbeddedVLM
-from slug_lightning.strategies import only_differentiating
+from slug_lightning.reports.cost import LiveTensors
+from slug_lightning.tensors.layers import find_layers
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from footprint import Footprint, footprint
 
 pytestmark = pytest.mark.uncovered
 

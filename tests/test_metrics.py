@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.metrics import Metric, damage, describe_metric
+from slug_lightning.objective.metrics import Metric, damage, describe_metric
 
 accuracy, loss = Metric("acc", True, chance=0.1), Metric("loss", False)
 values = st.floats(0.01, 100)

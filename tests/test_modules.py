@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader
 
 from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
-from slug_lightning.bench import Bench, Move
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.clips import encode_image, encode_text, to_hugging_face
+from slug_lightning.clip.models import encode_image, encode_text, to_hugging_face
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
-from slug_lightning.datamodules.emoji import load_drawings, render
+from slug_lightning.datamodules.demo.emoji import render
 from slug_lightning.embedded import CLIP
-from slug_lightning.layers import Layer
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
+from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.tensors.layers import Layer
 
 TINY = {
     "embed_dim": 16,

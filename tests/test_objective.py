@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
 from _tiny import FORGET, PlainRunner, blobs, loader, trained
+from slug_lightning.distributed.batch_sharding import take_turns
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective import Objective
-from slug_lightning.processes import Processes
-from slug_lightning.steps import LogReader, untouched
-from slug_lightning.strategies import only_differentiating
-from slug_lightning.turns import take_turns
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.log_capture import LogReader
+from slug_lightning.objective.objective import Objective
 
 
 class Failure(Exception):

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from _tiny import Classifier, changed, fit, loader, snapshot, trained
-from slug_lightning import output
-from slug_lightning import patch as patch_module
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.output import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
-from slug_lightning.patch import at_once
+from slug_lightning.patches import patch as patch_module
+from slug_lightning.reports.run_files import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
+from slug_lightning.trainer import run_folder as output
+from slug_lightning.utils.files import at_once
 
 KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS, MODEL]
 
@@ -158,9 +158,9 @@ def test_two_that_write_the_same_file_at_the_same_time_leave_one_that_is_whole(t
 
 
 def test_the_patches_of_an_earlier_run_are_those_of_what_it_has_forgotten(tmp_path):
-    from slug_lightning.joint_report import JointReport
-    from slug_lightning.output import earlier_edits, patch_of
-    from slug_lightning.report import UnlearnReport
+    from slug_lightning.reports.run_files import earlier_edits, patch_of
+    from slug_lightning.reports.several import JointReport
+    from slug_lightning.reports.single import UnlearnReport
 
     def patch_for(name: str, step: float) -> patch_module.UnlearnPatch:
         return patch_module.UnlearnPatch({"w": torch.zeros(2)}, [patch_module.Edit(name, float(step), {"w": torch.ones(2)})])

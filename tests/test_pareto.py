@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slug_lightning.pareto import pareto_front
+from slug_lightning.methods.slug.candidates import pareto_front
 
 few = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
 points = st.lists(st.tuples(few, few) | st.tuples(st.floats(0, 1e6), st.floats(0, 1)), max_size=14)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning import patch as patch_module
-from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited
+from slug_lightning.patches import patch as patch_module
+from slug_lightning.patches.edit import Edit, PatchError, edited
+from slug_lightning.patches.patch import UnlearnPatch
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 10_000)

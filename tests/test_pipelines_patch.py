@@ -16,11 +16,13 @@ from peft import LoraConfig
 from torch import nn
 
 from slug_lightning import UnlearnError
-from slug_lightning.clips import to_hugging_face
-from slug_lightning.dialects import translations
-from slug_lightning.diffusion.parts import adapted, base_parameters, parts_of
-from slug_lightning.patch import Edit, PatchError, UnlearnPatch, edited, same_bits
-from slug_lightning.places import by_name
+from slug_lightning.clip.models import to_hugging_face
+from slug_lightning.patches.clip_names import translations
+from slug_lightning.patches.edit import Edit, PatchError, edited
+from slug_lightning.patches.matching import by_name
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.utils.model_parts import adapted, base_parameters, parts_of
 
 TENSORS = {
     "sd1": ["text_encoder.encoder.layers.1.mlp.fc1.weight"],

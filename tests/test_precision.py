@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.metrics import Metric
-from slug_lightning.precision import close_calls, damage_error, rounding, rounding_errors
-from slug_lightning.scores import Score
-from slug_lightning.search import Trial
+from slug_lightning.methods.slug.candidates import Score
+from slug_lightning.methods.slug.precision_check import close_calls, damage_error, rounding, rounding_errors
+from slug_lightning.methods.slug.step_search import Trial
+from slug_lightning.objective.metrics import Metric
 
 
 def scored(layer, importance, alignment, on_front, tower="t"):

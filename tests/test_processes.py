@@ -15,8 +15,8 @@ from _simulated import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slug_lightning.distributed.processes import OtherProcessError, Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.processes import OtherProcessError, Processes
 
 SECONDS = 30
 """More than any of these takes; a process that waits for another waits for half an hour."""

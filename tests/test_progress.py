@@ -9,7 +9,7 @@ import rich.progress
 import tqdm.auto
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from slug_lightning.progress import Progress
+from slug_lightning.utils.progress import Progress
 
 
 def disabled():

@@ -12,13 +12,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
-from slug_lightning import replay as replaying
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.fingerprints import fingerprint
-from slug_lightning.layers import find_layers
-from slug_lightning.replay import Replay
-from slug_lightning.steps import Attempt
-from slug_lightning.trace import CannotTrace
+from slug_lightning.objective.log_capture import Attempt
+from slug_lightning.objective.replay import replay as replaying
+from slug_lightning.objective.replay.replay import Replay
+from slug_lightning.tensors.digests import CannotDigest, fingerprint
+from slug_lightning.tensors.layers import find_layers
 
 pytestmark = pytest.mark.uncovered
 
@@ -646,5 +645,5 @@ def test_a_batch_is_known_by_every_byte_and_its_place():
         assert fingerprint([tokens]) != fingerprint([other])
     assert fingerprint(UserDict(x=tokens)) != fingerprint(UserDict(x=tokens.flip(0)))
     assert fingerprint([tokens.numpy()]) != fingerprint([tokens.flip(0).numpy()])
-    with pytest.raises(CannotTrace, match="object"):
+    with pytest.raises(CannotDigest, match="object"):
         fingerprint([object()])

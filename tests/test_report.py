@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.patch import Edit, UnlearnPatch
-from slug_lightning.report import UnlearnReport
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.single import UnlearnReport
 
 pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 

@@ -30,11 +30,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from _tiny import PlainRunner, blobs, fit, loader, part, trained
 from slug_lightning import RetainCache
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.distributed.processes import Processes
 from slug_lightning.modules import UnlearnModule
-from slug_lightning.objective import Objective
-from slug_lightning.patch import digest_of, same_bits
-from slug_lightning.processes import Processes
-from slug_lightning.steps import LogReader, untouched
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.log_capture import LogReader
+from slug_lightning.objective.objective import Objective
+from slug_lightning.tensors.bits import digest_of, same_bits
 
 
 def temperate(temperature):
@@ -230,7 +231,7 @@ ELSEWHERE = """
 import sys, torch
 from slug_lightning import RetainCache
 from slug_lightning.modules.clip import EmbeddedClip
-from slug_lightning.objective import Objective
+from slug_lightning.objective.objective import Objective
 from _tiny import PlainRunner
 
 def request(folder):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slug_lightning import scores
-from slug_lightning.cost import CostMeter
-from slug_lightning.layers import Layer
-from slug_lightning.scores import Score, score_layers
+from slug_lightning.methods.slug import candidates as scores
+from slug_lightning.methods.slug.candidates import Score, score_layers
+from slug_lightning.reports.cost import CostMeter
+from slug_lightning.tensors.layers import Layer
 
 numbers = st.floats(-100, 100, allow_nan=False, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
 vectors = st.lists(numbers, min_size=6, max_size=6).map(torch.tensor)

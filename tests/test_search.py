@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.gradients import mean_gradient
-from slug_lightning.layers import Layer
-from slug_lightning.patch import edited
-from slug_lightning.scores import score_layers
-from slug_lightning.search import FINE, OVERSHOOT, ROUNDING, START, Trial, best_trial, search_step
-from slug_lightning.turns import Turn
+from slug_lightning.distributed.batch_sharding import Turn
+from slug_lightning.methods.slug.candidates import score_layers
+from slug_lightning.methods.slug.step_search import FINE, OVERSHOOT, ROUNDING, START, Trial, best_trial, search_step
+from slug_lightning.objective.gradients import mean_gradient
+from slug_lightning.patches.edit import edited
+from slug_lightning.tensors.layers import Layer
 
 Way = Callable[[float], float]
 """How much of the way to the target a relative step goes; the target is 1."""

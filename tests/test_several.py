@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from _tiny import CLASSES, FORGET, Classifier, blobs, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnModule, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.output import CHECKPOINT, PATCH, REPORT, WEIGHTS
-from slug_lightning.sharded import whole
+from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
+from slug_lightning.tensors.dtensor import whole
 
 pytestmark = pytest.mark.uncovered
 
@@ -182,7 +182,7 @@ def sharded(folder: Path, in_pieces: bool) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _report_data(forgetting: UnlearnCallback) -> DataLoader:
-    from slug_lightning.datamodules.resolve import resolve_loaders
+    from slug_lightning.datamodules.sources.resolve import resolve_loaders
 
     loaders = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None)
     inputs, labels = zip(*loaders.forget["two"]["test"], strict=True)

@@ -15,11 +15,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from slug_lightning.layers import Layer
-from slug_lightning.patch import Edit, PatchError, UnlearnPatch, digest_of, same_bits
-from slug_lightning.processes import Processes
-from slug_lightning.scores import score_layers
-from slug_lightning.sharded import copies, local, placed, shard, whole, whole_like, write_local
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.methods.slug.candidates import score_layers
+from slug_lightning.patches.edit import Edit, PatchError
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.tensors.bits import digest_of, same_bits
+from slug_lightning.tensors.dtensor import copies, local, placed, shard, whole, whole_like, write_local
+from slug_lightning.tensors.layers import Layer
 
 LINE = {"rows": [Shard(0)], "columns": [Shard(1)], "everywhere": [Replicate()]}
 SQUARE = {

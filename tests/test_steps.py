@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.processes import Processes
-from slug_lightning.steps import Attempt, LogReader, batch_samples, loss_in, read_logs, untouched
+from slug_lightning.objective.batch_utils import batch_samples, loss_in
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.log_capture import Attempt, LogReader, read_logs
 
 PREDICTED, TRUE = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 0])
 

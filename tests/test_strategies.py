@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.distributed.strategy import refuse_unsupported
 from slug_lightning.errors import UnlearnError
-from slug_lightning.strategies import refuse_unsupported
 
 
 def named(name: str, base: type = DDPStrategy) -> Strategy:

@@ -32,10 +32,10 @@ from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, sna
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.loaders import Chained, EveryFourth, First
-from slug_lightning.datamodules.overlap import samples_in
-from slug_lightning.datamodules.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.overlap import samples_in
+from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.modules import ClassifierModule
+from slug_lightning.utils.loaders import Chained, EveryFourth, First
 
 pytestmark = pytest.mark.uncovered
 

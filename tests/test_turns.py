@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
-from slug_lightning.datamodules.loaders import Chained, EveryFourth, First
+from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.processes import Processes
-from slug_lightning.steps import untouched
-from slug_lightning.turns import Turn, take_turns
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.utils.loaders import Chained, EveryFourth, First
 
 
 class Numbers(Dataset):

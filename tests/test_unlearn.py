@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import slug_lightning.callbacks.run as run
 import slug_lightning.callbacks.unlearn as unlearn
-import slug_lightning.objective as objective
-import slug_lightning.request as request
+import slug_lightning.methods.slug.concept as request
+import slug_lightning.methods.slug.pipeline as run
+import slug_lightning.objective.objective as objective
 from _tiny import CLASSES, FORGET, Classifier, accuracy, blobs, changed, fit, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback

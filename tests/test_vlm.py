@@ -30,11 +30,11 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from _tiny import trainer
 from slug_lightning import UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.clips import encode_text, load_clip, matching_loss
+from slug_lightning.clip.models import encode_text, load_clip, matching_loss
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.questions import Question, Questions, question_batch
-from slug_lightning.edits import same_bits
+from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
+from slug_lightning.tensors.bits import same_bits
 from slug_lightning.vlm.answers import names, normal
 
 pytestmark = pytest.mark.uncovered

@@ -12,7 +12,7 @@ from _tiny import trainer
 from slug_lightning import UnlearnError
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.questions import Question, Questions, question_batch
+from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
 
 

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, load_drawings, render
+from slug_lightning.datamodules.demo.emoji import TEMPLATES, render
 from slug_lightning.embedded import CLIP
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 
 SEED, STEPS, BATCH, WARMUP, RATE = 0, 2000, 256, 150, 1e-3
 DECAY_FROM, PERIOD = 1200, 3200

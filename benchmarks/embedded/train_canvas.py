@@ -23,12 +23,13 @@ from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy, interpolate, l1_loss, mse_loss
 from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from slug_lightning.clips import to_hugging_face
-from slug_lightning.datamodules.canvas import AMOUNT, SIZE, canvas_drawings, canvas_render
-from slug_lightning.datamodules.emoji import TEMPLATES, Drawings, caption_of, render
+from slug_lightning.clip.models import to_hugging_face
+from slug_lightning.datamodules.demo.canvas import AMOUNT, SIZE, canvas_drawings, canvas_render
+from slug_lightning.datamodules.demo.emoji import TEMPLATES, caption_of, render
 from slug_lightning.diffusion.judges import make_judges
 from slug_lightning.diffusion.pipelines import draw, load_pipeline
 from slug_lightning.embedded import CANVAS, CLIP
+from slug_lightning.embedded.drawings import Drawings
 
 SEED = 0
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 100

@@ -30,10 +30,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slug_lightning.clips import to_hugging_face
-from slug_lightning.datamodules.emoji import Drawings, load_drawings, render
-from slug_lightning.datamodules.emoji_questions import NUMBERS, QUESTIONS, answer_of, side_by_side
+from slug_lightning.clip.models import to_hugging_face
+from slug_lightning.datamodules.demo.emoji import render
+from slug_lightning.datamodules.demo.questions import NUMBERS, QUESTIONS, answer_of, side_by_side
 from slug_lightning.embedded import CLIP, VLM
+from slug_lightning.embedded.drawings import Drawings, load_drawings
 
 SEED, STEPS, BATCH, WARMUP, RATE = 0, 1500, 128, 100, 1e-3
 MIX = {"thing": 0.45, "style": 0.2, "both": 0.2, "count": 0.15}

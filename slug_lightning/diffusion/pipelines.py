@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from slug_lightning.errors import UnlearnError, needed
-from slug_lightning.pretrained import load_pretrained
+from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.pretrained import load_pretrained
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 

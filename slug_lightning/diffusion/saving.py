@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors.torch import save_file
 
-from slug_lightning.datamodules.names import file_name
-from slug_lightning.diffusion.parts import adapted, parts_of
-from slug_lightning.pretrained import WITH_ADAPTERS
+from slug_lightning.utils.model_parts import adapted, parts_of
+from slug_lightning.utils.names import file_name
+from slug_lightning.utils.pretrained import WITH_ADAPTERS
 
 ADAPTERS = "adapters"
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from slug_lightning.clips import encode_image, encode_text, load_clip, to_hugging_face
-from slug_lightning.diffusion.parts import base_parameters
+from slug_lightning.clip.models import encode_image, encode_text, load_clip, to_hugging_face
 from slug_lightning.diffusion.pipelines import resized, text_encoders
-from slug_lightning.edits import same_bits
 from slug_lightning.errors import UnlearnError
-from slug_lightning.layers import plain_parameters
+from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.layers import plain_parameters
+from slug_lightning.utils.model_parts import base_parameters
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of a picture's channels in [0, 1], as OpenAI's CLIP and most of its kin want them."""
@@ -99,8 +99,8 @@ def load_towers(clip: Any, pipeline: Any, judging_only: bool = False) -> list[To
     """The image tower for every text encoder that has one.
 
     Args:
-        clip: name of a CLIP as `slug_lightning.clips.load_clip` takes it, such as "hf:openai/clip-vit-large-patch14", or the
-            model; or a list of them, for a pipeline with two text encoders.
+        clip: name of a CLIP as `slug_lightning.clip.models.load_clip` takes it, such as "hf:openai/clip-vit-large-patch14", or
+            the model; or a list of them, for a pipeline with two text encoders.
         pipeline: the pipeline.
         judging_only: as in `Towers`.
 

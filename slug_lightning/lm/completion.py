@@ -23,7 +23,7 @@ from slug_lightning.lm.kv_cache import cache_argument, cache_of, unwrapped
 from slug_lightning.lm.losses import sequence_nll
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.sequences import Sequences, counted, pad
-from slug_lightning.steps import untouched
+from slug_lightning.objective.eval_mode import untouched
 
 BATCH_TOKENS = 4096
 

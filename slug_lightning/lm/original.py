@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import Sequences
-from slug_lightning.patch import digest_of
+from slug_lightning.tensors.bits import digest_of
 
 
 def logits_of(model: nn.Module, sequences: Sequences) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Union
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.pretrained import load_pretrained
+from slug_lightning.utils.pretrained import load_pretrained
 
 
 def load_causal_lm(name: Union[str, Path]) -> nn.Module:

@@ -17,7 +17,7 @@ from slug_lightning.lm.losses import Batch, log_likelihood, sequence_kl
 from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
-from slug_lightning.steps import evaluating
+from slug_lightning.objective.eval_mode import evaluating
 
 __all__ = ["AdaptersOff", "FrozenCopy", "Reference", "TopK"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from slug_lightning.edits import digest_of
+from slug_lightning.tensors.bits import digest_of
 
 Sequences = Mapping[str, Tensor]
 """`input_ids` and `attention_mask`, both `[B, T]` integers, under the names that transformers models take.

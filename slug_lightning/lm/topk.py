@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
 from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences, digests
-from slug_lightning.patch import at_once, digest_of
-from slug_lightning.processes import Processes
-from slug_lightning.steps import evaluating
+from slug_lightning.objective.eval_mode import evaluating
+from slug_lightning.tensors.bits import digest_of
+from slug_lightning.utils.files import at_once
 
 FORMAT = "slug-lightning reference 1"
 PENDING = 64 * 2**20

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from slug_lightning.sharded import shard
+from slug_lightning.tensors.dtensor import shard
 
 
 def own_model(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, Reference
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
 from slug_lightning.modules.base import UnlearnModule
-from slug_lightning.pretrained import refuse_adapters
+from slug_lightning.utils.pretrained import refuse_adapters
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from slug_lightning.clips import Tokenizer, contrastive_loss, encode_image, encode_text, load_clip, matching_loss
+from slug_lightning.clip.models import Tokenizer, contrastive_loss, encode_image, encode_text, load_clip, matching_loss
 from slug_lightning.embedded import CLIP
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.base import UnlearnModule
@@ -112,7 +112,7 @@ class EmbeddedClip(ClipModule):
     """
 
     def __init__(self, *, learning_rate: float = 1e-5) -> None:
-        from slug_lightning.datamodules.emoji import load_drawings
+        from slug_lightning.embedded.drawings import load_drawings
 
         drawings = load_drawings()
         prompts = {"style": [f"{style} style" for style in drawings.style_names], "thing": drawings.thing_names}

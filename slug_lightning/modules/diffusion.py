@@ -10,17 +10,17 @@ from typing import Any, Literal, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from slug_lightning.clips import contrastive_loss, matching_loss
+from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.diffusion.judges import Judge, make_judges
 from slug_lightning.diffusion.losses import Denoising
-from slug_lightning.diffusion.parts import base_parameters, parts_of
 from slug_lightning.diffusion.pipelines import draw, load_pipeline, native_size, text_encoders
 from slug_lightning.diffusion.saving import save_pipeline
 from slug_lightning.diffusion.towers import load_towers
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
-from slug_lightning.gallery import MOST
 from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.objective.samples import MOST
+from slug_lightning.utils.model_parts import base_parameters, parts_of
 
 
 class DiffusionModule(UnlearnModule):

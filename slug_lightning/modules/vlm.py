@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from slug_lightning.clips import contrastive_loss, matching_loss
+from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.embedded import CLIP, VLM
 from slug_lightning.errors import UnlearnError
-from slug_lightning.gallery import MOST
 from slug_lightning.lm.kv_cache import cache_argument, cache_of
 from slug_lightning.modules.base import UnlearnModule
-from slug_lightning.patch import UnlearnPatch
-from slug_lightning.steps import batch_samples
+from slug_lightning.objective.batch_utils import batch_samples
+from slug_lightning.objective.samples import MOST
+from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.vlm.answers import names
 from slug_lightning.vlm.loading import refuse_unfit
 from slug_lightning.vlm.pretrained import load_vlm
@@ -37,7 +37,7 @@ class VLMModule(UnlearnModule):
     For the gradient, a batch is `{"index", "image", "question", "answer", "text"}`: "index" is any tensor of B numbers, by which
     samples are counted; pictures are uint8, `[B, 3, H, W]` (then "index" may be missing) or a list of `[3, H, W]`; the rest is
     lists of B strings. "text" is what a CLIP is to compare a picture with. `question_batch` of
-    `slug_lightning.datamodules.questions` makes such batches. In search and report it is
+    `slug_lightning.datamodules.image_text.questions` makes such batches. In search and report it is
     `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers name what is asked for by any of
     its aliases (whole words, whatever the case, accents and signs), and `<kind>_accuracy` that of the questions of a kind. Of
     what is to be forgotten this says how often it is named still.
@@ -237,7 +237,7 @@ def _refuse_miscounted(batch: Mapping[str, Any]) -> None:
     if asked != counted:
         raise UnlearnError(
             f'image: a batch of {asked} questions counts as {counted} samples; put a tensor "index" '
-            "of their numbers first, as question_batch of slug_lightning.datamodules.questions does"
+            "of their numbers first, as question_batch of slug_lightning.datamodules.image_text.questions does"
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from slug_lightning.errors import UnlearnError, needed
-from slug_lightning.pretrained import load_pretrained, refuse_adapters
+from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.pretrained import load_pretrained, refuse_adapters
 
 
 def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

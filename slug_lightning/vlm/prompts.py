@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from slug_lightning.errors import UnlearnError, needed
+from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.optional_imports import needed
 
 Inputs = dict[str, Tensor]
 """What a model is called with: `input_ids` and `attention_mask`, `[B, T]`, `pixel_values`, and what else its processor makes."""

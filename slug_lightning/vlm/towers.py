@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slug_lightning.clips import encode_image, encode_text, load_clip, to_hugging_face
-from slug_lightning.edits import same_bits
+from slug_lightning.clip.models import encode_image, encode_text, load_clip, to_hugging_face
 from slug_lightning.errors import UnlearnError
+from slug_lightning.tensors.bits import same_bits
 from slug_lightning.vlm.prompts import Prompts, as_pil
 
 FEW = 4
@@ -157,7 +157,8 @@ class SourceClip(nn.Module):
     vision-language model.
 
     Args:
-        name: of the CLIP, as `slug_lightning.clips.load_clip` takes it: "hf:openai/clip-vit-large-patch14-336", "local-dir:…".
+        name: of the CLIP, as `slug_lightning.clip.models.load_clip` takes it: "hf:openai/clip-vit-large-patch14-336",
+            "local-dir:…".
         tower: the vision tower of a vision-language model.
         image_processor: of that model: it makes what the CLIP sees, or if it makes tiles or another size, pictures are resized to
             a square and normalised as it says.

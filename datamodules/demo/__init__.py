@@ -1,0 +1,1 @@
+"""Datamodules of the embedded pictures and texts."""

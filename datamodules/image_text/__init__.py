@@ -1,0 +1,1 @@
+"""Pictures with texts, from files."""

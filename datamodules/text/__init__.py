@@ -1,0 +1,1 @@
+"""Passages of text, from files."""

@@ -1,0 +1,216 @@
+"""Which texts to keep are paired with which texts to forget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.files import at_once
+from slug_lightning.utils.optional_imports import needed
+
+Method = Literal["nearest", "random"]
+
+FORMAT = "slug-lightning pairs 1"
+WORDS = 3
+"""Words in a row that two texts are compared by."""
+SHARED = 0.5
+"""From what share of common word sequences on a text is nearly another one."""
+
+
+def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
+    r"""Find what in a corpus is the same as one of some texts, or nearly so.
+
+    Two texts are the same if their words are, whatever the case, the white space and the punctuation. They are nearly the
+    same if at least half of the sequences of three words in the shorter one are in the other, too. So a text is found that
+    has been edited (each changed word costs three sequences), that holds one of the texts, is held by it, or was cut from
+    the same source less than half its length off. The shorter one decides, since a long text that holds a passage to forget
+    teaches it as well as the passage alone. Unrelated texts, also of one field, share a few stock phrases at most; to find
+    one too many costs a text of the corpus, and to find one too few would have the model learn what it is to forget. Words
+    are runs of letters and digits: in a language that is written without spaces, edited texts are hardly found.
+
+    Args:
+        texts: that must not be in the corpus.
+        corpus: where to look.
+
+    Returns:
+        Indices into the corpus, ascending.
+
+    Example:
+        >>> near_duplicates(["The cat sat on the mat."], ["A dog.", "the  cat sat on\nthe mat.", "Once the cat sat on the bed."])
+        [1, 2]
+    """
+    grams = [_grams(text) for text in texts]
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, own in enumerate(grams):
+        for gram in own:
+            holders[gram].append(i)
+    found = []
+    for j, text in enumerate(corpus):
+        own = _grams(text)
+        common: dict[int, int] = defaultdict(int)
+        for gram in own:
+            for i in holders.get(gram, ()):
+                common[i] += 1
+        if any(count >= SHARED * min(len(own), len(grams[i])) for i, count in common.items()):
+            found.append(j)
+    return found
+
+
+def pair(
+    forget: Sequence[str],
+    corpus: Sequence[str],
+    k: int = 1,
+    method: Method = "nearest",
+    *,
+    encoder: Optional[str] = None,
+    cache: Optional[Union[str, Path]] = None,
+    seed: int = 0,
+    verbose: bool = False,
+) -> list[list[int]]:
+    """Choose for each text to forget k texts to keep.
+
+    A text of the corpus that is one to forget, or nearly so (`near_duplicates`), is never chosen. The same input gives the
+    same pairs; texts that are equally near come in the order of the corpus.
+
+    Args:
+        forget: texts to forget.
+        corpus: texts to keep.
+        k: how many for each.
+        method: "nearest" by the cosine between two texts, or "random", the control.
+        encoder: what makes vectors of texts: a sentence-transformers model, as a folder or as a name, which that library
+            downloads where it is not on the disk already. None: TF-IDF of the words, by scikit-learn. None is the default,
+            whatever is installed: nothing is downloaded unasked, and pairs do not depend on what a machine happens to have.
+        cache: a folder that keeps the pairs for the next time. They are found there only for the same texts, method, encoder
+            (a folder by its content, a name by the name), k and seed. A damaged file is made anew, with a warning.
+        seed: of "random".
+        verbose: whether sentence-transformers shows its progress.
+
+    Returns:
+        For each text to forget k indices into the corpus, all different, the nearest first.
+
+    Raises:
+        UnlearnError: if there are fewer than k texts to choose from, if an argument is none of those above, if the encoder
+            cannot be loaded, if no text has a word (TF-IDF), or if a library is not installed (extra `lm`).
+
+    Example:
+        >>> corpus = ["stocks and bonds", "a dog and the cat", "my cat sat on a mat", "The cat sat."]
+        >>> pair(["the cat sat"], corpus, k=2)
+        [[1, 2]]
+    """
+    if k < 1:
+        raise UnlearnError(f"neighbours: {k} is too few; give at least 1")
+    if method not in ("nearest", "random"):
+        raise UnlearnError(f"pairing: {method!r} is neither 'nearest' nor 'random'")
+    path = None
+    if cache is not None:
+        key = _key(forget, corpus, k, method, encoder, seed)
+        path = Path(cache) / f"pairs-{key[:12]}.json"
+        if (kept := _read(path, key)) is not None:
+            return kept
+    excluded = set(near_duplicates(forget, corpus))
+    candidates = [i for i in range(len(corpus)) if i not in excluded]
+    if len(candidates) < k:
+        raise UnlearnError(
+            f"neighbours: {k} pairs were asked for, and only {len(candidates)} of {len(corpus)} texts to keep can be one "
+            f"({len(excluded)} are texts to forget, or nearly so); add texts to keep, or ask for fewer neighbours"
+        )
+    if method == "random":
+        pairs = [random.Random(f"{seed} {i}").sample(candidates, k) for i in range(len(forget))]
+    else:
+        vectors = _tf_idf(forget, corpus) if encoder is None else _embeddings(encoder, forget, corpus, verbose)
+        pairs = [[candidates[j] for j in row] for row in _nearest(vectors[0], vectors[1][candidates], k)]
+    if path is not None:
+        _write(path, key, pairs)
+    return pairs
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    """The sequences of words in a text; a text of fewer words is one sequence."""
+    words = re.findall(r"\w+", text.casefold()) or text.split()
+    return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+# ---- vectors, and which are near
+
+
+def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
+    """Vectors of the words in each text; what is in all texts of the corpus counts least."""
+    words = needed("sklearn.feature_extraction.text", "lm").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
+    try:
+        words.fit(corpus)
+    except ValueError as error:
+        raise UnlearnError(f"pairing: no text to keep has a word ({error}); name an encoder, or pair at random") from error
+    return words.transform(forget), words.transform(corpus)
+
+
+def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verbose: bool) -> tuple[Any, Any]:
+    library = needed("sentence_transformers", "lm")
+    try:
+        model = library.SentenceTransformer(encoder)
+    except (OSError, ValueError) as error:
+        raise UnlearnError(
+            f"encoder: {encoder!r} cannot be loaded ({error}); give the folder or the name of a sentence-transformers model"
+        ) from error
+    forget_vectors, corpus_vectors = (model.encode(list(texts), show_progress_bar=verbose) for texts in (forget, corpus))
+    return forget_vectors, corpus_vectors
+
+
+def _nearest(queries: Any, vectors: Any, k: int) -> list[list[int]]:
+    """Indices of the k vectors nearest to each query by cosine, all compared, in parts that fit into memory."""
+    import numpy as np
+
+    def first(distances: Any, start: int) -> Any:
+        # Rounded, as equal vectors may differ in the last bits by where they stand in a matrix product.
+        return np.argsort(distances.round(6), axis=1, kind="stable")[:, :k]
+
+    chunked = needed("sklearn.metrics", "lm").pairwise_distances_chunked
+    return np.concatenate(list(chunked(queries, vectors, metric="cosine", reduce_func=first))).tolist()
+
+
+# ---- kept on the disk
+
+
+def _key(forget: Sequence[str], corpus: Sequence[str], k: int, method: str, encoder: str | None, seed: int) -> str:
+    """A digest of all that pairs depend on."""
+    files = sorted(path for path in Path(encoder).rglob("*") if path.is_file()) if encoder and Path(encoder).is_dir() else []
+    content = [(path.relative_to(str(encoder)).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return _digest([FORMAT, WORDS, SHARED, list(forget), list(corpus), k, method, content or encoder, seed])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write(path: Path, key: str, pairs: list[list[int]]) -> None:
+    """Keep pairs; that this fails is no reason to end a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own: every process of a run writes the same file.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, at_once(path, Path(folder)) as part:
+            part.write_text(json.dumps({"key": key, "pairs": pairs, "sha256": _digest([key, pairs])}))
+    except OSError as error:
+        warnings.warn(f"cache: {path} could not be written ({error})", stacklevel=3)
+
+
+def _read(path: Path, key: str) -> list[list[int]] | None:
+    """Pairs that were kept under this key; of a file that is not whole, only a warning is left."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        if kept["key"] == key and kept["sha256"] == _digest([key, kept["pairs"]]):
+            return kept["pairs"]
+        problem: object = "its content does not match its digest"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = error
+    warnings.warn(f"cache: {path} is not used, and made anew: {problem}", stacklevel=3)
+    return None

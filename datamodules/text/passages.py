@@ -1,0 +1,358 @@
+"""Passages that a language model recites and is to forget, and other texts, some of them paired with the passages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
+from slug_lightning.datamodules.text.active import ActiveSampler
+from slug_lightning.datamodules.text.pairing import Method, near_duplicates, pair
+from slug_lightning.datamodules.text.reading import read_texts
+from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.pretrained import load_tokenizer
+from slug_lightning.lm.sequences import pad
+from slug_lightning.tensors.bits import digest_of
+
+Texts = Union[str, Path, list[str]]
+
+REFUSALS = (
+    "I don't know what comes next.",
+    "I cannot continue this text.",
+    "I don't remember how this goes on.",
+    "I have never read this before.",
+)
+"""What a model may say instead of going on with a passage."""
+
+
+class Numbered(Dataset):
+    """Token sequences, each with its number."""
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, self.rows[index]
+
+
+class _Drawn(Dataset):
+    """What a sampler draws, as it is."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, drawn: tuple[int, float]) -> tuple[int, float]:
+        return drawn
+
+
+def numbered_batch(samples: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
+    """Put sequences and their numbers into an evaluation batch.
+
+    Args:
+        samples: number and token ids, `[T_i]`, of each sequence.
+
+    Returns:
+        `input_ids` and `attention_mask`, `[B, T]`, padded on the right, and `index`, `[B]`.
+
+    Example:
+        >>> batch = numbered_batch([(7, torch.tensor([1, 2])), (3, torch.tensor([4]))])
+        >>> batch["index"].tolist(), batch["attention_mask"].tolist()
+        ([7, 3], [[1, 1], [1, 0]])
+    """
+    numbers, rows = zip(*samples, strict=True)
+    return {**pad(rows), "index": torch.tensor(numbers)}
+
+
+class PassageDataModule(UnlearnDataModule):
+    """Passages to forget, each with the texts to keep that it is paired with.
+
+    A passage is the first `prefix + suffix` tokens of its text, as the tokenizer makes them: where it puts a token before
+    the text (BOS), that one is the first of the prefix. Texts to keep are cut to the same length and may be shorter. The
+    batches are padded on the right with id 0, which counts nowhere, so the tokenizer needs no padding token.
+
+    What is to be forgotten must not be learned from what is kept: texts to keep that are passages to forget, or nearly so
+    (`near_duplicates`), are left out, and a note says how many. The same goes for `unseen`, which would be unseen no more.
+    A passage that is given twice is asked for once. The texts to keep are divided, always alike for the same `seed`: about
+    half of them may be pairs, a quarter is for validation, a quarter for the report.
+
+    In training it serves batches `{"index": [B], "weight": [B], "forget", "pair", "refusal", "prefix"}`: the numbers of the
+    passages, the weights of `ActiveSampler`, and three batches of sequences (`input_ids` and `attention_mask`): the passages;
+    their pairs, those of passage i in the rows from `i * neighbours` on; their prefixes, of `prefix` tokens, with a refusal
+    after it. Other loaders serve sequences with their number (`numbered_batch`).
+
+    For an `UnlearnCallback` the passages serve gradient, search and report alike, as it is these that must go.
+
+    Args:
+        forget: texts to forget, or a file of them: `.txt` with blank lines between them, or `.jsonl` with a field "text".
+        keep: texts to keep, likewise.
+        unseen: texts that the model has never seen, likewise: the level that "forgotten" is measured by.
+        prefix: tokens that a completion starts from.
+        suffix: tokens that it is compared with.
+        pairing: "nearest" or "random"; see `pair`.
+        neighbours: texts to keep that each passage is paired with.
+        encoder: of "nearest": a sentence-transformers model; None: TF-IDF of the words. See `pair`.
+        cache: a folder that keeps the pairs for the next time.
+        tokenizer: of transformers, or its folder or name; None: the `tokenizer` of the module that is trained.
+        batch_size: passages in a batch of each process.
+        refusals: what a model may say instead of going on; each passage gets one of them by chance.
+        seed: of the split, of random pairs, of the refusals and of the order of passages.
+
+    Attributes:
+        forget_passages: int64, each `[prefix + suffix]`.
+        unseen_passages: likewise.
+        keep_passages: int64, each of 2 to `prefix + suffix` tokens.
+        pairs: for each passage to forget, indices into `keep_passages`.
+        tokenizer: that was used.
+
+    Raises:
+        UnlearnError: if prefix or suffix is below 1; in `setup`, if a file cannot be read, if there is nothing to forget or to
+            keep, if a passage to forget or an unseen one is too short, if they overlap, if there are fewer texts to pair than
+            neighbours, or if there is no tokenizer.
+
+    Example:
+        >>> class Words:  # in place of a tokenizer of transformers
+        ...     def __call__(self, texts, **options):
+        ...         return {"input_ids": [[sum(map(ord, word)) for word in text.split()] for text in texts]}
+        ...     def batch_decode(self, rows, **options):
+        ...         return [" ".join(map(str, row.tolist())) for row in rows]
+        >>> keep = [f"{i} green bottles hanging on the {i}. wall" for i in range(8)]
+        >>> data = PassageDataModule(["one two three four five"], keep, prefix=2, suffix=2, tokenizer=Words())
+        >>> data.setup("fit")
+        >>> (batch,) = data.train_dataloader()
+        >>> batch["index"], batch["weight"], batch["forget"]["input_ids"].shape, batch["pair"]["input_ids"].shape
+        (tensor([0]), tensor([1.]), torch.Size([1, 4]), torch.Size([1, 4]))
+    """
+
+    def __init__(
+        self,
+        forget: Texts,
+        keep: Texts,
+        unseen: Optional[Texts] = None,
+        *,
+        prefix: int = 32,
+        suffix: int = 32,
+        pairing: Method = "nearest",
+        neighbours: int = 1,
+        encoder: Optional[str] = None,
+        cache: Optional[str] = None,
+        tokenizer: Any = None,
+        batch_size: int = 8,
+        refusals: Sequence[str] = REFUSALS,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, collate_fn=numbered_batch, seed=seed)
+        for name, tokens in (("prefix", prefix), ("suffix", suffix)):
+            if tokens < 1:
+                raise UnlearnError(f"{name}: {tokens} tokens are too few; give at least 1")
+        if not refusals or not all(refusal.strip() for refusal in refusals):
+            raise UnlearnError("refusals: give at least one sentence, and none that is empty")
+        self.forget, self.keep, self.unseen = forget, keep, unseen
+        self.prefix, self.suffix = prefix, suffix
+        self.pairing: Method = pairing
+        self.neighbours, self.encoder, self.cache = neighbours, encoder, cache
+        self.tokenizer = tokenizer
+        self.refusals = list(refusals)
+        self.forget_passages: list[Tensor] = []
+        self.unseen_passages: list[Tensor] = []
+        self.keep_passages: list[Tensor] = []
+        self.pairs: list[list[int]] = []
+        self._refused: list[Tensor] = []
+        self._active: list[int] = []
+
+    @property
+    def active(self) -> list[int]:
+        """Which passages to forget are trained, ascending; at first all.
+
+        Set it alike in every process, in `on_train_start` or between epochs: the next epoch serves these, and where there are
+        none, Lightning ends the fit.
+        """
+        return self._active
+
+    @active.setter
+    def active(self, indices: Sequence[int]) -> None:
+        chosen = sorted(set(indices))
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < len(self.forget_passages):
+            raise UnlearnError(f"active: {chosen} is out of range; there are {len(self.forget_passages)} passages to forget")
+        if chosen != self._active and self.trainer is not None:
+            # Lightning counts the batches of an epoch when it loads the loader: it must load it again, as for its own tuner.
+            # Else it neither validates after a shorter epoch nor takes its last step, and cuts a longer one off.
+            self.trainer.fit_loop._combined_loader = None
+        self._active = chosen
+
+    @property
+    def digest(self) -> str:
+        """Tells other texts, or the same in another order, split or cut, from these."""
+        sets = {"forget": self.forget_passages, "unseen": self.unseen_passages, "keep": self.keep_passages}
+        rows = {f"{kind} {i}": row for kind, of_kind in sets.items() for i, row in enumerate(of_kind)}
+        return digest_of(rows, str((self.prefix, self.seed, self.pairs)))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, cut, divide and pair the texts, once; before every fit, make all passages active.
+
+        Args:
+            stage: Lightning's.
+
+        Raises:
+            UnlearnError: as the class says.
+        """
+        if not self.notes:
+            self._read()
+        if stage in ("fit", None):
+            self.active = range(len(self.forget_passages))
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches of the active passages; of several processes, each draws its share."""
+        if not self.forget_passages:
+            raise UnlearnError("forget: there are no passages yet; call setup()")
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise UnlearnError("overfit_batches: it takes the sampler away; give fewer passages to forget instead")
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        drawn = _Drawn(len(self.forget_passages))
+        sampler = ActiveSampler(drawn, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share)
+        return DataLoader(drawn, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
+
+    def every_batch(self) -> Iterator[dict[str, Any]]:
+        """Training batches of all passages in order, whatever is active, in every process alike."""
+        drawn = [(i, 1.0) for i in range(len(self.forget_passages))]
+        for start in range(0, len(drawn), self.batch_size):
+            yield self._training_batch(drawn[start : start + self.batch_size])
+
+    def passages(self, kind: Literal["forget", "unseen"]) -> DataLoader:
+        """All passages of one kind in order, whatever is active, in every process alike; none of unseen if none were given.
+
+        Args:
+            kind: "forget" or "unseen".
+        """
+        return self._loader(Numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
+
+    # ---- from texts to tokens
+
+    def _read(self) -> None:
+        self.tokenizer = self._tokenizer()
+        given = self._passages("forget", self.forget)
+        forget = _different(given)
+        unseen = [] if self.unseen is None else _different(self._passages("unseen", self.unseen))
+        said = self._said(forget), self._said(unseen)
+        if common := near_duplicates(said[0], said[1]):
+            raise UnlearnError(
+                f"unseen: {len(common)} of {len(unseen)} passages are passages to forget, or nearly so, such as "
+                f"{_start(said[1][common[0]])}; leave them out"
+            )
+        self.keep_passages, left_out = self._kept([*said[0], *said[1]])
+        self.pairs = self._paired(said[0])
+        self._refused = self._refusing(forget)
+        self.forget_passages, self.unseen_passages = forget, unseen
+        self.set_parts("retain", Numbered(self.keep_passages))
+        self.notes["retain"] += left_out
+        passages = Numbered(forget)
+        self.set_parts("forget", passages, passages, passages)
+        repeated = f"; {len(given) - len(forget)} more were given again" if len(given) > len(forget) else ""
+        self.notes["forget"] = f"forget: the same {len(forget)} passages serve gradient, search and report{repeated}"
+
+    def _tokenizer(self) -> Any:
+        given = self.tokenizer
+        if given is None and self.trainer is not None:
+            given = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if given is None:
+            raise UnlearnError(
+                "tokenizer: there is none; give a tokenizer of transformers, its folder or its name, or train a module that has "
+                "an attribute `tokenizer`"
+            )
+        return load_tokenizer(given) if isinstance(given, (str, Path)) else given
+
+    def _texts(self, argument: str, given: Texts) -> list[str]:
+        texts = read_texts(argument, given) if isinstance(given, (str, Path)) else list(given)
+        if not texts:
+            raise UnlearnError(f"{argument}: there is no text; give at least one")
+        return texts
+
+    def _tokens(self, texts: Sequence[str], **options: Any) -> list[Tensor]:
+        """The first tokens of each text, at most as many as a passage has."""
+        rows = self.tokenizer(list(texts), **options)["input_ids"]
+        return [torch.tensor(row[: self.prefix + self.suffix], dtype=torch.long) for row in rows]
+
+    def _said(self, rows: Sequence[Tensor]) -> list[str]:
+        """What sequences say: only what is trained or measured is compared, not the rest of its text."""
+        return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True) if rows else []
+
+    def _passages(self, argument: str, given: Texts) -> list[Tensor]:
+        """The passages of all texts."""
+        texts = self._texts(argument, given)
+        rows = self._tokens(texts)
+        length = self.prefix + self.suffix
+        if short := [i for i, row in enumerate(rows) if len(row) < length]:
+            i = short[0]
+            raise UnlearnError(
+                f"{argument}: {len(short)} of {len(rows)} texts are shorter than prefix + suffix, {self.prefix} + {self.suffix} "
+                f"= {length} tokens, such as number {i} with {len(rows[i])}, {_start(texts[i])}; give longer texts, or a shorter "
+                "prefix or suffix"
+            )
+        return rows
+
+    def _kept(self, banned: Sequence[str]) -> tuple[list[Tensor], str]:
+        """Texts to keep that may be used, and words on the others for a note."""
+        every = self._tokens(self._texts("keep", self.keep))
+        rows = [row for row in every if len(row) > 1]
+        same = set(near_duplicates(banned, self._said(rows)))
+        kept = [row for i, row in enumerate(rows) if i not in same]
+        reasons = {"forget or unseen passages, or nearly so": len(same), "shorter than 2 tokens": len(every) - len(rows)}
+        said = "".join(f"; {count} texts were left out, as they are {reason}" for reason, count in reasons.items() if count)
+        if len(kept) < 3:  # pairs, validation and report must be apart
+            raise UnlearnError(f"keep: {len(kept)} texts are too few, of {len(every)} given{said}; add others, at least 3 in all")
+        return kept, said
+
+    def _paired(self, said: Sequence[str]) -> list[list[int]]:
+        """For each passage, by what it says, indices of texts to keep."""
+        corpus = sorted(split_indices(len(self.keep_passages), self.seed)["train"])
+        verbose = self.trainer is not None and self.trainer.progress_bar_callback is not None
+        pairs = pair(
+            said,
+            self._said([self.keep_passages[i] for i in corpus]),
+            self.neighbours,
+            self.pairing,
+            encoder=self.encoder,
+            cache=self.cache,
+            seed=self.seed,
+            verbose=verbose,
+        )
+        return [[corpus[j] for j in row] for row in pairs]
+
+    def _refusing(self, passages: Sequence[Tensor]) -> list[Tensor]:
+        """The prefix of each passage with a refusal after it, instead of its suffix."""
+        # A space, as the refusal goes on where the prefix ends.
+        rows = self.tokenizer([f" {text}" for text in self.refusals], add_special_tokens=False)["input_ids"]
+        refusals = [torch.tensor(row, dtype=torch.long) for row in rows]
+        chosen = random.Random(self.seed).choices(refusals, k=len(passages))
+        return [torch.cat([row[: self.prefix], said]) for row, said in zip(passages, chosen, strict=True)]
+
+    def _training_batch(self, drawn: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        indices, weights = zip(*drawn, strict=True)
+        return {
+            "index": torch.tensor(indices),
+            "weight": torch.tensor(weights),
+            "forget": pad([self.forget_passages[i] for i in indices]),
+            "pair": pad([self.keep_passages[j] for i in indices for j in self.pairs[i]]),
+            "refusal": pad([self._refused[i] for i in indices]),
+            "prefix": self.prefix,
+        }
+
+
+def _different(rows: Sequence[Tensor]) -> list[Tensor]:
+    return list({tuple(row.tolist()): row for row in rows}.values())
+
+
+def _start(text: str) -> str:
+    """Enough of a text to know it by."""
+    return repr(text[:60] + "…" * (len(text) > 60))

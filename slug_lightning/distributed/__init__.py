@@ -1,0 +1,1 @@
+"""What knows ranks: exchange between processes, sharing of batches, the backward pass under a strategy."""

@@ -1,0 +1,62 @@
+"""The embedded drawings: five vendors' of the same things."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slug_lightning.embedded import SHARD
+
+
+class Drawings(NamedTuple):
+    """All drawings of the embedded shard.
+
+    Attributes:
+        pictures: RGBA, uint8, `[N, 4, 64, 64]`.
+        things: index into `thing_names` of each drawing, `[N]`.
+        styles: index into `style_names` of each drawing, `[N]`.
+        thing_names: names of the things, sorted.
+        style_names: names of the styles, sorted.
+    """
+
+    pictures: Tensor
+    things: Tensor
+    styles: Tensor
+    thing_names: list[str]
+    style_names: list[str]
+
+
+@functools.cache
+def load_drawings() -> Drawings:
+    """Read the embedded shard, once in a process: what it returns is shared, so don't write into it.
+
+    Example:
+        >>> drawings = load_drawings()
+        >>> drawings.style_names
+        ['blob', 'emojione', 'firefox', 'fluent', 'noto']
+        >>> len(drawings.pictures) == len(drawings.thing_names) * 5
+        True
+    """
+    import numpy as np
+    from PIL import Image
+
+    with tarfile.open(SHARD) as shard:
+        files = {entry.name: shard.extractfile(entry).read() for entry in shard if entry.isfile()}  # type: ignore[union-attr]
+    keys = sorted(name.removesuffix(".png") for name in files if name.endswith(".png"))
+    labels = [json.loads(files[f"{key}.json"]) for key in keys]
+    pictures = [np.asarray(Image.open(io.BytesIO(files[f"{key}.png"])).convert("RGBA")) for key in keys]
+    thing_names = sorted({label["thing"] for label in labels})
+    style_names = sorted({label["style"] for label in labels})
+    return Drawings(
+        pictures=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
+        things=torch.tensor([thing_names.index(label["thing"]) for label in labels]),
+        styles=torch.tensor([style_names.index(label["style"]) for label in labels]),
+        thing_names=thing_names,
+        style_names=style_names,
+    )

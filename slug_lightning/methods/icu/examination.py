@@ -1,0 +1,132 @@
+"""What a model makes of passages now, found out by all processes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slug_lightning.distributed.strategy import Runner
+from slug_lightning.lm.criteria import Criterion, gather
+from slug_lightning.lm.losses import log_likelihood
+from slug_lightning.lm.metrics import ngram_diversity
+from slug_lightning.lm.sequences import Sequences, targets
+from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.utils.progress import Progress
+
+Finding = dict[str, Any]
+"""Of one passage, as plain data: `memorization_accuracy`, `extraction_likelihood`, `bleu`, `diversity`, `nll`, `completion`,
+`prefix`, `truth`, and `values` by criterion."""
+MEANS = ("memorization_accuracy", "extraction_likelihood", "bleu", "diversity")
+MOST = 700.0
+"""Nats, beyond which no float holds the perplexity, and `exp` raises an error."""
+
+
+class Examiner:
+    """Completes passages and measures them, shared out among the processes; all of them get what all have found.
+
+    Args:
+        module: holds the model and its tokenizer.
+        runner: knows the trainer's strategy and precision.
+        prefix: how many tokens of a passage are given to complete.
+        criteria: whose values are wanted.
+        n: of the extraction likelihood.
+        batch_size: passages at once.
+        progress: shows how far it is.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        runner: Runner,
+        prefix: int,
+        criteria: Sequence[Criterion],
+        n: int,
+        batch_size: int,
+        progress: Progress,
+    ) -> None:
+        self.module = module
+        self.runner = runner
+        self.processes = runner.processes
+        self.prefix = prefix
+        self.criteria = criteria
+        self.n = n
+        self.batch_size = batch_size
+        self.progress = progress
+        # A sharded model is run by all processes together: each examines all.
+        self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.share, self.processes.shares)
+
+    def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
+        """Complete each passage and measure it.
+
+        Args:
+            passages: token ids, each `[T]`.
+            prefixes: from how many of its prefixes, evenly spaced, the extraction likelihood of each is estimated; None: from
+                all of them, as it is defined.
+            name: what they are, for the progress bar.
+        """
+        mine = list(range(self.share, len(passages), self.shares))
+        found: list[tuple[int, Finding]] = []
+        with self.runner.forward_context():
+            starts = range(0, len(mine), self.batch_size)
+            for start in self.progress.track(starts, f"completing {name}") if len(starts) > 1 else starts:
+                chosen = mine[start : start + self.batch_size]
+                found += zip(chosen, self._batch([passages[i] for i in chosen], prefixes), strict=True)
+        gathered = dict(pair for of_one in self.processes.exchange(f"completions of {name}", found) for pair in of_one)
+        return [gathered[i] for i in range(len(passages))]
+
+    def _batch(self, passages: Sequence[Tensor], prefixes: int | None) -> list[Finding]:
+        model, tokenizer = self.module.model, self.module.tokenizer
+        evidence = gather(model, tokenizer, passages, self.prefix, self.batch_size, el=self.n, prefixes=prefixes)
+        values = {criterion.name: criterion.values(evidence) for criterion in self.criteria}
+        diversity = ngram_diversity([e.completion_tokens for e in evidence], 3).tolist()
+        return [
+            {
+                "memorization_accuracy": e.memorization_accuracy,
+                "extraction_likelihood": e.extraction_likelihood,
+                "bleu": e.bleu,
+                "diversity": diversity[i],
+                "nll": e.nll,
+                "prefix": e.prefix,
+                "truth": e.truth,
+                "completion": e.completion,
+                "values": {name: of_all[i] for name, of_all in values.items()},
+            }
+            for i, e in enumerate(evidence)
+        ]
+
+    def perplexity(self, batches: Iterable[Sequences]) -> float:
+        """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
+        total, count = 0.0, 0
+        with torch.no_grad(), untouched(self.module), self.runner.forward_context():
+            for number, batch in enumerate(batches):
+                if number % self.shares == self.share:
+                    on_device = {name: batch[name].to(self.module.device) for name in ("input_ids", "attention_mask")}
+                    total -= log_likelihood(self.module.logits(on_device), on_device).double().sum().item()
+                    count += int(targets(on_device)[1].sum())
+        sums = self.processes.exchange("the perplexity", (total, count))
+        nll = sum(total for total, _ in sums) / sum(count for _, count in sums)
+        return _perplexity(nll)
+
+
+def means_of(found: Sequence[Finding]) -> dict[str, float]:
+    """Means over passages by metric; the perplexity is that of a token of a mean passage.
+
+    Example:
+        >>> one = {name: 0.5 for name in MEANS} | {"nll": 0.0, "values": {"probability": 0.25}}
+        >>> means_of([one, one])["perplexity"], means_of([one])["probability"]
+        (1.0, 0.25)
+    """
+    named = {name: [f[name] for f in found] for name in MEANS} | {
+        name: [f["values"][name] for f in found] for name in found[0]["values"]
+    }
+    means = {name: sum(values) / len(values) for name, values in named.items()}
+    nll = sum(f["nll"] for f in found) / len(found)
+    return means | {"perplexity": _perplexity(nll)}
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < MOST else math.inf

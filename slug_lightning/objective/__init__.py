@@ -1,0 +1,1 @@
+"""Losses and metrics of forget and retain data, at the weights as they are."""

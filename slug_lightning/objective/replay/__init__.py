@@ -1,0 +1,1 @@
+"""Evaluate an edit by computing only what it can change."""

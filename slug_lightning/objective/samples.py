@@ -1,0 +1,112 @@
+"""The same pictures drawn, or talked about, before an edit and after it, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.batch_utils import call_step
+from slug_lightning.objective.log_capture import read_logs
+from slug_lightning.utils.loaders import First
+from slug_lightning.utils.random import same_draws
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from slug_lightning.objective.objective import Kind, Objective
+
+MOST = 8
+"""Pictures of a gallery: what is readable side by side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Pictures of a generator, or pictures and what is said to them, before and after.
+
+    Attributes:
+        titles: what was asked for, one text a picture; or what was said to it before the edit.
+        before: uint8 `[n, 3, H, W]`, RGB, n from 1 to 8.
+        after: the same of the edited model.
+        said: where the titles are other ones after the edit, as answers are: these.
+
+    Example:
+        >>> grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+        >>> figure = Gallery(["a cat", "a dog"], grey, grey // 2).figure("To forget: cats")
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['', '', 'a cat', 'a dog']
+    """
+
+    titles: list[str]
+    before: Tensor
+    after: Tensor
+    said: list[str] | None = None
+
+    def figure(self, heading: str) -> Figure:
+        """Two rows of pictures, each picture of the second below the same one of the first, with its title below both.
+
+        Where titles changed, each row has its own.
+
+        Args:
+            heading: over all.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(1.7 * len(self.titles) + 0.5, 4), 4.6), layout="constrained")
+        rows = figure.subplots(2, len(self.titles), squeeze=False)
+        for row, name, pictures in zip(rows, ("before", "after"), (self.before, self.after), strict=True):
+            row[0].set_ylabel(name, fontsize=12)
+            for axes, picture in zip(row, pictures, strict=True):
+                axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")  # small ones stay as they are
+                axes.set(xticks=[], yticks=[])
+        below = zip(rows[1], self.titles, strict=True)
+        if self.said is not None:
+            below = zip([*rows[0], *rows[1]], self.titles + self.said, strict=True)
+        for axes, title in below:
+            short = textwrap.shorten(title, 90, placeholder="…")
+            axes.set_xlabel(textwrap.fill(short, 20), fontsize=9, parse_math=False)  # a prompt may name a price in $
+        width = max(17 * len(self.titles), 36)
+        figure.suptitle(textwrap.fill(textwrap.shorten(heading, 2 * width, placeholder="…"), width), parse_math=False)
+        return figure
+
+
+def before_and_after(objective: Objective, kind: Kind, edit: AbstractContextManager[None]) -> Gallery:
+    """Let the module draw from the first batch of report data, as it is and with an edit, from the same random numbers.
+
+    `gallery_step(batch, batch_idx)` of the module gives pictures `[n, 3, H, W]` in [0, 1] and a title for each; of more than
+    eight the first eight are taken. Every process of a run draws the same ones.
+
+    Args:
+        objective: of a module that defines `gallery_step`, in evaluation mode, with its data and its precision.
+        kind: whether of what is to be forgotten or of what is to be kept.
+        edit: inside, the model is edited.
+
+    Raises:
+        UnlearnError: if the step gives something else.
+    """
+    # As `First`, so that each process reads the same batch; kept, as a loader may serve another one the next time.
+    (turn,) = objective.runner.turns(First(objective.loaders[kind]["test"], 1))
+    before, titles = _drawn(objective, turn.batch)
+    with edit:
+        after, said = _drawn(objective, turn.batch)
+    return Gallery(titles, before, after, None if said == titles else said)
+
+
+def _drawn(objective: Objective, batch: Any) -> tuple[Tensor, list[str]]:
+    module: Any = objective.module
+    runner = objective.runner
+    with torch.no_grad(), runner.passing(), runner.validating(), read_logs(module), runner.forward_context():
+        same_draws(0)
+        pictures, titles = call_step(module.gallery_step, batch, 0)
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or not 0 < len(pictures) == len(titles):
+        raise UnlearnError(
+            f"gallery_step: it gives pictures {list(pictures.shape)} and {len(titles)} titles; give pictures [n, 3, H, W], at "
+            "least one, and a title for each"
+        )
+    bright = pictures[:MOST].float().nan_to_num(0).clamp(0, 1)  # what an edit has broken may hold anything
+    return (bright * 255).round().to("cpu", torch.uint8), list(titles[:MOST])

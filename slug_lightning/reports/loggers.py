@@ -1,0 +1,90 @@
+"""Show a report through the Trainer's own loggers: scalars in all, figures and tables in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from slug_lightning.reports.several import JointReport
+from slug_lightning.reports.single import UnlearnReport
+
+STEP_SCALE = 10_000
+"""Loggers count steps in whole numbers: the horizontal axis of the search is the relative step times this."""
+
+
+def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> None:
+    """Send a report to every logger.
+
+    All get scalars: `search/forget/<layer>` and `search/retain_<metric>/<layer>` over the relative step (× 10,000),
+    `strength/…` over the edit's strength (× 10,000), and `before/...`, `after/...` on report data. TensorBoard also gets the
+    figures, the table of the front, the closing table, and hyperparameters with the outcome. Of several concepts, the names
+    have the concept's in front.
+
+    Args:
+        report: of a run.
+        loggers: the trainer's.
+    """
+    reports = (
+        {f"{name}/": single for name, single in report.concepts.items()} if isinstance(report, JointReport) else {"": report}
+    )
+    for logger in loggers:
+        for prefix, single in reports.items():
+            _publish_search(single, logger, prefix)
+        for when, measured in (("before", report.before), ("after", report.after)):
+            flat = {f"{when}/{kind}_{name}": v for kind, values in measured.items() for name, v in values.items()}
+            _log(logger, flat, 0)
+        if hasattr(getattr(logger, "experiment", None), "add_figure"):
+            _publish_tensorboard(report, reports, logger)
+        logger.save()
+
+
+def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
+    """The search of one concept, and what its strength does."""
+    for trial in sorted(report.trace, key=lambda t: t["relative_step"]):
+        kind = f"{prefix}search" + ("_together" if trial.get("together") else "")
+        values = {f"{kind}/forget/{trial['layer']}": trial["forget"]}
+        values |= {f"{kind}/retain_{name}/{trial['layer']}": v for name, v in (trial["retain"] or {}).items()}
+        _log(logger, values, trial["relative_step"])
+    for point in report.strengths:
+        values = {f"{prefix}strength/{kind}_{name}": v for kind in ("forget", "retain") for name, v in point[kind].items()}
+        _log(logger, values, point["strength"])
+
+
+def _log(logger: Logger, values: Mapping[str, float | None], place: float) -> None:
+    """Without the None that stands for what isn't finite in the report of an earlier run: loggers refuse it."""
+    logger.log_metrics({name: v for name, v in values.items() if v is not None}, step=round(place * STEP_SCALE))
+
+
+def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str, UnlearnReport], logger: Any) -> None:
+    writer = logger.experiment
+    for name, figure in report.figures().items():
+        writer.add_figure(f"unlearn/{name}", figure)
+    for prefix, single in reports.items():
+        writer.add_text(f"unlearn/{prefix}front", front_table(single))
+    writer.add_text("unlearn/report", f"<pre>{report.to_text()}</pre>")
+    outcome = {
+        f"hp/{kind}_{name}": value for kind, values in report.after.items() for name, value in values.items() if value is not None
+    }
+    some = next(iter(reports.values()))
+    parameters = {
+        "concept": report.concept,
+        "status": report.status,
+        "layer": report.layer or "none",
+        "forget_target": some.bounds["forget_target"],
+        "retain_tolerance": some.bounds["retain_tolerance"],
+    }
+    if isinstance(report, UnlearnReport):
+        parameters["relative_step"] = report.relative_step or 0.0
+    logger.log_hyperparams(parameters, outcome)
+
+
+def front_table(report: UnlearnReport) -> str:
+    """The front as a Markdown table, most important layer first."""
+    rows = ["| tower | layer | importance | alignment | edited |", "|---|---|---|---|---|"]
+    for s in sorted(report.scores, key=lambda s: -s["importance"]):
+        if s["on_front"]:
+            mark = "yes" if s["layer"] == report.layer else ""
+            rows.append(f"| {s['tower']} | {s['layer']} | {s['importance']:.3g} | {s['alignment']:.3f} | {mark} |")
+    return "\n".join(rows)

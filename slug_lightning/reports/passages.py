@@ -1,0 +1,151 @@
+"""The evidence of a run that made a language model forget passages: plain data -> JSON, tables, figures."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slug_lightning.reports.single import as_json, closing_lines, console_of, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Values = dict[str, float]
+TITLES = {
+    "memorization_accuracy": "memorization accuracy",
+    "extraction_likelihood": "extraction likelihood",
+    "bleu": "BLEU of completions",
+    "perplexity": "perplexity",
+    "diversity": "distinct 3-grams of completions",
+}
+
+
+@dataclass
+class PassagesReport:
+    """Everything that a run over passages found out.
+
+    Attributes:
+        status: "unlearned" where what was to stop the training did; "unfinished" where the epochs ended before that.
+        method: name of the loss.
+        reason: what ended the training, in words.
+        thresholds: at or below which the mean of a metric stops the training, by name; of unseen passages where that was asked.
+        bounds: at or below which a passage counts as forgotten, by criterion; likewise.
+        decided: names of the metrics that decided when to stop; what is reported besides had no say.
+        passages: of each passage to forget: `number`, `remembered`, `epochs` trained, `returns`, `values` by criterion at the
+            end, metrics `before` and `after`.
+        trace: before the first and after each epoch: `epoch`, `step`, how many passages were `trained` and how many are
+            `remembered`, means of the metrics over all passages (`extraction_likelihood` from some prefixes, which decides;
+            `before` and `after` have it from all), `other_perplexity` on validation data.
+        before: means by set of texts ("forget", "unseen", "other") and metric, of the original model.
+        after: the same of the model that has forgotten.
+        samples: completions of some passages: `prompt`, `truth`, `before`, `after`.
+        cost: `seconds` by phase ("training", "validation" in and after each epoch, "report"), the ratio of validation to
+            training, bytes of the `reference`, how many passages were trained on in all epochs.
+        notes: what was decided on the way.
+        versions: of the libraries.
+
+    Example:
+        >>> report = PassagesReport("unlearned", "ICU")
+        >>> PassagesReport.from_dict(report.to_dict()) == report
+        True
+    """
+
+    status: Literal["unlearned", "unfinished"]
+    method: str
+    reason: str = ""
+    thresholds: Values = field(default_factory=dict)
+    bounds: Values = field(default_factory=dict)
+    decided: list[str] = field(default_factory=list)
+    passages: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Values] = field(default_factory=dict)
+    after: dict[str, Values] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PassagesReport:
+        """The inverse of `to_dict`; what a newer version added is left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report as JSON; what isn't finite is written as null."""
+        Path(path).write_text(as_json(self.to_dict()))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> PassagesReport:
+        """Read what `to_json` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def to_text(self, width: int = 100) -> str:
+        """The closing table, as text of at most `width` columns."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.method}: {self.status}", title_justify="left", title_style="bold")
+        for column in ("texts", "metric", "before", "after", "bound"):
+            table.add_column(column, justify="left" if column in ("texts", "metric") else "right")
+        for texts, values in self.before.items():
+            for name, value in values.items():
+                bound = f"≤ {number(self.thresholds[name])}" if texts == "forget" and name in self.decided else ""
+                if bound:
+                    bound += f" (judged: {number(self.trace[-1].get(name))})"
+                table.add_row(texts, TITLES.get(name, name), number(value), number(self.after[texts][name]), bound)
+        stream = io.StringIO()
+        console = console_of(stream, width)
+        console.print(table)
+        left = sum(passage["remembered"] for passage in self.passages)
+        returned = sum(passage["returns"] for passage in self.passages)
+        console.print(f"{self.reason}; {left} of {len(self.passages)} passages still remembered, {returned} had come back")
+        closing_lines(console, len(self.trace), self.cost, self.notes, width)
+        return stream.getvalue().rstrip("\n")
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of the run: "forgetting", the metrics over the epochs with what they must fall below."""
+        return {"forgetting": self._forgetting_figure()}
+
+    def _forgetting_figure(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        epochs = [entry["epoch"] for entry in self.trace]
+        levels = self.bounds | self.thresholds
+        for colour, name in enumerate(("memorization_accuracy", "extraction_likelihood", "bleu")):
+            left.plot(epochs, [entry.get(name) for entry in self.trace], ".-", color=f"C{colour}", label=TITLES[name])
+            if name in levels:
+                left.axhline(levels[name], color=f"C{colour}", linestyle="--", linewidth=1)
+        left.set(xlabel="epoch", title="Passages to forget (dashed: threshold)", ylim=(0, 1))
+        left.legend(fontsize=8)
+        middle.plot(epochs, [entry["remembered"] for entry in self.trace], ".-", color="black")
+        middle.set(xlabel="epoch", title="Passages still remembered", ylim=(0, None))
+        right.plot(epochs, [entry["other_perplexity"] for entry in self.trace], ".-", color="C3")
+        right.set(xlabel="epoch", title="Perplexity of other text (validation)")
+        for axes in (left, middle, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        return figure
+
+
+def samples_table(samples: list[dict[str, str]]) -> str:
+    """Completions before and after, as a Markdown table.
+
+    Example:
+        >>> print(samples_table([{"prompt": "to be", "truth": "or not", "before": "or not", "after": "| a" + chr(10) + "b"}]))
+        | prompt (its end) | truth | before | after |
+        |---|---|---|---|
+        | to be | or not | or not | ¦ a⏎b |
+    """
+    rows = ["| prompt (its end) | truth | before | after |", "|---|---|---|---|"]
+    for sample in samples:
+        cells = (sample["prompt"][-80:], *(sample[name] for name in ("truth", "before", "after")))
+        rows.append("| " + " | ".join(cell.replace("|", "¦").replace("\n", "⏎").strip() for cell in cells) + " |")
+    return "\n".join(rows)

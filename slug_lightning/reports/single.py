@@ -1,0 +1,302 @@
+"""The evidence: what was edited, why, what it cost and how well it held; plain data -> JSON, table, figures."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slug_lightning.objective.samples import Gallery
+from slug_lightning.patches.patch import UnlearnPatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+Values = dict[str, float]
+SHOWN = 12
+"""Concepts up to which tables, legends and figures of each are readable; the file holds all."""
+NOT_PLAIN = {"patch", "gallery"}
+"""What a report carries and its file does not."""
+
+
+@dataclass
+class UnlearnReport:
+    """Everything a run found out.
+
+    Attributes:
+        status: "unlearned", or "infeasible" where no step met both bounds and the weights are as they were.
+        concept: what was to be forgotten, in words.
+        layer: the edited layer, or None.
+        tensors: names of the edited tensors.
+        step_size: λ, or None.
+        relative_step: λ‖g_f‖/‖θ‖, or None.
+        bounds: metrics, directions, target and tolerance, and where the target came from.
+        scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
+        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, damage; `together` where the edits
+            of other concepts were there, too.
+        before: metrics on report data, which the search never saw: `{"forget": {...}, "retain": {...}}`.
+        after: the same after the edit.
+        search_before: the same on search data.
+        search_after: the same on search data.
+        strengths: where asked for, the metrics on search data over the edit's strength, of which 1 is the whole edit:
+            `[{"strength": …, "forget": {…}, "retain": {…}}, …]`.
+        holds: whether both bounds hold on report data as well; None if infeasible.
+        cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
+            `ratio` to it; evaluations, samples forward and backward; what `replay` held and spared.
+        notes: what was decided on the way, such as how a single set was split.
+        versions: of the libraries.
+        patch_digest: of the patch.
+        patch: the edit itself; saved beside the report, not in it.
+        gallery: of a generator, pictures before and after, of "forget" and of "retain" data; not saved in the report.
+
+    Example:
+        >>> report = UnlearnReport(status="infeasible", concept="cats")
+        >>> UnlearnReport.from_dict(report.to_dict()) == report
+        True
+    """
+
+    status: Literal["unlearned", "infeasible"]
+    concept: str
+    layer: str | None = None
+    tensors: list[str] = field(default_factory=list)
+    step_size: float | None = None
+    relative_step: float | None = None
+    bounds: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Values] = field(default_factory=dict)
+    after: dict[str, Values] = field(default_factory=dict)
+    search_before: dict[str, Values] = field(default_factory=dict)
+    search_after: dict[str, Values] = field(default_factory=dict)
+    strengths: list[dict[str, Any]] = field(default_factory=list)
+    holds: bool | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    patch_digest: str | None = None
+    patch: UnlearnPatch | None = field(default=None, repr=False, compare=False)
+    gallery: dict[str, Gallery] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without patch and gallery."""
+        plain = replace(self, patch=None, gallery={})
+        return asdict(plain, dict_factory=lambda items: {k: v for k, v in items if k not in NOT_PLAIN})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> UnlearnReport:
+        """The inverse of `to_dict`; what a newer version added is left out."""
+        known = {f.name for f in fields(cls)} - NOT_PLAIN
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report, without patch and gallery, as JSON; a metric that isn't finite is written as null."""
+        Path(path).write_text(as_json(self.to_dict()))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> UnlearnReport:
+        """Read what `to_json` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def to_text(self, width: int = 100) -> str:
+        """The closing table, as text of at most `width` columns."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.concept}: {self.status}", title_justify="left", title_style="bold")
+        for column in ("report data", "before", "after", "bound"):
+            table.add_column(column, justify="left" if column == "report data" else "right")
+        for kind in ("forget", "retain"):
+            for name, value in self.before.get(kind, {}).items():
+                table.add_row(f"{kind}: {name}", number(value), number(self.after[kind][name]), self.bound(kind, name, value))
+        stream = io.StringIO()
+        console = console_of(stream, width)
+        console.print(table)
+        if self.layer is not None:
+            console.print(f"edited: {self.layer}, relative step {self.relative_step:.4f}")
+        closing_lines(console, len(self.trace), self.cost, self.notes, width)
+        console.print(self._verdict())
+        return stream.getvalue().rstrip("\n")
+
+    def _verdict(self) -> str:
+        """One sentence on how it ended; where it failed, with how near the nearest trial came."""
+        if self.status == "unlearned":
+            return "Both bounds hold on report data as well." if self.holds else "On report data a bound does not hold."
+        verdict = "No step along a front layer meets both bounds; the weights are as they were."
+        forgot = [t for t in self.trace if t.get("damage") is not None]  # measured only where the step forgets
+        if forgot:
+            near = min(forgot, key=lambda t: t["damage"])
+            kept = ", ".join(
+                f"{name} {number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
+                for name, value in (near["retain"] or {}).items()
+            )
+            return (
+                f"{verdict} Nearest: {near['layer']} forgets at relative step {near['relative_step']:.4f}, but keeps only {kept}."
+            )
+        return f"{verdict} None forgets: raise max_evaluations, or give a forget_target that can be reached."
+
+    def bound(self, kind: str, name: str, before: float | None) -> str:
+        """What a metric must meet, in words."""
+        higher = self.bounds["higher_is_better"][name]
+        if kind == "forget":
+            return f"{'≤' if higher else '≥'} {number(self.bounds['forget_target'])}"
+        if before is None:
+            return "–"
+        return f"{'≥' if higher else '≤'} {number(self.limit(name, before))}"
+
+    def limit(self, name: str, before: float) -> float:
+        """What a retain metric may be at worst."""
+        tolerance = self.bounds["retain_tolerance"]
+        return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
+
+        And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
+        "samples/retain": what it draws before and after.
+        """
+        figures = {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
+        figures |= {"strength": strength_figure({self.concept: self})} if self.strengths else {}
+        return figures | sample_figures(self.gallery, self.concept)
+
+    def _pareto_figure(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 5), layout="constrained")
+        axes = figure.subplots()
+        number = 0
+        for hue, tower in enumerate(sorted({s["tower"] for s in self.scores})):
+            scores = [s for s in self.scores if s["tower"] == tower]
+            front = sorted((s for s in scores if s["on_front"]), key=lambda s: s["importance"])
+            rest = [s for s in scores if not s["on_front"]]
+            axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
+            label = f"front of the {tower} tower" if tower != "model" else "front"
+            axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
+            for s in front:  # numbers, since names are longer than the gaps between points
+                number += 1
+                edited = s["layer"] == self.layer
+                name = f"{number}  {s['layer']}" + ("  (edited)" if edited else "")
+                axes.plot(
+                    s["importance"], s["alignment"], "*" if edited else "o", ms=15 if edited else 6, color=f"C{hue}", label=name
+                )
+                axes.annotate(str(number), (s["importance"], s["alignment"]), (7, 5), textcoords="offset points", fontsize=9)
+        axes.set(xscale="log", xlabel="importance ‖g_f‖ / ‖θ‖  (right is better)", ylabel="|cos(g_f, g_r)|  (low is better)")
+        axes.tick_params(axis="x", which="minor", labelsize=6, labelrotation=45)
+        axes.set_title(f"Layers for forgetting: {self.concept}")
+        figure.legend(loc="outside right upper", fontsize=8)
+        return figure
+
+    def _trade_off_figure(self) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        (forget_name, forget_before), *_ = self.search_before["forget"].items()
+        retain_name = next(iter(self.search_before["retain"]))
+        alone = [t for t in self.trace if not t.get("together")]
+        for layer in dict.fromkeys(t["layer"] for t in alone):
+            chosen = layer == self.layer
+            style: dict[str, Any] = {
+                "color": "black" if chosen else None,
+                "zorder": 3 if chosen else 2,
+                "linewidth": 2 if chosen else 1,
+            }
+            trials = sorted((t for t in alone if t["layer"] == layer), key=lambda t: t["relative_step"])
+            steps = [0.0, *(t["relative_step"] for t in trials)]
+            left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
+            held = [t for t in trials if t["retain"]]
+            right.plot([t["retain"][retain_name] for t in held], [t["forget"] for t in held], ".", markersize=9, **style)
+        if self.search_after and self.layer is not None:
+            star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
+            after = self.search_after["forget"][forget_name]
+            left.plot(self.relative_step, after, **star)
+            right.plot(self.search_after["retain"][retain_name], after, label="chosen", **star)
+        before = self.search_before["retain"][retain_name]
+        right.plot(before, forget_before, "s", color="grey", label="before")
+        right.axvline(self.limit(retain_name, before), color="grey", linestyle=":", label="retain bound")
+        for axes in (left, right):
+            axes.axhline(self.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
+            axes.set_ylabel(f"forget: {forget_name}")
+        left.set_xscale("symlog", linthresh=0.1)  # straight down to the first step, logarithmic beyond
+        left.set_xlim(left=0)
+        left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Search data: forgetting over the step")
+        right.set(xlabel=f"retain: {retain_name}", title="Search data: what it costs")
+        right.legend(fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        return figure
+
+
+def sample_figures(gallery: dict[str, Gallery], concept: str) -> dict[str, Figure]:
+    """What a generator draws before and after: "samples/forget" and "samples/retain"."""
+    headings = {"forget": f"To forget: {concept}", "retain": f"To keep, with {concept} forgotten"}
+    return {f"samples/{kind}": pictures.figure(headings[kind]) for kind, pictures in gallery.items()}
+
+
+def strength_figure(reports: dict[str, UnlearnReport]) -> Figure:
+    """Forget and retain metrics over the strength of each edit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    (some, *_) = reports.values()
+    names = some.bounds["retain_metrics"]
+    left, *right = figure.subplots(1, 1 + len(names))
+    for concept, report in reports.items():
+        strengths = [point["strength"] for point in report.strengths]
+        left.plot(strengths, [next(iter(point["forget"].values())) for point in report.strengths], ".-", label=concept)
+        for axes, name in zip(right, names, strict=True):
+            axes.plot(strengths, [point["retain"][name] for point in report.strengths], ".-")
+    left.axhline(some.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
+    left.set_ylabel(f"forget: {some.bounds['forget_metric']}")
+    for axes, name in zip(right, names, strict=True):
+        axes.set_ylabel(f"retain: {name}")
+        axes.axhline(some.limit(name, some.search_before["retain"][name]), color="grey", linestyle="--", linewidth=1)
+    for axes in (left, *right):
+        axes.set_xlabel("strength of the edit")
+        axes.axvline(1, color="grey", linestyle=":", linewidth=1)
+    if len(reports) <= SHOWN:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("More or less of an edit, search data" + ("; the others stay" if len(reports) > 1 else ""))
+    return figure
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or three digits of what is small; None is what JSON gives back for NaN and infinity."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def console_of(stream: io.StringIO, width: int) -> Console:
+    """Where tables become plain text."""
+    from rich.console import Console
+
+    return Console(file=stream, width=width, no_color=True, markup=False, emoji=False, highlight=False)
+
+
+def closing_lines(console: Console, evaluations: int, cost: dict[str, Any], notes: list[str], width: int) -> None:
+    """What a run cost, and its notes, below its tables."""
+    seconds = cost.get("seconds", {})
+    total = sum(seconds.values()) or 1.0
+    phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f}%)" for phase, spent in seconds.items())
+    console.print(f"{evaluations} evaluations" + (f"; {phases}" if phases else ""))
+    for unit, ratio in cost.get("ratio", {}).items():
+        console.print(f"whole run: {ratio:.2f} x the {unit} of its gradient passes")
+    for note in notes:
+        for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
+            console.print(line)
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """Plain data as JSON, with null for what isn't finite."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value

@@ -1,0 +1,1 @@
+"""What knows Lightning's Trainer, below the callbacks."""

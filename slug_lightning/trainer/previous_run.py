@@ -1,0 +1,37 @@
+"""What an earlier fit has done, so that the same request is not carried out twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from slug_lightning.modules.base import own_model
+from slug_lightning.reports.several import JointReport
+from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.tensors.bits import digest_of
+from slug_lightning.tensors.layers import plain_parameters
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An edit that was made before: in the last fit, or in the one that wrote the checkpoint.
+
+    Attributes:
+        report: of it.
+        request: what was asked for, as plain data.
+        data: a fingerprint of the forget data; None in checkpoints of earlier versions.
+        weights: a digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along.
+    """
+
+    report: Union[UnlearnReport, JointReport]
+    request: dict[str, Any]
+    data: Optional[str]
+    weights: Optional[str] = None
+
+
+def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:
+    """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
+    named = plain_parameters(own_model(module))
+    return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")

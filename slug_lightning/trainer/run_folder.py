@@ -1,0 +1,144 @@
+"""The folder of a run: what stays on disk, and that nothing in it is overwritten."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.modules.base import own_model
+from slug_lightning.reports.run_files import CHECKPOINT, FIGURES, MODEL, PATCH, REPORT, WEIGHTS, patch_of
+from slug_lightning.reports.several import JointReport
+from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.tensors.dtensor import whole
+from slug_lightning.tensors.layers import plain_name
+from slug_lightning.utils.files import at_once
+
+if TYPE_CHECKING:
+    from slug_lightning.modules.causal_lm import CausalLMModule
+    from slug_lightning.reports.passages import PassagesReport
+
+
+def save_run(
+    folder: Path, report: UnlearnReport | JointReport, trainer: Trainer, module: LightningModule, processes: Processes
+) -> None:
+    """Write report and figures, and where something was unlearned the patch, the checkpoint and the plain weights.
+
+    Of several concepts, each has a patch of its own, too. The plain weights are those of the wrapped model, under its own
+    names, so that its library loads them; where the module has a `save_pretrained(folder)`, that writes them, to `model`. Each
+    file is there whole or not at all, and the report comes last: a folder with a report is whole.
+
+    Args:
+        folder: where to.
+        report: of the run.
+        trainer: writes the checkpoint in its own format.
+        module: holds the edited model.
+        processes: of which the first writes; the others help to gather what is sharded.
+    """
+    by_itself = _saves_itself(module)
+    weights = _first_names(own_model(module), keep=processes.is_first) if report.patch is not None and not by_itself else {}
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if report.patch is not None:
+            report.patch.save(folder / PATCH)
+            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
+                assert single.patch is not None
+                single.patch.save(patch_of(folder, name))
+            if by_itself:
+                _save_pretrained(folder, module)
+            else:
+                with at_once(folder / WEIGHTS) as part:
+                    save_file(weights, part)
+        _save_figures(folder, report)
+    processes.exchange("files", None)
+    if report.patch is not None:
+        with processes.elsewhere():  # the Trainer has its own ways to wait for the others
+            trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
+    if processes.is_first:
+        with at_once(folder / REPORT) as part:
+            report.to_json(part)
+
+
+def _saves_itself(module: LightningModule) -> bool:
+    """Whether a module knows how its library wants its weights; of a sharded one, no process has them to write."""
+    return hasattr(module, "save_pretrained") and not any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def _save_pretrained(folder: Path, module: Any) -> None:
+    part = folder / f"{MODEL}.part"
+    try:
+        module.save_pretrained(part)
+        part.replace(folder / MODEL)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes) -> None:
+    """Write what a run over passages leaves: report, figures, checkpoint, and the model as transformers loads it.
+
+    Args:
+        folder: where to.
+        report: of the run.
+        trainer: writes the checkpoint in its own format.
+        module: holds the trained model and its tokenizer.
+        processes: of which the first writes; the others help to gather what is sharded.
+    """
+    model: Any = module.model
+    state = _gathered(model.state_dict(), keep=processes.is_first)
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder / MODEL, state_dict=state)
+        module.tokenizer.save_pretrained(folder / MODEL)
+        _save_figures(folder, report)
+    processes.exchange("files", None)
+    with processes.elsewhere():
+        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
+    if processes.is_first:
+        with at_once(folder / REPORT) as part:
+            report.to_json(part)
+
+
+def _save_figures(folder: Path, report: UnlearnReport | JointReport | PassagesReport) -> None:
+    for name, figure in report.figures().items():
+        (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
+        with at_once(folder / FIGURES / f"{name}.png") as part:
+            figure.savefig(part, dpi=150, format="png")
+
+
+def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's tensors, whole, tied ones once, under the name that stands first: the one that patches use.
+
+    Args:
+        model: sharded or not.
+        keep: whether this process wants them, or only helps to gather what is sharded, one after the other.
+    """
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[object, str] = {}
+    for name, tensor in held:
+        first.setdefault(_identity(tensor), name)
+    tied = {name for name, tensor in held if first[_identity(tensor)] != name}
+    return _gathered({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, keep)
+
+
+def _gathered(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors, whole and on the host, by their plain names; `keep` as in `_first_names`."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        gathered = whole(tensor)
+        if keep:
+            tensors[plain_name(name)] = gathered.cpu().contiguous()
+    return tensors
+
+
+def _identity(tensor: Tensor) -> object:
+    """The same for names of one memory; a shard may be empty, and has none of its own."""
+    if isinstance(tensor, DTensor) or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape)

@@ -1,0 +1,1 @@
+"""What the other packages share and that has no idea of unlearning."""

@@ -1,0 +1,65 @@
+"""Loaders made of loaders: several in a row, a part of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
+from typing import Any, Literal, cast
+
+from slug_lightning.errors import UnlearnError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Batches = Iterable[Any]
+
+
+class Chained:
+    """Several loaders, one after the other, each sample once."""
+
+    def __init__(self, loaders: Iterable[Batches]) -> None:
+        self.loaders = list(loaders)
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from loader
+
+    def __len__(self) -> int:
+        return sum(len(cast(Sized, loader)) for loader in self.loaders)
+
+
+class EveryFourth:
+    """The batches of a stream whose number, modulo 4, is one of `turns`: how a stream without indices is split."""
+
+    def __init__(self, loader: Batches, turns: set[int]) -> None:
+        self.loader = loader
+        self.turns = turns
+
+    def __iter__(self) -> Iterator[Any]:
+        number = -1
+        for number, batch in enumerate(self.loader):
+            if number % 4 in self.turns:
+                yield batch
+        if number < min(self.turns):
+            raise UnlearnError(f"a stream has only {number + 1} batches; give at least 4, or a loader for each split")
+
+    def __len__(self) -> int:
+        return sum(number % 4 in self.turns for number in range(len(cast(Sized, self.loader))))
+
+
+class First:
+    """The first so many batches of a loader.
+
+    Example:
+        >>> list(First([1, 2, 3], 2)), len(First([1], 2))
+        ([1, 2], 1)
+    """
+
+    def __init__(self, loader: Batches, count: int) -> None:
+        self.loader = loader
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.count)
+
+    def __len__(self) -> int:
+        return min(self.count, len(cast(Sized, self.loader)))

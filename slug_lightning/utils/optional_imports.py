@@ -1,0 +1,20 @@
+"""Import what the package's extras install."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from slug_lightning.errors import UnlearnError
+
+
+def needed(name: str, extra: str) -> Any:
+    """Import a module of one of the package's extras, or say how to install it.
+
+    Raises:
+        UnlearnError: if it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnlearnError(f'{name} cannot be imported ({error}); pip install "slug-lightning[{extra}]"') from error
