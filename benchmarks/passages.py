@@ -162,7 +162,7 @@ def examiner_of(module: CausalLMModule, data: PassageDataModule) -> Examiner:
 
     trainer = pl.Trainer(max_epochs=1, **QUIET)
     trainer.strategy.connect(module)
-    return Examiner(module, Runner(trainer.strategy), data.prefix, [], N, 64, Progress(None))
+    return Examiner(module, Runner(trainer.strategy, trainer.state), data.prefix, [], N, 64, Progress(None))
 
 
 def measured(module: CausalLMModule, data: PassageDataModule) -> dict[str, dict[str, float]]:

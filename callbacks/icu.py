@@ -20,8 +20,8 @@ from slug_lightning.modules.causal_lm import CausalLMModule
 from slug_lightning.reports.passages import PassagesReport, samples_table
 from slug_lightning.reports.run_files import fresh_folder
 from slug_lightning.trainer.checks import folder_of, refuse_surroundings
+from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.run_folder import save_passages
-from slug_lightning.utils.progress import Progress
 
 MA, EL = "memorization_accuracy", "extraction_likelihood"
 Below = Union[float, Literal["unseen"]]
@@ -126,10 +126,10 @@ class ICUCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the original model, or take over what a checkpoint says of it."""
         assert isinstance(pl_module, CausalLMModule)
-        runner = Runner(trainer.strategy)
+        runner = Runner(trainer.strategy, trainer.state)
         with runner.processes.together():
             self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            self._progress = Progress.of(trainer)
+            self._progress = progress_of(trainer)
             self._examiner = Examiner(
                 pl_module, runner, self._data.prefix, self.forgotten, self.n, self.batch_size, self._progress
             )

@@ -9,14 +9,12 @@ from typing import Any, Literal, Optional, Union
 import lightning.pytorch as pl
 import torch
 
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders, as_trainer_limits
-from slug_lightning.datamodules.sources.names import concept_of
+from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.slug.pipeline import Run
-from slug_lightning.modules.base import own_model
 from slug_lightning.objective.eval_mode import untouched
 from slug_lightning.objective.objective import Objective, refuse_unusable_steps
 from slug_lightning.objective.retain_cache import RetainCache
@@ -27,10 +25,13 @@ from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import Granularity, plain_parameters
 from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.trainer.limits import as_trainer_limits
 from slug_lightning.trainer.previous_run import Earlier, digest_of_edited
+from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.report_transfer import Mailbox
 from slug_lightning.trainer.run_folder import save_run
-from slug_lightning.utils.progress import Progress
+from slug_lightning.utils.modules import own_model
+from slug_lightning.utils.names import concept_of
 
 
 class UnlearnCallback(pl.Callback):
@@ -184,7 +185,7 @@ class UnlearnCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget: here checkpoint weights are restored, and no batch has been trained on."""
-        runner = Runner(trainer.strategy)
+        runner = Runner(trainer.strategy, trainer.state)
         with runner.processes.together():
             if not self._was_done_before(trainer, pl_module, runner):
                 self._keep(trainer, pl_module, self._forget(trainer, pl_module, runner), runner.processes)
@@ -199,7 +200,7 @@ class UnlearnCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if Lightning left out the training loop, and with it the edit."""
         if self._report is None:
-            runner = Runner(trainer.strategy)
+            runner = Runner(trainer.strategy, trainer.state)
             with runner.processes.together():
                 done = self._was_done_before(trainer, pl_module, runner)
             if not done:
@@ -255,7 +256,7 @@ class UnlearnCallback(pl.Callback):
         earlier = self._earlier
         if earlier is None or earlier.request != self._request() or earlier.report.status == "infeasible":
             return False
-        progress = Progress.of(trainer)
+        progress = progress_of(trainer)
         with untouched(module):
             loaders = self._loaders(trainer, runner)
             objective = self._objective(module, runner)
@@ -290,13 +291,13 @@ class UnlearnCallback(pl.Callback):
     def _forget(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> AnyReport:
         """Find out which edits to make."""
         loaders = self._loaders(trainer, runner)
-        report = Run(self, trainer, module, runner, loaders)()
+        report = Run(self, module, runner, *loaders, progress_of(trainer))()
         with untouched(module):
             self._data = self._fingerprint(self._objective(module, runner), loaders)
         return report
 
     def _objective(self, module: pl.LightningModule, runner: Runner) -> Objective:
-        return Objective(module, {}, runner, self.forget_metric, self.retain_metric, Progress.of(module.trainer).track)
+        return Objective(module, {}, runner, self.forget_metric, self.retain_metric, progress_of(module.trainer).track)
 
     def _loaders(self, trainer: pl.Trainer, runner: Runner) -> UnlearnLoaders:
         """What a run reads, within the trainer's limits."""
@@ -334,7 +335,7 @@ class UnlearnCallback(pl.Callback):
                 for name, values in before.items():
                     write_local(named[name], values)
             raise
-        progress = Progress.of(trainer)
+        progress = progress_of(trainer)
         progress.say("\n" + report.to_text())
         if folder is not None:
             progress.say(f"Saved in {folder}")

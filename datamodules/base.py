@@ -9,10 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from slug_lightning.datamodules.sources.names import by_concept, concept_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import SPLITS, Split
-from slug_lightning.utils.names import labelled, listed
+from slug_lightning.utils.names import by_concept, concept_of, labelled, listed
 
 
 def split_indices(count: int, seed: int = 0) -> dict[Split, list[int]]:

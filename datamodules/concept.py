@@ -8,9 +8,8 @@ from typing import Any, cast
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule
-from slug_lightning.datamodules.sources.names import by_concept
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.names import labelled
+from slug_lightning.utils.names import by_concept, labelled
 
 Classes = int | str | list[int | str]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import torch
@@ -45,7 +44,6 @@ class Table(pl.LightningModule):
         self.layers = nn.ParameterDict({name: nn.Parameter(torch.ones(1, 1, dtype=torch.float64)) for name in names})
         self.share, self.damage = share, damage
         self.evaluations = 0
-        self._trainer = SimpleNamespace(precision="32-true")
 
     def steps(self) -> dict[str, float]:
         return {name: p.item() - 1 for name, p in self.layers.items()}

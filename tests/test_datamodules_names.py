@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slug_lightning.datamodules.sources.names import check_names, concept_of, notes_on
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.names import LONGEST, file_name, grouped
+from slug_lightning.utils.names import LONGEST, check_names, concept_of, file_name, grouped, notes_on
 
 # Also what Hypothesis leaves out by default: halves of surrogate pairs, which a name read from a broken file may hold.
 ANYTHING = st.text(st.characters(codec=None), min_size=1, max_size=120)

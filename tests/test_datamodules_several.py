@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from slug_lightning.datamodules import ConceptDataModule, UnlearnDataModule
-from slug_lightning.datamodules.sources.loaders import as_trainer_limits
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
+from slug_lightning.trainer.limits import as_trainer_limits
 from slug_lightning.utils.loaders import SPLITS, Chained
 
 

@@ -34,7 +34,9 @@ class Examining(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         criteria = [BleuBelow(), MemorizationBelow(), ProbabilityBelow()]
-        examiner = Examiner(pl_module, Runner(trainer.strategy), PREFIX, criteria, N, self.batch_size, Progress(None))
+        examiner = Examiner(
+            pl_module, Runner(trainer.strategy, trainer.state), PREFIX, criteria, N, self.batch_size, Progress(None)
+        )
         before = [module.training for module in pl_module.modules()]
         self.found = examiner.of(self.texts, self.prefixes)
         self.perplexity = examiner.perplexity([pad(rows(KEPT[:5])), pad([rows(KEPT)[5][:7], rows(KEPT)[6]])])

@@ -11,9 +11,8 @@ from torch.utils.data import Dataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Tokenize, Transform, open_pairs, whole_words
-from slug_lightning.datamodules.sources.names import by_concept
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.names import labelled, listed
+from slug_lightning.utils.names import by_concept, labelled, listed
 from slug_lightning.utils.optional_imports import needed
 
 CONFIG = "open_clip_config.json"

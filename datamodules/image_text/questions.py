@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Pair
-from slug_lightning.datamodules.sources.names import by_concept
 from slug_lightning.datamodules.text.reading import read_content
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import Split
-from slug_lightning.utils.names import labelled, listed
+from slug_lightning.utils.names import by_concept, labelled, listed
 from slug_lightning.vlm.answers import names
 
 FIELDS = ("image", "question", "answer", "aliases", "kind", "text")

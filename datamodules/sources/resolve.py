@@ -11,11 +11,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule, no_dataset, three_parts
 from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
-from slug_lightning.datamodules.sources.names import check_names, concept_of, notes_on
 from slug_lightning.datamodules.sources.overlap import meant, refuse_same_data, samples_in
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, Split
-from slug_lightning.utils.names import labelled, listed
+from slug_lightning.utils.names import check_names, concept_of, labelled, listed, notes_on
 
 Prepare = Callable[[pl.LightningDataModule], Any]
 

@@ -16,11 +16,11 @@ import slug_lightning.callbacks
 import slug_lightning.datamodules
 import slug_lightning.modules  # noqa: F401  (imported, so that a config may name classes by their short names)
 from slug_lightning.callbacks import ICUCallback, UnlearnCallback
-from slug_lightning.datamodules.sources.names import concept_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.reports.passages import PassagesReport
 from slug_lightning.reports.run_files import earlier_edits, fresh_folder
 from slug_lightning.reports.several import AnyReport
+from slug_lightning.utils.names import concept_of
 
 CONFIG = "config.yaml"
 OURS = (UnlearnCallback, ICUCallback)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerState
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule
@@ -55,10 +56,12 @@ class Runner:
 
     Args:
         strategy: the trainer's.
+        state: the trainer's, which says whether it trains or validates.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, state: TrainerState) -> None:
         self.strategy = strategy
+        self.state = state
         module = strategy.lightning_module
         assert module is not None
         self.module: Any = module
@@ -133,12 +136,13 @@ class Runner:
     @contextmanager
     def validating(self) -> Iterator[None]:
         """Let the trainer say that it validates, so that a module doesn't augment what it is measured on."""
-        state = self.module.trainer.state
-        stage, state.stage = state.stage, type(state.stage).VALIDATING
+        stage: Any = self.state.stage
+        # By its type: a Trainer of the `pytorch_lightning` package has another.
+        self.state.stage = type(stage).VALIDATING
         try:
             yield
         finally:
-            state.stage = stage
+            self.state.stage = stage
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast and default dtype as the trainer's precision wants them."""

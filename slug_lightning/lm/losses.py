@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,31 @@ from torch.nn.functional import cross_entropy, logsigmoid, pad
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import Forward, Sequences, targets
 
-if TYPE_CHECKING:
-    from slug_lightning.lm.reference import Reference
-
 Batch = Mapping[str, Any]
 """What `slug_lightning.datamodules.PassageDataModule` serves: sequences `forget` of B passages, `pair` with K rows for each, in
 their order, and `refusal`, of which the first `prefix` tokens are the passage's."""
+
+
+class Reference(Protocol):
+    """The original model p₀, as the losses see it. Nobody trains it, saves it or counts its parameters.
+
+    It is made while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
+    """
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Compute beforehand what cannot be computed later; before training."""
+
+    def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
+        """KL(p₀ ‖ p), `[B]`, as `slug_lightning.lm.losses.sequence_kl`, of a model p that gives `logits`, `[B, T, V]`."""
+
+    def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
+        """Log p₀ of each sequence from its token `start` on, `[B]`, as `slug_lightning.lm.losses.log_likelihood`."""
+
+    def memory(self) -> dict[str, int]:
+        """What it takes besides the model, in bytes, on the "device" and on "disk"."""
+
+    def digest(self) -> str:
+        """SHA-256 of the original's weights, by which a run that goes on knows that it goes on from the same."""
 
 
 # ---- of one sequence

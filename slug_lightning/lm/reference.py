@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,7 @@ from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
 from slug_lightning.objective.eval_mode import evaluating
 
-__all__ = ["AdaptersOff", "FrozenCopy", "Reference", "TopK"]
-
-
-class Reference(Protocol):
-    """The original model p₀, as the losses see it. Nobody trains it, saves it or counts its parameters.
-
-    It is made while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
-    """
-
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Compute beforehand what cannot be computed later; before training."""
-
-    def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
-        """KL(p₀ ‖ p), `[B]`, as `slug_lightning.lm.losses.sequence_kl`, of a model p that gives `logits`, `[B, T, V]`."""
-
-    def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
-        """Log p₀ of each sequence from its token `start` on, `[B]`, as `slug_lightning.lm.losses.log_likelihood`."""
-
-    def memory(self) -> dict[str, int]:
-        """What it takes besides the model, in bytes, on the "device" and on "disk"."""
-
-    def digest(self) -> str:
-        """SHA-256 of the original's weights, by which a run that goes on knows that it goes on from the same."""
+__all__ = ["AdaptersOff", "FrozenCopy", "TopK"]
 
 
 class _Recomputed(ABC):

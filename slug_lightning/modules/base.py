@@ -10,25 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from slug_lightning.tensors.dtensor import shard
+from slug_lightning.utils.modules import WrapsModel
 
 
-def own_model(module: nn.Module) -> nn.Module:
-    """The model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> own_model(UnlearnModule(net, loss=lambda model, batch: model(batch).sum())) is net, own_model(net) is net
-        (True, True)
-    """
-    return module.model if isinstance(module, UnlearnModule) else module
-
-
-def patch_prefix(module: nn.Module) -> str:
-    """What the names of a module's tensors have in front of those that patches and plain weights carry."""
-    return "" if own_model(module) is module else "model."
-
-
-class UnlearnModule(pl.LightningModule):
+class UnlearnModule(pl.LightningModule, WrapsModel):
     """Wraps a model with what forgetting needs: a loss to raise, a loss to keep low, a score to watch.
 
     Args:

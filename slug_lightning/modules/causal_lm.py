@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from slug_lightning.embedded import LM
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.losses import ICU, LMLoss, sequence_nll
+from slug_lightning.lm.losses import ICU, LMLoss, Reference, sequence_nll
 from slug_lightning.lm.metrics import MemorizationAccuracy, Perplexity
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.pretrained import load_causal_lm, load_tokenizer
-from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, Reference
+from slug_lightning.lm.reference import AdaptersOff, FrozenCopy
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
 from slug_lightning.modules.base import UnlearnModule

@@ -13,13 +13,12 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import call_step
 from slug_lightning.objective.log_capture import read_logs
+from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import First
 from slug_lightning.utils.random import same_draws
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from slug_lightning.objective.objective import Kind, Objective
 
 MOST = 8
 """Pictures of a gallery: what is readable side by side."""

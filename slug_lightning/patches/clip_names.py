@@ -12,17 +12,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.patches.edit import Edit, P
 from slug_lightning.tensors.dtensor import whole
-
-if TYPE_CHECKING:
-    from slug_lightning.patches.edit import Edit
-    from slug_lightning.patches.patch import UnlearnPatch
 
 NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -101,7 +98,7 @@ TEXT = ("text.", "text_model.", "text_encoder.", "text_encoder_2.")
 """What a tower stands under, where that says which tower it is; the layers of both have the same names."""
 
 
-def translations(patch: UnlearnPatch, held: Mapping[str, Tensor]) -> Iterator[UnlearnPatch]:
+def translations(patch: P, held: Mapping[str, Tensor]) -> Iterator[P]:
     """Give a patch under the names, in the shapes and in the orientation of another model of the same weights.
 
     A patch of one of q, k and v becomes one of the fused tensor: the other rows of its base are those that `held` has, and
@@ -206,7 +203,7 @@ def _shape(tensors: Mapping[str, Tensor], place: Place) -> torch.Size:
     return place.of(torch.empty(tensors[place.name].shape, device="meta")).shape
 
 
-def _carried(patch: UnlearnPatch, ways: Mapping[Place, Place], held: Mapping[str, Tensor]) -> UnlearnPatch:
+def _carried(patch: P, ways: Mapping[Place, Place], held: Mapping[str, Tensor]) -> P:
     """The patch with every part of a tensor at its other place."""
 
     def carry(tensors: Mapping[str, Tensor], rest: float | None) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,23 @@ class Edit:
     def digest(self) -> str:
         """SHA-256 over the directions and the step as it was made: what it does, whatever it is called and how strongly."""
         return self.origin or digest_of(self.directions, json.dumps(float(self.step)))
+
+
+class HoldsEdits(Protocol):
+    """A dataclass of tensors as they were before, and edits of them, as `UnlearnPatch` is."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """Every edited tensor as it was before, by name."""
+
+    @property
+    def edits(self) -> Sequence[Edit]:
+        """Of these tensors."""
+
+
+P = TypeVar("P", bound=HoldsEdits)
 
 
 def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:

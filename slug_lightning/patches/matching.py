@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from slug_lightning.patches.clip_names import translations
-
-if TYPE_CHECKING:
-    from slug_lightning.patches.patch import UnlearnPatch
-    from slug_lightning.patches.state import Held
+from slug_lightning.patches.edit import P
+from slug_lightning.patches.state import Held
 
 T = TypeVar("T")
 WRAPPED, BARE = ".base_layer.", "."
 """What stands before the last part of a name where PEFT has wrapped the module with an adapter, and where it has not."""
 
 
-def places(patch: UnlearnPatch, held: Mapping[str, Held]) -> Iterator[tuple[UnlearnPatch, dict[str, Held]]]:
+def places(patch: P, held: Mapping[str, Held]) -> Iterator[tuple[P, dict[str, Held]]]:
     """Give every part of a model that a patch fits by its names; only bits tell whether it was made there.
 
     Args:
@@ -33,7 +31,7 @@ def places(patch: UnlearnPatch, held: Mapping[str, Held]) -> Iterator[tuple[Unle
         yield from _fitting(bare, bare_held)
 
 
-def _fitting(patch: UnlearnPatch, held: Mapping[str, Held]) -> Iterator[tuple[UnlearnPatch, dict[str, Held]]]:
+def _fitting(patch: P, held: Mapping[str, Held]) -> Iterator[tuple[P, dict[str, Held]]]:
     for targets in by_name(list(patch.base), held):
         yield patch, targets
     bases = {name: known.base if (known := one.history()) else one.tensor for name, one in held.items()}
@@ -64,7 +62,7 @@ def by_name(names: Sequence[str], held: Mapping[str, T]) -> Iterator[dict[str, T
             return
 
 
-def _without_adapters(patch: UnlearnPatch) -> UnlearnPatch:
+def _without_adapters(patch: P) -> P:
     """A patch under the names that its tensors have without adapters around them; itself if these are its own."""
     names = {name: _bare(name) for name in patch.base}
     if list(names) == list(names.values()) or len(set(names.values())) < len(names):  # or one of two would be lost

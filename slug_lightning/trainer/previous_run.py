@@ -7,11 +7,11 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from slug_lightning.modules.base import own_model
 from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.layers import plain_parameters
+from slug_lightning.utils.modules import own_model
 
 
 @dataclass(frozen=True)

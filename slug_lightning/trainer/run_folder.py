@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slug_lightning.distributed.processes import Processes
-from slug_lightning.modules.base import own_model
+from slug_lightning.modules.causal_lm import CausalLMModule
+from slug_lightning.reports.passages import PassagesReport
 from slug_lightning.reports.run_files import CHECKPOINT, FIGURES, MODEL, PATCH, REPORT, WEIGHTS, patch_of
 from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.dtensor import whole
 from slug_lightning.tensors.layers import plain_name
 from slug_lightning.utils.files import at_once
-
-if TYPE_CHECKING:
-    from slug_lightning.modules.causal_lm import CausalLMModule
-    from slug_lightning.reports.passages import PassagesReport
+from slug_lightning.utils.modules import own_model
 
 
 def save_run(

@@ -23,11 +23,6 @@ class Progress:
     def __init__(self, bar: Any) -> None:
         self.kind = None if bar is None or bar.is_disabled else "rich" if "Rich" in type(bar).__name__ else "tqdm"
 
-    @classmethod
-    def of(cls, trainer: Any) -> Progress:
-        """In the first of several processes, that of the trainer's bar."""
-        return cls(trainer.progress_bar_callback if trainer.is_global_zero else None)
-
     @contextmanager
     def bar(self, description: str, total: int | None) -> Iterator[Callable[[], None]]:
         """A bar of `total` units (None: unknown); gives the function that advances it by one."""

@@ -14,7 +14,6 @@ from slug_lightning.methods.slug.candidates import Score, score_layers
 from slug_lightning.methods.slug.layer_search import Competition
 from slug_lightning.methods.slug.precision_check import close_calls, rounding, rounding_errors
 from slug_lightning.methods.slug.step_search import Trial, best_trial
-from slug_lightning.modules.base import patch_prefix
 from slug_lightning.objective.gradients import NoLossError
 from slug_lightning.objective.metrics import damage, refuse_infinite
 from slug_lightning.objective.objective import Objective
@@ -25,6 +24,7 @@ from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import same_bits
 from slug_lightning.tensors.dtensor import local, placed
 from slug_lightning.tensors.layers import Layer, plain_parameters, refuse_unmovable
+from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.progress import Progress
 
 ALTERNATIVES = 3
@@ -149,7 +149,7 @@ class Request:
         self.report.bounds["higher_is_better"] = {m.name: m.higher_is_better for m in metrics}
         self.report.trace = [asdict(trial) for trial in trials]
         self.chosen = best_trial(trials)
-        precision = self.objective.module.trainer.precision
+        precision = self.objective.runner.precision
         self.report.notes += close_calls(precision, self._scores, self._errors, trials, self.chosen, competition.error)
         self._keep_alternatives(trials)
 
@@ -265,7 +265,7 @@ class Request:
             tolerance=self.wanted.retain_tolerance,
             max_evaluations=self.wanted.max_evaluations,
             progress=self.progress,
-            unit=rounding(self.objective.module.trainer.precision),
+            unit=rounding(self.objective.runner.precision),
             margin=self.wanted.margin,
             bench=bench,
             kept=kept,

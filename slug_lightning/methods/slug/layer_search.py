@@ -14,13 +14,13 @@ from torch import Tensor
 from slug_lightning.methods.slug.candidates import Score
 from slug_lightning.methods.slug.precision_check import damage_error
 from slug_lightning.methods.slug.step_search import START, Trial, search_step
-from slug_lightning.modules.base import patch_prefix
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.metrics import damage
 from slug_lightning.objective.objective import LOSS, Kind, Objective
 from slug_lightning.patches.temporary import Bench, Move
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import Layer
+from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.progress import Progress
 
 

@@ -1,26 +1,25 @@
-"""One run inside a Trainer: validate, measure, choose, search, put together, report."""
+"""One run: validate, measure, choose, search, put together, report."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.slug.concept import ALTERNATIVES, Request, Wanted
 from slug_lightning.methods.slug.cross_effects import MOST, collateral, strength_curves
 from slug_lightning.methods.slug.layer_search import recorded
 from slug_lightning.methods.slug.several import Joint
-from slug_lightning.modules.base import own_model
 from slug_lightning.objective.eval_mode import untouched
 from slug_lightning.objective.metrics import damage
 from slug_lightning.objective.objective import Kind, Objective
+from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.objective.samples import Gallery, before_and_after
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.patches.temporary import Bench
@@ -28,60 +27,89 @@ from slug_lightning.reports.cost import CostMeter, joined
 from slug_lightning.reports.run_files import earlier_edits
 from slug_lightning.reports.several import AnyReport, JointReport
 from slug_lightning.tensors.dtensor import whole
-from slug_lightning.tensors.layers import find_layers
+from slug_lightning.tensors.layers import Granularity, find_layers
+from slug_lightning.utils.loaders import Batches, Split
+from slug_lightning.utils.modules import own_model
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.progress import Progress
 
-if TYPE_CHECKING:
-    from slug_lightning.callbacks.unlearn import UnlearnCallback
+
+class RunOptions(Protocol):
+    """What is asked of a run, as the arguments of `slug_lightning.callbacks.UnlearnCallback` say it."""
+
+    layers: str | list[str]
+    granularity: Granularity
+    forget_metric: str | None
+    forget_target: float | None
+    retain_metric: str | list[str] | None
+    retain_tolerance: float
+    max_evaluations: int
+    margin: float
+    strengths: Sequence[float]
+    on_infeasible: Literal["skip", "stop"]
+    earlier: str | None
+    replay: bool
+    replay_budget: int | None
+    count_cost: bool
+    retain_cache: RetainCache | None
+    offload_gradient: bool
+
+    def asked(self) -> dict[str, Any]:
+        """All that the processes of a run must have been asked alike."""
 
 
 class Run:
     """What happens between the callback's hook and its report; the weights are as before when it has ended.
 
     Args:
-        callback: says what is asked for.
-        trainer: the owner's.
-        module: theirs, too.
-        runner: knows the trainer's strategy.
-        loaders: what is read.
+        options: what is asked for.
+        module: the owner's.
+        runner: knows the strategy.
+        forget: batches of each concept, by split.
+        retain: batches of what is kept, by split.
+        notes: on these data, for the report.
+        progress: shows how far the run is.
     """
 
     def __init__(
-        self, callback: UnlearnCallback, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner, loaders: UnlearnLoaders
+        self,
+        options: RunOptions,
+        module: pl.LightningModule,
+        runner: Runner,
+        forget: Mapping[str, Mapping[Split, Batches]],
+        retain: Mapping[Split, Batches],
+        notes: Sequence[str],
+        progress: Progress,
     ) -> None:
-        self.callback = callback
-        self.trainer = trainer
+        self.options = options
         self.module = module
         self.runner = runner
         self.processes = runner.processes
-        self.loaders = loaders
-        self.progress = Progress.of(trainer)
+        self.progress = progress
         self.bench = Bench()
-        self.meter = CostMeter(module.device, callback.count_cost and not runner.is_sharded)
-        self.layers = find_layers(module, callback.layers, callback.granularity, getattr(module, "towers", None))
+        self.meter = CostMeter(module.device, options.count_cost and not runner.is_sharded)
+        self.layers = find_layers(module, options.layers, options.granularity, getattr(module, "towers", None))
         self.objective = Objective(
             module,
-            {"retain": loaders.retain},
+            {"retain": retain},
             runner,
-            callback.forget_metric,
-            callback.retain_metric,
+            options.forget_metric,
+            options.retain_metric,
             self.progress.track,
-            replay_budget=callback.replay_budget,
+            replay_budget=options.replay_budget,
         )
         wanted = Wanted(
-            callback.forget_target,
-            callback.retain_tolerance,
-            callback.max_evaluations,
-            callback.margin,
-            callback.offload_gradient,
-            alternatives=ALTERNATIVES if len(loaders.forget) > 1 else 0,
+            options.forget_target,
+            options.retain_tolerance,
+            options.max_evaluations,
+            options.margin,
+            options.offload_gradient,
+            alternatives=ALTERNATIVES if len(forget) > 1 else 0,
         )
         self.requests = [
-            Request(name, self.objective.about(parts), self.layers, wanted, self.progress)
-            for name, parts in loaders.forget.items()
+            Request(name, self.objective.about(parts), self.layers, wanted, self.progress) for name, parts in forget.items()
         ]
-        self.notes: list[str] = loaders.notes + runner.notes()
+        self.notes: list[str] = [*notes, *runner.notes()]
         self.rounds: list[dict[str, Any]] = []
         self._kept: dict[str, Tensor] | None = None
         self.before: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
@@ -97,7 +125,7 @@ class Run:
             self._refuse_different()
             with self.meter.phase("validate"):
                 self._validate()
-            if self.trainer.precision.endswith("-mixed"):
+            if self.runner.precision.endswith("-mixed"):
                 with self.meter.phase("rounding"):
                     for request in self.new:
                         request.take_rounding()
@@ -112,9 +140,9 @@ class Run:
             else:
                 (request,) = self.requests
                 edits, found = self._search(request, to_the_end=True), {}
-            if self.callback.strengths and edits:
+            if self.options.strengths and edits:
                 with self.meter.phase("strength"):
-                    curves = strength_curves(edits, self.objective, self.bench, self.callback.strengths, self.progress)
+                    curves = strength_curves(edits, self.objective, self.bench, self.options.strengths, self.progress)
                     for name, curve in curves.items():
                         next(request for request in edits if request.name == name).report.strengths = curve
             if edits and getattr(self.module, "gallery_step", None) is not None:
@@ -134,7 +162,7 @@ class Run:
 
     def _refuse_different(self) -> None:
         """Refuse what differs between the processes: later they would wait for each other."""
-        own = self.callback.asked() | {"metrics": self.objective.names, "concepts": list(self.loaders.forget)}
+        own = self.options.asked() | {"metrics": self.objective.names, "concepts": [request.name for request in self.requests]}
         own["layers that may be edited"] = [layer.name for layer in self.layers]
         asked = self.processes.exchange("the request", own)
         if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
@@ -144,10 +172,10 @@ class Run:
 
     def _validate(self) -> None:
         """Measure what decides, before any edit; take over what an earlier run has forgotten."""
-        earlier = earlier_edits(self.callback.earlier) if self.callback.earlier else {}
-        if missing := [name for name in earlier if name not in self.loaders.forget]:
+        earlier = earlier_edits(self.options.earlier) if self.options.earlier else {}
+        if missing := [name for name in earlier if name not in {request.name for request in self.requests}]:
             raise UnlearnError(
-                f"earlier: {self.callback.earlier} has also forgotten {some_of(missing)}; give its data in forget, too"
+                f"earlier: {self.options.earlier} has also forgotten {some_of(missing)}; give its data in forget, too"
             )
         if earlier:
             self.notes.append(
@@ -162,11 +190,11 @@ class Run:
                 request.validate()
             request.objective.rehearse("forget")
         if not self.new:
-            raise UnlearnError(f"earlier: the run in {self.callback.earlier} has forgotten all of this; name another concept")
+            raise UnlearnError(f"earlier: the run in {self.options.earlier} has forgotten all of this; name another concept")
         self.objective.rehearse("retain")
         if self.processes.in_step and not self.runner.is_sharded:
             self.notes.append("replay: off, as the module communicates in its steps; every evaluation was computed whole")
-        spares = self.callback.replay and not self.processes.in_step
+        spares = self.options.replay and not self.processes.in_step
         for objective in (self.objective, *(request.objective for request in self.requests)):
             objective.spares = spares
 
@@ -199,7 +227,7 @@ class Run:
     def _together(self) -> list[Request]:
         """The sum of all edits, searched again where it fails."""
         able = [request for request in self.requests if request.chosen]
-        if self.callback.on_infeasible == "stop" and len(able) < len(self.requests):
+        if self.options.on_infeasible == "stop" and len(able) < len(self.requests):
             return []
         kept = self.new[0].report.search_before["retain"]
         joint = Joint(
@@ -207,9 +235,9 @@ class Run:
             self.objective,
             self.bench,
             kept=kept,
-            tolerance=self.callback.retain_tolerance,
-            max_rounds=self.callback.max_evaluations,
-            margin=self.callback.margin,
+            tolerance=self.options.retain_tolerance,
+            max_rounds=self.options.max_evaluations,
+            margin=self.options.margin,
             progress=self.progress,
         )
         edits = joint.settle()
@@ -218,7 +246,7 @@ class Run:
             for request in edits:
                 values = {request.report.bounds["forget_metric"]: joint.final.forget[request.name]}
                 request.report.search_after = {"forget": values, "retain": joint.final.retain}
-        return [] if self.callback.on_infeasible == "stop" and len(edits) < len(self.requests) else edits
+        return [] if self.options.on_infeasible == "stop" and len(edits) < len(self.requests) else edits
 
     def _collateral(self, edits: Sequence[Request]) -> dict[str, dict[str, float]]:
         """What each edit alone does to every concept; those of an earlier run were measured there."""
@@ -274,22 +302,22 @@ class Run:
     def _first_retain_gradient(self) -> dict[str, Tensor]:
         """Computed, or the one that an earlier run left in the cache."""
         parameters = {name: p for layer in self.layers for name, p in layer.parameters.items()}
-        if self.callback.retain_cache is None:
+        if self.options.retain_cache is None:
             return self.objective.gradient("retain", parameters).tensors
-        return self.callback.retain_cache.gradient(self.objective, parameters, self.notes)
+        return self.options.retain_cache.gradient(self.objective, parameters, self.notes)
 
     def _retain_before(self) -> dict[str, float]:
         """The retain metrics on report data before any edit, measured or from the cache."""
-        if self.callback.retain_cache is None:
+        if self.options.retain_cache is None:
             return self.objective.measured("retain", "test")
-        return self.callback.retain_cache.measured(self.objective, "test", self.notes)
+        return self.options.retain_cache.measured(self.objective, "test", self.notes)
 
     # ---- the report
 
     def _report(self, edits: Sequence[Request], found: dict[str, dict[str, float]]) -> AnyReport:
         """Say what was found, with the patches."""
         metrics = self.objective.metrics_of("retain")
-        lost = damage(metrics, self.before["retain"], self.after["retain"], self.callback.retain_tolerance)
+        lost = damage(metrics, self.before["retain"], self.after["retain"], self.options.retain_tolerance)
         active = UnlearnPatch.active(own_model(self.module))
         parents = active.as_parents() if active else []
         for request in self.requests:
