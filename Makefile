@@ -41,8 +41,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)  ## of the installed wheel: from the root a type checker would see half the package
-	BIN=$(abspath $(BIN)) sh tests/check_types.sh
+types: $(INSTALLED)  ## and which package uses which, of the installed wheel: from the root both checks would see half the package
+	BIN=$(abspath $(BIN)) sh tests/check_wheel.sh
 
 figures: $(INSTALLED)  ## the pictures of the README and of docs/clip.md, from a run of the demo
 	$(BIN)/python benchmarks/readme_figures.py

@@ -1,12 +1,14 @@
-# Build the wheel, install it by itself, and type-check what is installed, from another folder.
+# Build the wheel, install it by itself, and check what is installed, from another folder: its types, and which package uses which.
 set -eu
 modules=$(find slug_lightning callbacks datamodules configs -name '*.py' | wc -l)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$BIN/python" -m build --quiet --no-isolation --outdir "$work/dist" .
 "$BIN/python" -m pip install --quiet --no-deps --target "$work/site" "$work"/dist/*.whl
-cp pyproject.toml "$work/mypy.toml"
+cp pyproject.toml "$work/site"
 cd "$work/site"
 installed=$(find slug_lightning -name '*.py' | wc -l)
 test "$installed" = "$modules" || { echo "the wheel has $installed modules, the source $modules"; exit 1; }
-"$BIN/mypy" --config-file "$work/mypy.toml" -p slug_lightning
+"$BIN/lint-imports" --no-cache >"$work/imports" || { cat "$work/imports"; exit 1; }
+grep "Analyzed $modules files" "$work/imports" || { echo "the imports of other than $modules modules were analyzed"; exit 1; }
+"$BIN/mypy" -p slug_lightning
