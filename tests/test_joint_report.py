@@ -9,9 +9,10 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_loggers import a_report, an_infeasible_report
 
+from slug_lightning.reports.figures import SHOWN
 from slug_lightning.reports.loggers import publish
 from slug_lightning.reports.several import JointReport, report_from_dict, report_from_json
-from slug_lightning.reports.single import SHOWN, UnlearnReport
+from slug_lightning.reports.single import UnlearnReport
 
 pytestmark = pytest.mark.figures
 

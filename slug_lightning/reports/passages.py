@@ -8,19 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slug_lightning.reports.figures import TITLES, Values, forgetting_figure
 from slug_lightning.reports.single import as_json, closing_lines, console_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Values = dict[str, float]
-TITLES = {
-    "memorization_accuracy": "memorization accuracy",
-    "extraction_likelihood": "extraction likelihood",
-    "bleu": "BLEU of completions",
-    "perplexity": "perplexity",
-    "diversity": "distinct 3-grams of completions",
-}
 
 
 @dataclass
@@ -111,28 +103,7 @@ class PassagesReport:
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "forgetting", the metrics over the epochs with what they must fall below."""
-        return {"forgetting": self._forgetting_figure()}
-
-    def _forgetting_figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        epochs = [entry["epoch"] for entry in self.trace]
-        levels = self.bounds | self.thresholds
-        for colour, name in enumerate(("memorization_accuracy", "extraction_likelihood", "bleu")):
-            left.plot(epochs, [entry.get(name) for entry in self.trace], ".-", color=f"C{colour}", label=TITLES[name])
-            if name in levels:
-                left.axhline(levels[name], color=f"C{colour}", linestyle="--", linewidth=1)
-        left.set(xlabel="epoch", title="Passages to forget (dashed: threshold)", ylim=(0, 1))
-        left.legend(fontsize=8)
-        middle.plot(epochs, [entry["remembered"] for entry in self.trace], ".-", color="black")
-        middle.set(xlabel="epoch", title="Passages still remembered", ylim=(0, None))
-        right.plot(epochs, [entry["other_perplexity"] for entry in self.trace], ".-", color="C3")
-        right.set(xlabel="epoch", title="Perplexity of other text (validation)")
-        for axes in (left, middle, right):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        return figure
+        return {"forgetting": forgetting_figure(self.trace, self.bounds | self.thresholds)}
 
 
 def samples_table(samples: list[dict[str, str]]) -> str:

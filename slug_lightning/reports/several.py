@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -12,17 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.figures import SHOWN, Values, collateral_figure, sample_figures
 from slug_lightning.reports.single import (
     NOT_PLAIN,
-    SHOWN,
     UnlearnReport,
-    Values,
     as_json,
     closing_lines,
     console_of,
     number,
-    sample_figures,
-    strength_figure,
 )
 from slug_lightning.utils.names import file_name
 
@@ -205,39 +201,17 @@ class JointReport:
         """
         figures = sample_figures(self.gallery, ", ".join(self.unlearned))
         if self.collateral:
-            figures["collateral"] = self._collateral_figure()
-        if any(report.strengths for report in self.concepts.values()):
-            figures["strength"] = strength_figure({name: report for name, report in self.concepts.items() if report.strengths})
+            rows = [("no edit", self._search("before")), *self.collateral.items(), ("all edits", self._search("after"))]
+            figures["collateral"] = collateral_figure(list(self.collateral), rows)
+        curves = {name: report.strengths for name, report in self.concepts.items() if report.strengths}
+        if curves:
+            figures["strength"] = self.concepts[next(iter(curves))].strength_figure(curves)
         for name, report in list(self.concepts.items())[:SHOWN]:
             if report.scores:
                 figures |= {
                     f"{kind}/{file_name(name)}": figure for kind, figure in report.figures().items() if kind != "strength"
                 }
         return figures
-
-    def _collateral_figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        concepts = list(self.collateral)
-        rows = [("no edit", self._search("before")), *self.collateral.items(), ("all edits", self._search("after"))]
-        # None is what JSON gives back for what isn't finite.
-        values = [[math.nan if row.get(concept) is None else row[concept] for concept in concepts] for _, row in rows]
-        side = max(5.0, 0.5 * len(concepts) + 3)
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
-        axes = figure.subplots()
-        shown = axes.imshow(values, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(concepts)), concepts, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(rows)), [edit for edit, _ in rows], fontsize=8)
-        if len(concepts) <= SHOWN:
-            low, high = shown.get_clim()
-            for y, row in enumerate(values):
-                for x, value in enumerate(row):
-                    axes.text(
-                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < (low + high) / 2 else "k"
-                    )
-        axes.set(xlabel="measured on", ylabel="edit", title="Forget metric of each concept under each edit, search data")
-        figure.colorbar(shown, ax=axes, shrink=0.7)
-        return figure
 
 
 AnyReport = Union[UnlearnReport, JointReport]

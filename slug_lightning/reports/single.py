@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.figures import Values, pareto_figure, sample_figures, strength_figure, trade_off_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-Values = dict[str, float]
-SHOWN = 12
-"""Concepts up to which tables, legends and figures of each are readable; the file holds all."""
 NOT_PLAIN = {"patch", "gallery"}
 """What a report carries and its file does not."""
 
@@ -151,114 +149,34 @@ class UnlearnReport:
         tolerance = self.bounds["retain_tolerance"]
         return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
 
+    def limits(self) -> Values:
+        """What each retain metric may be at worst, on search data."""
+        return {name: self.limit(name, value) for name, value in self.search_before["retain"].items()}
+
+    def strength_figure(self, curves: dict[str, list[dict[str, Any]]]) -> Figure:
+        """Curves over the strength of edits, by concept, with the bounds of this report."""
+        return strength_figure(curves, self.bounds["forget_metric"], self.bounds["forget_target"], self.limits())
+
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
 
         And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
         "samples/retain": what it draws before and after.
         """
-        figures = {"pareto": self._pareto_figure(), "trade_off": self._trade_off_figure()}
-        figures |= {"strength": strength_figure({self.concept: self})} if self.strengths else {}
+        figures = {
+            "pareto": pareto_figure(self.concept, self.scores, self.layer),
+            "trade_off": trade_off_figure(
+                self.trace,
+                self.search_before,
+                self.search_after,
+                None if self.layer is None else (self.layer, self.relative_step),
+                self.bounds["forget_target"],
+                self.limits(),
+            ),
+        }
+        if self.strengths:
+            figures["strength"] = self.strength_figure({self.concept: self.strengths})
         return figures | sample_figures(self.gallery, self.concept)
-
-    def _pareto_figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        axes = figure.subplots()
-        number = 0
-        for hue, tower in enumerate(sorted({s["tower"] for s in self.scores})):
-            scores = [s for s in self.scores if s["tower"] == tower]
-            front = sorted((s for s in scores if s["on_front"]), key=lambda s: s["importance"])
-            rest = [s for s in scores if not s["on_front"]]
-            axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
-            label = f"front of the {tower} tower" if tower != "model" else "front"
-            axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
-            for s in front:  # numbers, since names are longer than the gaps between points
-                number += 1
-                edited = s["layer"] == self.layer
-                name = f"{number}  {s['layer']}" + ("  (edited)" if edited else "")
-                axes.plot(
-                    s["importance"], s["alignment"], "*" if edited else "o", ms=15 if edited else 6, color=f"C{hue}", label=name
-                )
-                axes.annotate(str(number), (s["importance"], s["alignment"]), (7, 5), textcoords="offset points", fontsize=9)
-        axes.set(xscale="log", xlabel="importance ‖g_f‖ / ‖θ‖  (right is better)", ylabel="|cos(g_f, g_r)|  (low is better)")
-        axes.tick_params(axis="x", which="minor", labelsize=6, labelrotation=45)
-        axes.set_title(f"Layers for forgetting: {self.concept}")
-        figure.legend(loc="outside right upper", fontsize=8)
-        return figure
-
-    def _trade_off_figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 5.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        (forget_name, forget_before), *_ = self.search_before["forget"].items()
-        retain_name = next(iter(self.search_before["retain"]))
-        alone = [t for t in self.trace if not t.get("together")]
-        for layer in dict.fromkeys(t["layer"] for t in alone):
-            chosen = layer == self.layer
-            style: dict[str, Any] = {
-                "color": "black" if chosen else None,
-                "zorder": 3 if chosen else 2,
-                "linewidth": 2 if chosen else 1,
-            }
-            trials = sorted((t for t in alone if t["layer"] == layer), key=lambda t: t["relative_step"])
-            steps = [0.0, *(t["relative_step"] for t in trials)]
-            left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
-            held = [t for t in trials if t["retain"]]
-            right.plot([t["retain"][retain_name] for t in held], [t["forget"] for t in held], ".", markersize=9, **style)
-        if self.search_after and self.layer is not None:
-            star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
-            after = self.search_after["forget"][forget_name]
-            left.plot(self.relative_step, after, **star)
-            right.plot(self.search_after["retain"][retain_name], after, label="chosen", **star)
-        before = self.search_before["retain"][retain_name]
-        right.plot(before, forget_before, "s", color="grey", label="before")
-        right.axvline(self.limit(retain_name, before), color="grey", linestyle=":", label="retain bound")
-        for axes in (left, right):
-            axes.axhline(self.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
-            axes.set_ylabel(f"forget: {forget_name}")
-        left.set_xscale("symlog", linthresh=0.1)  # straight down to the first step, logarithmic beyond
-        left.set_xlim(left=0)
-        left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Search data: forgetting over the step")
-        right.set(xlabel=f"retain: {retain_name}", title="Search data: what it costs")
-        right.legend(fontsize=8)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-        return figure
-
-
-def sample_figures(gallery: dict[str, Gallery], concept: str) -> dict[str, Figure]:
-    """What a generator draws before and after: "samples/forget" and "samples/retain"."""
-    headings = {"forget": f"To forget: {concept}", "retain": f"To keep, with {concept} forgotten"}
-    return {f"samples/{kind}": pictures.figure(headings[kind]) for kind, pictures in gallery.items()}
-
-
-def strength_figure(reports: dict[str, UnlearnReport]) -> Figure:
-    """Forget and retain metrics over the strength of each edit."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    (some, *_) = reports.values()
-    names = some.bounds["retain_metrics"]
-    left, *right = figure.subplots(1, 1 + len(names))
-    for concept, report in reports.items():
-        strengths = [point["strength"] for point in report.strengths]
-        left.plot(strengths, [next(iter(point["forget"].values())) for point in report.strengths], ".-", label=concept)
-        for axes, name in zip(right, names, strict=True):
-            axes.plot(strengths, [point["retain"][name] for point in report.strengths], ".-")
-    left.axhline(some.bounds["forget_target"], color="crimson", linestyle="--", linewidth=1, label="forget target")
-    left.set_ylabel(f"forget: {some.bounds['forget_metric']}")
-    for axes, name in zip(right, names, strict=True):
-        axes.set_ylabel(f"retain: {name}")
-        axes.axhline(some.limit(name, some.search_before["retain"][name]), color="grey", linestyle="--", linewidth=1)
-    for axes in (left, *right):
-        axes.set_xlabel("strength of the edit")
-        axes.axvline(1, color="grey", linestyle=":", linewidth=1)
-    if len(reports) <= SHOWN:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle("More or less of an edit, search data" + ("; the others stay" if len(reports) > 1 else ""))
-    return figure
 
 
 def number(value: float | None) -> str:
