@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slug_lightning.cli import main
+from slug_lightning.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

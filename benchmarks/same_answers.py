@@ -1,0 +1,161 @@
+"""Does another checkout of this repository give the same answers, bit for bit?
+
+    git worktree add ../before COMMIT
+    python benchmarks/same_answers.py ../before                     # every config that needs no download: about 25 minutes
+    python benchmarks/same_answers.py ../before --only demo cluster
+
+Both checkouts run with the packages that are installed here. Of each case the exit code, the report
+without its costs and versions, the patch's tensors and digest, the edited weights and the checkpoint's
+state are compared. This code also reads what the other has written: its patches load, a request is
+added to its run, and a fit resumed from its checkpoint edits nothing. The exit code is 1 if anything
+differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from slug_lightning import UnlearnPatch
+
+HERE = Path(__file__).parent.parent
+ANOTHER = '{"class_path": "slug_lightning.datamodules.EmojiDataModule", "init_args": {"thing": "octopus"}}'
+TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571"]
+HOST = ["--trainer.num_nodes", "1", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+CASES: dict[str, list[str]] = {
+    "demo": ["fit", "--config", "{configs}/demo.yaml"],
+    "thing": ["fit", "--config", "{configs}/thing.yaml"],
+    "several": ["fit", "--config", "{configs}/several.yaml"],
+    "icu": ["fit", "--config", "{configs}/icu.yaml"],
+    "vlm": ["fit", "--config", "{configs}/vlm.yaml"],
+    "vlm-clip": ["fit", "--config", "{configs}/vlm.yaml", "--model.route", "clip"],
+    "unlearn_canvas": ["fit", "--config", "{configs}/unlearn_canvas.yaml"],
+    "cluster": ["fit", "--config", "{configs}/cluster.yaml", *HOST],
+    "another": ["forget-another", "--run", "{runs}/demo", "--forget", ANOTHER],
+}
+UNLIKE = {"cost", "versions"}
+"""Parts of a report that no two runs have in common."""
+
+
+def site_of(checkout: Path, folder: Path) -> Path:
+    """The packages of a checkout as they are installed, without what `pip install --editable` adds to the path."""
+    shutil.copytree(checkout / "slug_lightning", folder / "slug_lightning")
+    for name in ("callbacks", "datamodules", "configs"):
+        shutil.copytree(checkout / name, folder / "slug_lightning" / name)
+    command = [sys.executable, "-c", "import slug_lightning.callbacks as c; print(c.__file__)"]
+    found = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(folder)), f"it would run {found}"
+    return folder
+
+
+def run(site: Path, arguments: list[str], folder: Path) -> int:
+    """One case by the code in `site`; what it prints goes to `<case>.log` next to its folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    launch = TWO if HOST[0] in arguments else []
+    filled = [one.replace("{configs}", str(HERE / "configs")).replace("{runs}", str(folder.parent)) for one in arguments]
+    command = [sys.executable, *launch, "-m", "slug_lightning.cli", *filled, "--output_dir", str(folder)]
+    with open(folder.parent / f"{folder.name}.log", "w") as log:
+        # Not in a checkout, whose packages would come before those of the site.
+        return subprocess.run(command, cwd=folder.parent, env=environment(site), stdout=log, stderr=log).returncode
+
+
+def environment(site: Path) -> dict[str, str]:
+    """Where Python finds the packages of a site, and not those that are installed."""
+    return os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+
+def differences(one: Any, other: Any, where: str = "report") -> Iterator[str]:
+    """Where two pieces of plain data, or of tensors, are not the same."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys(), key=str):
+            if key not in UNLIKE:
+                yield from differences(one.get(key), other.get(key), f"{where}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{where}[{number}]")
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield f"{where}: the tensors differ"
+    elif one != other:
+        yield f"{where}: {str(one)[:80]} is now {str(other)[:80]}"
+
+
+def compared(before: Path, after: Path) -> Iterator[str]:
+    """What two runs have left."""
+    if missing := [folder for folder in (before, after) if not (folder / "report.json").exists()]:
+        yield f"no report.json in {', '.join(map(str, missing))}; see the log next to it"
+        return
+    reports = [(folder / "report.json").read_text().replace(str(folder.parent), "") for folder in (before, after)]
+    yield from differences(*map(json.loads, reports))
+    if (before / "patch.safetensors").exists():
+        patches = [UnlearnPatch.load(folder / "patch.safetensors") for folder in (before, after)]
+        yield from differences(*([patch.digest, patch.base] for patch in patches), "patch")
+        yield from differences(*([edit.directions for edit in patch.edits] for patch in patches), "patch.edits")
+    for file in sorted(path.relative_to(before) for path in before.rglob("*.safetensors")):
+        if file.name != "patch.safetensors":  # its metadata come in any order
+            yield from differences(load_file(before / file), load_file(after / file), str(file))
+    if (before / "unlearned.ckpt").is_file():
+        states = [torch.load(folder / "unlearned.ckpt", weights_only=True)["state_dict"] for folder in (before, after)]
+        yield from differences(*states, "unlearned.ckpt")
+
+
+def resumed(site: Path, arguments: list[str], before: Path, folder: Path) -> Iterator[str]:
+    """What is wrong when this code goes on from the other's checkpoint."""
+    code = run(site, [*arguments, "--ckpt_path", str(before / "unlearned.ckpt")], folder)
+    if code:
+        yield f"resumed: exit code {code}"
+    elif (folder / "patch.safetensors").exists():
+        yield "resumed: it has edited a second time"
+
+
+def main() -> int:
+    """Run every case by both, and print what differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="the other checkout")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
+    parser.add_argument("--output", type=Path, default=Path("runs/same_answers"), help="folder for the runs")
+    asked = parser.parse_args()
+    output = asked.output.absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    problems = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        sites = {
+            "before": site_of(asked.before.absolute(), Path(temporary, "before")),
+            "after": site_of(HERE, Path(temporary, "after")),
+        }
+        cases = [*(["demo"] if "another" in asked.only and "demo" not in asked.only else []), *asked.only]
+        for case in (bar := tqdm(cases)):
+            codes = {}
+            for when, site in sites.items():
+                bar.set_description(f"{case}, {when}")
+                codes[when] = run(site, CASES[case], output / when / case)
+            found = list(differences(codes["before"], codes["after"], "exit code"))
+            found += compared(output / "before" / case, output / "after" / case)
+            if case == "demo":
+                found += resumed(sites["after"], CASES[case], output / "before" / case, output / "resumed")
+            if case == "another":
+                added = [*CASES[case][:-3], str(output / "before" / "demo"), *CASES[case][-2:]]
+                run(sites["after"], added, output / "added")
+                found += compared(output / "before" / case, output / "added")
+            tqdm.write(f"{case:<16}exit code {codes['after']}  {'the same' if not found else f'{len(found)} differences'}")
+            for line in found[:20]:
+                tqdm.write(f"    {line}")
+            problems += len(found)
+    return min(problems, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
