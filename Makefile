@@ -34,8 +34,8 @@ newest lowest:
 	.venv-$@/bin/uv pip list --quiet --python .venv-$@/bin/python
 	.venv-$@/bin/$(PYTEST) $(AT_ONCE)
 
-slow: $(INSTALLED)  ## the tests that take minutes
-	$(BIN)/$(PYTEST) -m slow
+slow: $(INSTALLED)  ## the tests that take minutes, and the property tests with all their examples
+	$(BIN)/$(PYTEST) -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _coverage import measuring
+from hypothesis import settings
+
+# Of each property less than a third of its examples; `make slow` takes all.
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.register_profile("quick", max_examples=30, deadline=None)
+settings.load_profile("quick")
 
 # What LightningCLI calls, jsonargparse has renamed.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"

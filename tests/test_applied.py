@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from _amounts import examples
 from _processes import in_processes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor, nn
@@ -163,10 +164,10 @@ class Composed(RuleBasedStateMachine):
 
 
 TestComposed = Composed.TestCase
-TestComposed.settings = settings(deadline=None, max_examples=25, stateful_step_count=20)
+TestComposed.settings = examples(40, stateful_step_count=20)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(data=st.data(), some=st.dictionaries(which, strengths, min_size=1))
 def test_the_order_of_applying_and_of_reverting_does_not_matter(data, some):
     one, other, original = model(), model(), bits(model())

@@ -9,7 +9,8 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from hypothesis import example, given, settings
+from _amounts import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -244,7 +245,7 @@ def means(table, counts):
     return {name: sum(row[name] * n for row, n in zip(table, counts, strict=True)) / sum(counts) for name in table[0]}
 
 
-@settings(deadline=None, max_examples=50)
+@examples(100)
 @given(worlds())
 def test_breaking_off_never_changes_who_wins(drawn):
     ways, kept, counts, scores = drawn
@@ -264,7 +265,7 @@ def test_breaking_off_never_changes_who_wins(drawn):
         assert t == true or (t.dropped and true.damage > min(o.damage for o in trials if o.retain is not None))
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(worlds())
 def test_no_bit_of_any_layer_is_changed_in_the_end(drawn):
     ways, kept, counts, scores = drawn

@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -113,7 +114,7 @@ def test_what_was_not_counted_is_not_reported():
 # ---- operations
 
 
-@settings(deadline=None, max_examples=10)
+@examples(10)
 @given(b=lengths, i=lengths, h=lengths, o=lengths)
 def test_operations_of_a_network_are_two_a_multiplication_forward_and_four_backward(b, i, h, o):
     net = nn.Sequential(nn.Linear(i, h, bias=False), nn.Linear(h, o, bias=False))
@@ -141,7 +142,7 @@ def test_the_peak_is_of_what_is_alive_at_once():
     assert peak_of(body) == 120 * FLOAT
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 64)), max_size=30))
 def test_the_peak_is_that_of_a_ledger(changes):
     """Slots are filled with new tensors, each of which frees what was there before."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from _amounts import examples
 from _processes import in_processes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,7 +46,7 @@ class Drawn(Dataset):
         return drawn
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @cases
 def test_each_active_sample_counts_once_over_all_processes_and_no_batch_is_empty(active, world, batch_size, seed, epoch):
     shares = [batches(active, batch_size, world, rank, seed, epoch) for rank in range(world)]
@@ -61,7 +62,7 @@ def test_each_active_sample_counts_once_over_all_processes_and_no_batch_is_empty
         assert len(weights) > world * (len(together[0]) - 1)  # no more stand-ins than it takes
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @cases
 def test_the_batches_of_all_processes_are_those_of_one_that_serves_as_many(active, world, batch_size, seed, epoch):
     alone = batches(active, batch_size * world, 1, 0, seed, epoch)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
@@ -107,7 +108,7 @@ class DictData(pl.LightningDataModule):
 # split_indices and three_parts
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(count=st.integers(3, 400), seed=st.integers(0, 2**31))
 def test_split_is_a_partition_of_known_sizes_and_always_alike(count, seed):
     parts = split_indices(count, seed)

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from _amounts import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
@@ -50,7 +51,7 @@ def asked(loader) -> Counter:
     return found
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(
     styles=st.lists(st.sampled_from(STYLES), max_size=4, unique=True),
     things=st.lists(st.sampled_from(THINGS), max_size=4, unique=True),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -73,7 +74,7 @@ def pool(tmp_path_factory) -> list[Path]:
 WORDS = st.lists(st.sampled_from(["cat", "CAT", "cats", "big", "Big", "copycat", "cat's", "wild-cat", "cat_", "ox"]), max_size=4)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(WORDS, min_size=6, max_size=6), st.sampled_from([["ox"], ["cat"], ["big cat"], ["OX", "cats"], ["Cat", "big"]]))
 def test_pairs_are_divided_as_a_reader_of_words_would(pool, tmp_path_factory, texts, names):
     folder = tmp_path_factory.mktemp("divided")
@@ -90,7 +91,7 @@ def test_pairs_are_divided_as_a_reader_of_words_would(pool, tmp_path_factory, te
     assert (result.read, result.named, result.copies, result.unreadable) == (12, sum(naming), 0, [])
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.integers(0, 255), min_size=3, max_size=30))
 def test_copies_are_what_a_plain_comparison_with_all_pictures_finds(tmp_path_factory, greys):
     """Of pictures of one grey, a difference by d levels has a root mean square of d √(3/4): up to 2 are alike."""
@@ -270,7 +271,7 @@ def test_the_command_writes_what_a_config_reads(tmp_path, capsys):
     assert "kitten: named in 8 of 16 captions" in told and "left out: 4 copies" in told
     assert "forget: one set of 4 samples was split into 2 (gradient), 1 (search), 1 (report), seed 3" in told
     config = yaml.safe_load(told.splitlines()[-1])["data"]
-    assert config["class_path"] == f"{ImageTextDataModule.__module__.rpartition('.')[0]}.ImageTextDataModule"
+    assert config["class_path"] == "slug_lightning.datamodules.ImageTextDataModule"
     data = ImageTextDataModule(**config["init_args"], **TOOLS)
     data.setup("fit")
     assert data.seed == 3 and next(iter(data.forget_dataloader("train")))["text"] == ["kitten here"] * 2

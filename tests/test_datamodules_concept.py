@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
@@ -82,7 +83,7 @@ def make(dataset=None, **arguments) -> ConceptDataModule:
     return data
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(classes=st.sets(st.integers(0, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_classes_divide_the_dataset(classes, seed):
     data = make(classes=sorted(classes), seed=seed)
@@ -152,7 +153,7 @@ def test_setup_divides_once_and_the_callback_can_read_it():
 # Several concepts
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 9))
 def test_several_concepts_are_divided_as_each_alone(wanted, seed):
     data = labelled([i % 9 for i in range(90)])

@@ -7,7 +7,8 @@ from collections import Counter
 import open_clip
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from _amounts import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
@@ -119,7 +120,7 @@ def samples(drawings: Drawings, dataloader) -> list[tuple[int, bool, bool]]:
     return found
 
 
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(
     styles=st.lists(st.integers(0, 4), max_size=5, unique=True),
     things=st.lists(st.integers(0, 7), max_size=3, unique=True),

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from _amounts import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
@@ -77,7 +78,7 @@ def evenly(questions) -> bool:
     return max(counts.values()) - min(counts.values()) <= 1
 
 
-@settings(deadline=None, max_examples=10)
+@examples(10)
 @given(
     styles=st.lists(st.integers(0, 4), max_size=5, unique=True),
     things=st.lists(st.integers(0, 7), max_size=3, unique=True),

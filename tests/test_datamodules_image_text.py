@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -160,7 +161,7 @@ def test_label_is_the_one_class_named(caption, label):
     assert ImageTextPairs([Pair("", b"", caption, {})], **TOOLS, labels=labels).pairs[0].labels == {"thing": label}
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.text("abc ", min_size=1).filter(str.strip), min_size=1, max_size=6), st.data())
 def test_a_caption_that_is_a_class_name_has_its_label(names, data):
     names = list({" ".join(name.split()): None for name in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
+from _amounts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from slug_lightning.utils.names import LONGEST, check_names, concept_of, file_na
 ANYTHING = st.text(st.characters(codec=None), min_size=1, max_size=120)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(ANYTHING)
 def test_a_file_name_is_safe_whatever_the_concept(concept):
     name = file_name(concept)
@@ -25,7 +26,7 @@ def test_a_file_name_is_safe_whatever_the_concept(concept):
     assert file_name(name) == name, "the name of a file names it"
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(st.lists(ANYTHING.filter(str.strip), min_size=1, max_size=6) | st.lists(st.text("aA-é ", min_size=1), min_size=1))
 def test_names_have_files_of_their_own_or_are_refused(names):
     files = {file_name(name) for name in names if name.strip()}

@@ -9,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.datamodules.text import pairing
@@ -112,7 +113,7 @@ def slow_near_duplicates(forget: list[str], corpus: list[str]) -> list[int]:
 few_words = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=9).map(" ".join), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(forget=few_words, corpus=few_words)
 def test_near_duplicates_share_half_of_the_shorter_one(forget, corpus):
     assert near_duplicates(forget, corpus) == slow_near_duplicates(forget, corpus)

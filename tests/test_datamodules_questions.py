@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -79,7 +80,7 @@ def test_pictures_keep_their_size_and_samples_are_counted_right(tmp_path):
     assert made(tmp_path, batch_size=1).collate_fn([{"index": 3, "image": batch["image"][0]}])["image"].ndim == 4
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(wordings=st.lists(st.integers(1, 5), min_size=3, max_size=12), lines=st.integers(1, 2), seed=st.integers(0, 20))
 def test_all_questions_about_a_picture_are_in_one_part(tmp_path_factory, wordings, lines, seed):
     folder = tmp_path_factory.mktemp("questions")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -198,7 +199,7 @@ def test_overlapping_concepts_are_told_with_counts():
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.lists(st.sets(st.integers(0, 14), min_size=3), min_size=2, max_size=5, unique_by=frozenset))
 def test_what_concepts_share_is_told_as_sets_say(sets):
     data = numbers(range(15))

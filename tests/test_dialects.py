@@ -5,7 +5,8 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from _amounts import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slug_lightning.clip.models import encode_image, encode_text, to_hugging_face
@@ -121,7 +122,7 @@ PARTS = [f"{LAYER}.self_attn.{part}.{kind}" for part in QKV for kind in ("weight
 values = st.sampled_from([-0.0, 0.0, 1.0, -2.5, 1e-30])
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(
     edits=st.lists(st.sets(st.sampled_from(PARTS), min_size=1), min_size=1, max_size=3),
     steps=st.lists(st.sampled_from([0.5, 0.1, -3.0]), min_size=3, max_size=3),

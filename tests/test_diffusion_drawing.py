@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from _amounts import examples
 from _tiny_diffusion import SIZE, tiny_clips, tiny_pipeline
 from diffusers import (
     DDIMScheduler,
@@ -16,7 +17,7 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -209,7 +210,7 @@ class Fixed(nn.Module):
 label = st.integers(-1, 3)
 
 
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(st.lists(st.tuples(label, label, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3), st.booleans())
 def test_a_score_is_whether_the_judge_sees_what_was_asked_for_and_nothing_where_it_was_not(rows, both):
     """`accuracy` is of all that was asked of a sample."""

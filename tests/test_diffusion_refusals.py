@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _amounts import examples
 from _tiny_diffusion import SIZE, TOKENS, tiny_clips, tiny_pipeline
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -16,7 +17,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning import UnlearnError
@@ -163,7 +164,7 @@ def test_a_scheduler_whose_noise_is_of_another_kind_is_refused_where_the_loss_is
 WORDS = TOKENS - 2  # that the tokenizer has room for: a token each, and start and end
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(st.integers(0, 20), st.sampled_from(["blob style", "Blob Style", "blob"]))
 def test_a_caption_is_refused_just_if_the_tokenizer_cuts_the_concept_off(before, concept):
     """Of two words it must see both."""

@@ -8,12 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from _amounts import sample
 from _processes import Ended, in_processes
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
@@ -188,11 +190,7 @@ FIRST_WRITES = ["patch", "weights", "checkpoint is written", REPORT]
 
 @pytest.mark.parametrize(
     ("place", "rank"),
-    [
-        pytest.param(place, rank, marks=pytest.mark.slow if (number + rank) % 2 else ())
-        for number, place in enumerate([*PHASES, "checkpoint"])
-        for rank in (0, 1)
-    ]
+    sample(product([*PHASES, "checkpoint"], (0, 1)), zip([*PHASES, "checkpoint"], [0, 1] * 3, strict=True))
     + [(place, 0) for place in FIRST_WRITES],
 )
 def test_when_one_process_is_killed_the_other_ends_with_an_error_and_no_file_is_half_written(place, rank, tmp_path):
@@ -218,11 +216,7 @@ def test_when_one_process_of_a_sharded_model_is_killed_the_other_ends_too(place,
 
 @pytest.mark.parametrize(
     ("place", "rank"),
-    [
-        pytest.param(place, rank, marks=() if (number + rank) % 2 else pytest.mark.slow)
-        for number, place in enumerate(PHASES)
-        for rank in (0, 1)
-    ],
+    sample(product(PHASES, (0, 1)), zip(PHASES, [1, 0, 1, 0, 1], strict=True)),
 )
 def test_what_fails_in_one_process_fails_in_the_other_with_its_message(place, rank, tmp_path):
     ends = in_processes(2, broken, place, rank, fail, tmp_path / "run", timeout=LIMIT)
@@ -394,7 +388,7 @@ def with_a_difference(name: str) -> End:
     return ended(module, callback(**options))
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", sample(DIFFERENT, [*list(DIFFERENT)[::2], "replay"]))
 def test_what_depends_on_the_rank_neither_hangs_nor_splits_the_processes(name):
     one, other = in_processes(2, with_a_difference, name, timeout=LIMIT)
     print(one.error or one.report["status"], "|", other.error or other.report["status"])

@@ -24,7 +24,7 @@ from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.objective.samples import Gallery, before_and_after
 from slug_lightning.utils.random import same_draws
 
-pytestmark = pytest.mark.figures
+pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 
 
 class Answering(Classifier):

@@ -9,9 +9,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from _amounts import examples
 from _processes import in_processes
 from _simulated import simulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -60,7 +61,7 @@ def test_of_a_linear_model_with_squared_error_it_is_the_closed_form():
     assert gradient.samples == SAMPLES
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(cuts=st.sets(st.integers(1, SAMPLES - 1)), shuffle=st.permutations(range(SAMPLES)))
 def test_the_gradient_does_not_depend_on_batching_or_order(cuts, shuffle):
     x, y, w = regression()
@@ -151,7 +152,7 @@ def test_a_parameter_that_the_loss_uses_twice_gets_the_gradient_of_both_uses():
     torch.testing.assert_close(found.tensors["w"], expected)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), chosen=st.sets(st.integers(0, 5)))
 def test_it_agrees_with_autograd_on_a_network_and_any_choice_of_its_parameters(seed, sizes, chosen):
     torch.manual_seed(seed)
@@ -331,7 +332,7 @@ def test_a_batch_that_overflows_is_run_again_with_half_the_scale():
     assert w.grad is None and not w._post_accumulate_grad_hooks
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     batches=st.lists(st.lists(st.integers(-64, 64).map(float), min_size=1, max_size=3), min_size=1, max_size=5),
     scale=st.integers(-3, 20),
@@ -432,7 +433,7 @@ def test_where_parts_of_a_gradient_lie_elsewhere_all_run_the_batch_again():
 # ---- several processes
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(cuts=st.sets(st.integers(1, SAMPLES - 1)), shares=st.integers(1, 4), scale=st.sampled_from([None, 2.0**3]))
 def test_however_many_processes_share_the_batches_it_is_one_gradient(cuts, shares, scale):
     x, y, w = regression()

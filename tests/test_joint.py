@@ -6,8 +6,9 @@ import math
 import re
 
 import pytest
+from _amounts import examples
 from _worlds import Table, joint_of, objective_of, searched, steps_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.methods.slug.several import AFTER_LEAVING_OUT, GENTLY, GROW, SEARCHES, SHRINK
@@ -268,7 +269,7 @@ def tables(draw):
     return layers, share, damage, taken, draw(st.integers(1, 6))
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(tables())
 def test_it_ends_and_what_it_returns_meets_both_bounds(drawn):
     layers, share, damage, taken, max_rounds = drawn

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples, sample
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ def as_lists(completions: list) -> list:
     return [[tokens.tolist() for tokens in of_one] for of_one in completions]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sample(KINDS, [kind for kind in KINDS if kind not in ("llama", "qwen2")]))
 def test_everything_equals_the_slow_way(kind):
     model = made(kind)
     rows = partly_known(model, [12, 7, 2, 12, 9])
@@ -122,7 +123,7 @@ def test_everything_equals_the_slow_way(kind):
         assert as_lists(complete_every_prefix(model, sequences, batch_tokens=batch_tokens)) == every
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt-neox", "qwen2"])
+@pytest.mark.parametrize("kind", sample(["llama", "gpt2", "gpt-neox", "qwen2"], ["gpt2", "qwen2"]))
 def test_extraction_likelihood_equals_the_slow_way(kind):
     model = made(kind)
     rows = partly_known(model, [14, 8, 11], seed=2)
@@ -194,7 +195,7 @@ def test_generation_stops_when_every_completion_has_ended():
     assert len(calls.shapes) <= 2
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=4), st.integers(1, 3), st.data())
 def test_every_prefix_of_any_sequences_equals_the_slow_way(rows, n, data):
     import transformers
@@ -217,7 +218,7 @@ def test_every_prefix_of_any_sequences_equals_the_slow_way(rows, n, data):
         assert torch.equal(values, torch.tensor([slow_likelihood(model, rows[i], n, ends) for i in long]))
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 60))
 def test_no_forward_has_more_tokens_than_allowed_unless_one_sequence_has(lengths, batch_tokens):
     model = made("llama")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from _amounts import sample
 from _forgetting import language_model, passages, trainer
 from _tiny_lm import KEPT, PREFIX, RECITED, WORDS, rows
 from safetensors.torch import load_file
@@ -136,7 +137,13 @@ def test_a_pattern_chooses_one_kind_of_matrix_in_every_block(family):
 # ---- what an edit does
 
 
-@pytest.mark.parametrize(("family", "tied"), [*((family, True) for family in FAMILIES), ("llama", False), ("gpt_neox", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    sample(
+        [*((family, True) for family in FAMILIES), ("llama", False), ("gpt_neox", False)],
+        [("gemma", True), ("gpt2", True), ("qwen3", True), ("llama", False)],
+    ),
+)
 def test_a_step_along_one_layer_forgets_and_plain_transformers_loads_it(family, tied, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +165,7 @@ def test_a_step_along_one_layer_forgets_and_plain_transformers_loads_it(family, 
         assert torch.equal(loaded.state_dict()[name], tensor) and torch.equal(patched.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", sample(["llama", "gpt2", "gpt_neox"], ["llama", "gpt_neox"]))
 def test_siblings_are_edited_together(family):
     model = reciting(family, tied=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -170,7 +177,7 @@ def test_siblings_are_edited_together(family):
     assert report.status == "unlearned" and accuracy(model) <= 0.7
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sample(FAMILIES, ["llama", "gpt2", "gpt_neox"]))
 def test_a_tied_embedding_that_is_named_is_edited_as_what_it_is_for_both_uses(family, tmp_path):
     """Its gradient is the sum of those of an untied twin's embedding and head; the head moves with it, and is saved once."""
     *_, embedding = FAMILIES[family]

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from _amounts import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from torch import Tensor
@@ -43,7 +44,7 @@ FORGET_ONLY = [
 ]
 lengths = st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any)
 seeds = st.integers(0, 1000)
-quick = settings(deadline=None, max_examples=15)
+quick = examples(25)
 
 
 class Bigrams:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import default_collate
@@ -26,6 +26,7 @@ from slug_lightning.tensors.layers import find_layers
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+from _amounts import examples, sample
 from footprint import Footprint, footprint
 
 pytestmark = pytest.mark.uncovered
@@ -34,7 +35,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "vlm_m
 sizes = st.integers(16, 200)
 
 
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(rows=st.integers(1, 8), width=sizes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_one_matrix_takes_two_sums_in_fp32_and_a_gradient_of_its_own(rows, width, dtype):
     with torch.device("meta"):
@@ -50,7 +51,10 @@ def test_one_matrix_takes_two_sums_in_fp32_and_a_gradient_of_its_own(rows, width
     assert found.peak == found.weights + max(found.phases.values())
 
 
-@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
+KINDS = [(torch.float32, "sdpa"), (torch.bfloat16, "eager")]
+
+
+@pytest.mark.parametrize(("dtype", "attention"), sample(KINDS, KINDS[:1]))
 def test_an_instance_without_values_takes_as_much_as_a_real_one(dtype, attention):
     config = SCRIPT["SMALL"]
     found = []
@@ -76,6 +80,7 @@ def test_activations_grow_with_the_batch_and_gradients_do_not():
     assert grown[0] > 0 and grown[1] == pytest.approx(grown[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_only_the_candidates_get_a_gradient():
     model = SCRIPT["make_model"](SCRIPT["SMALL"], "meta")
     batch = default_collate(list(SCRIPT["make_questions"](SCRIPT["SMALL"], 1, 9)))

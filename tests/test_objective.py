@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from _amounts import examples
 from _simulated import simulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -88,7 +89,7 @@ amounts = st.floats(0, 1e6)
 passes = st.lists(st.tuples(st.integers(1, 9), shares, shares, amounts, amounts), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(passes)
 def test_a_pass_never_ends_better_than_it_could_after_any_of_its_batches(rows):
     counts = [row[0] for row in rows]
@@ -193,7 +194,7 @@ def digest_of(batches, processes=None):
         return Objective(Scripted(), {"retain": {"train": batches}}, PlainRunner(processes)).digest("retain", "train")
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(
     count=st.integers(1, 9), size=st.integers(1, 4), processes=st.integers(2, 3), shuffle=st.booleans(), seed=st.integers(0, 99)
 )

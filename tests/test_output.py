@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _amounts import examples
 from _processes import in_processes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,7 +37,7 @@ def test_a_folder_with_any_file_of_a_run_is_passed_over(name, tmp_path):
     assert fresh_folder(tmp_path / "run") == tmp_path / "run-2"
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(taken=st.dictionaries(st.integers(1, 6), st.sampled_from(KEPT)))
 def test_it_is_the_first_number_without_a_run(taken, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")

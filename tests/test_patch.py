@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -52,7 +53,7 @@ def assert_equal_patches(one: UnlearnPatch, other: UnlearnPatch) -> None:
         assert bits(a.directions) == bits(b.directions)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(seed=seeds, dtype=dtypes, strength=strengths, names=some_names)
 def test_apply_adds_the_step_to_the_named_tensors_alone_and_revert_undoes_it_to_the_bit(seed, dtype, strength, names):
     net = model(seed, dtype)
@@ -75,7 +76,7 @@ def test_a_step_is_rounded_once_to_half_precision_not_once_an_edit():
     assert edited(base, [(torch.ones(1), 0.75)] * 2).item() == 258
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(seed=seeds, dtype=dtypes, sets=st.lists(some_names, min_size=2, max_size=3), data=st.data())
 def test_combined_edits_add_up_whatever_their_order(seed, dtype, sets, data):
     net = model(seed, dtype)
@@ -137,7 +138,7 @@ def test_where_nothing_is_known_of_a_model_its_content_tells_one_patch_from_its_
     assert bits(other) == bits(model(0)) != bits(net)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(seed=seeds, dtype=dtypes, names=some_names, one=strengths, other=strengths)
 def test_an_adjusted_patch_is_as_if_applied_like_that_at_once(seed, dtype, names, one, other):
     net, direct = model(seed, dtype), model(seed, dtype)
@@ -250,7 +251,7 @@ def test_describe_is_plain_data_that_tells_content_apart():
     assert other.describe()["tensors"]["c"]["sha256"] != said["tensors"]["c"]["sha256"]
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(seed=seeds, dtype=dtypes, names=some_names, concept=st.text(max_size=5))
 def test_a_file_gives_back_the_same_patch(seed, dtype, names, concept, tmp_path_factory):
     net, path = model(seed, dtype), tmp_path_factory.mktemp("patch") / "new folder" / "p.safetensors"

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+from _amounts import examples
 from _peft import add_adapter
 from _tiny_diffusion import TOKENS, tiny_pipeline, tiny_text_config, tiny_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
@@ -195,7 +196,7 @@ def test_base_parameters_are_those_that_were_there_before_the_adapters():
 targets = st.sets(st.sampled_from(["q_proj", "k_proj", "fc1", "fc2"]))
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(here=targets, there=targets, names=st.sets(st.sampled_from([Q, FC]), min_size=1))
 def test_a_patch_finds_its_tensors_whatever_is_wrapped_where(here, there, names):
     made_on, other = tiny_pipeline("sd1"), tiny_pipeline("sd1")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.methods.slug.candidates import Score
@@ -55,7 +56,7 @@ def test_the_error_of_the_damage_is_that_of_both_values_as_a_share_of_the_tolera
     assert damage_error({"loss": loss}, {"loss": 1.0}, 0.0, unit) == 2 * unit
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     trials=st.lists(
         st.builds(
@@ -107,7 +108,7 @@ places = st.integers(1, 20).map(lambda n: n / 20)
 slips = st.tuples(st.sampled_from([0.0, 0.03, 0.2]), st.sampled_from([0.0, 0.03, 0.2]))
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(points=st.lists(st.tuples(places, places, st.sampled_from("tu"), slips), min_size=1, max_size=7), chosen=st.integers(0, 6))
 def test_a_layer_is_named_if_an_error_of_its_score_would_move_it_onto_or_off_its_front(points, chosen):
     def dominated(i, a, others):

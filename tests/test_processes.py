@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from _amounts import examples
 from _processes import Ended, in_processes
 from _simulated import simulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.distributed.processes import OtherProcessError, Processes
@@ -86,7 +87,7 @@ def test_processes_that_read_the_same_count_once():
     assert found == [(share, [0, 10, 20, 30], [0, 20], 0) for share in (0, 0, 1, 1)]
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(layout=st.lists(st.integers(0, 3), min_size=1, max_size=6))
 def test_each_share_is_told_by_its_first_process_whatever_the_layout(layout):
     layout = [sorted(set(layout)).index(share) for share in layout]  # no share is left out

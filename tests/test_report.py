@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from _amounts import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from slug_lightning.patches.edit import Edit
@@ -73,7 +74,7 @@ reports = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@examples(20, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
 def test_json_gives_back_the_same_report(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"

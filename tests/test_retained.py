@@ -17,8 +17,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from _amounts import examples
 from _processes import in_processes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -280,7 +281,7 @@ def assert_refused(folder, match="is not used, and computed anew"):
     assert asked(RetainCache(folder))[1]
 
 
-@settings(deadline=None, max_examples=20)
+@examples(40)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), way=st.sampled_from(["cut", "flip", "grow"]))
 def test_a_file_cut_or_altered_anywhere_is_never_used(place, flip, way, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
@@ -387,7 +388,7 @@ def bits_of(value: float) -> bytes:
 doubles = st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack(">d", bits.to_bytes(8, "big"))[0])
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(rows=st.lists(st.tuples(st.integers(1, 5), doubles | st.floats(0, 1), doubles), min_size=1, max_size=4))
 def test_what_was_logged_comes_back_to_the_last_bit_and_so_do_means_and_bounds(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
@@ -455,7 +456,7 @@ def test_what_logs_something_else_now_is_measured_anew(tmp_path):
     assert [bool(notes) for *_, notes in found] == [False, False, True]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
 def test_a_damaged_file_of_values_is_never_used(place, flip, cut, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")

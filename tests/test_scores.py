@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from _amounts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def test_the_closed_form():
     assert found == Score("w", "tower", 2.5, alignment, 5.0, 2.0, pytest.approx(math.sqrt(2)), on_front=True)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(weight=vectors, forget=vectors, retain=vectors)
 def test_it_agrees_with_plain_arithmetic_and_alignment_stays_in_its_range(weight, forget, retain):
     found = score(weight, forget, retain)
@@ -49,7 +50,7 @@ def test_it_agrees_with_plain_arithmetic_and_alignment_stays_in_its_range(weight
     assert found.alignment == pytest.approx(abs(dot) / (f * r) if r else 0.0, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(forget=vectors, retain=vectors, by=scales)
 def test_a_gradient_times_c_gives_importance_times_c_and_the_same_alignment(forget, retain, by):
     weight = torch.ones(6, dtype=torch.float64)
@@ -66,14 +67,14 @@ def test_a_gradient_times_c_gives_importance_times_c_and_the_same_alignment(forg
     assert score(weight * by, forget, retain).importance == pytest.approx(one.importance / by)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(forget=vectors, retain=vectors)
 def test_the_signs_of_both_gradients_do_not_matter(forget, retain):
     weight = torch.ones(6)
     assert score(weight, forget, retain) == score(weight, forget, -retain) == score(weight, -forget, retain)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(weight=vectors, forget=vectors, retain=vectors, cut=st.integers(1, 5))
 def test_a_group_counts_as_one_long_vector(weight, forget, retain, cut):
     def parts(t):

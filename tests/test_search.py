@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from _amounts import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -200,7 +201,7 @@ def test_every_trial_is_returned_in_order():
 # ---- against a threshold that is known
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 1000), factor=st.floats(1.5, 30))
 def test_on_a_quadratic_loss_it_finds_the_step_known_in_closed_form(seed, factor):
     generator = torch.Generator().manual_seed(seed)
@@ -279,7 +280,7 @@ def test_a_trial_whose_measurement_was_broken_off_is_never_the_best():
     assert best_trial([dropped, trial(0.8, damage=0.9)]).step == 0.8
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(power=st.floats(0.5, 5), reach=st.floats(0.05, 20), start=st.sampled_from([0.1, 1.0]), kink=st.floats(0.1, 1))
 @example(power=0.5, reach=1.0, start=0.1, kink=0.2)  # on the target, where either is right
 def test_a_hairs_breadth_in_the_metric_does_not_change_the_path(power, reach, start, kink):

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
+from _amounts import sample
 from _processes import Ended, in_processes
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -262,8 +264,12 @@ def with_another_seed(kind: str) -> Any:
     return ended(trained(), callback(**{kind: loader(kind == "forget", shuffle=True, generator=generator)}))
 
 
-@pytest.mark.parametrize("kind", ["forget", "retain"])
-@pytest.mark.parametrize("way", [in_another_order, in_another_batch_order, with_another_seed])
+WAYS = [in_another_order, in_another_batch_order, with_another_seed]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), sample(product(WAYS, ["forget", "retain"]), zip(WAYS, ["forget", "retain", "forget"], strict=True))
+)
 def test_data_in_another_order_in_one_process_are_refused_in_both_or_make_no_difference(way, kind):
     found = ends(2, way, kind)
     refused = [isinstance(end, str) and "the processes do not read the same batches" in end for end in found]
@@ -324,7 +330,10 @@ def on_one_device(function: Callable[[], Any]) -> Any:
     return ends(1, function)[0]
 
 
-@pytest.mark.parametrize(("function", "processes"), [(one_sample, 3), (with_metric_objects, 2), (with_metric_objects, 3)])
+SMALL = [(one_sample, 3), (with_metric_objects, 2), (with_metric_objects, 3)]
+
+
+@pytest.mark.parametrize(("function", "processes"), sample(SMALL, SMALL[:2]))
 def test_small_sets_and_metric_objects_give_the_answer_of_one_device(function, processes):
     found = ends(processes, function)
     assert isinstance(found[0], dict), found[0]

@@ -30,7 +30,8 @@ def knowing():
     torch.manual_seed(0)
     model = LightningTransformer(vocab_size=WORDS)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    inputs, target = sentences().tensors
+    once = torch.arange(CLASSES * 36) % 36 < 6  # of each sentence there are six
+    inputs, target = (words[once] for words in sentences().tensors)
     for _ in range(40):
         optimizer.zero_grad()
         model.training_step((inputs, target), 0).backward()

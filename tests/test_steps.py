@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from _amounts import examples
 from _processes import in_processes
 from _simulated import Simulated, simulate
 from hypothesis import given, settings
@@ -432,7 +433,7 @@ class Told(LogReader):
         return [(entry.number, entry.name, float(entry.value), entry.weight) for entry in self.entries]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(60)
 @given(batches=entries, shares=st.integers(1, 4), every=st.integers(1, 9))
 def test_shared_logs_are_those_of_one_process_to_the_last_bit(batches, shares, every):
     """However often they are shared on the way, and with stand-ins for those who have nothing left."""
@@ -543,7 +544,7 @@ def batches_of(sizes):
     return [(torch.randn(n, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
 
 
-@settings(deadline=None, max_examples=6)
+@examples(12)
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), shares=st.integers(2, 4))
 def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, shares):
     """Also where a process has not updated them at all."""

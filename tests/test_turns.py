@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _amounts import examples
 from _processes import Ended, in_processes
 from _simulated import simulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
@@ -149,13 +150,13 @@ def check(make: Any, shares: int) -> list[list[Turn]]:
 
 
 @pytest.mark.parametrize("name", [*LOADERS, *SHUFFLED])
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(size=st.integers(0, 13), shares=st.integers(1, 5))
 def test_the_shares_together_are_what_one_device_reads(name, size, shares):
     check(lambda: (LOADERS | SHUFFLED)[name](size), shares)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(parts=st.lists(st.tuples(st.sampled_from(sorted(LOADERS)), st.integers(0, 7)), max_size=3), shares=st.integers(1, 4))
 def test_so_are_those_of_several_loaders_one_after_the_other(parts, shares):
     check(lambda: Chained([LOADERS[name](size) for name, size in parts]), shares)
@@ -183,7 +184,7 @@ def test_an_empty_loader_gives_nothing_to_anybody():
         assert check(make, 3) == [[], [], []]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     size=st.integers(1, 20), batch_size=st.one_of(st.none(), st.integers(1, 4)), shares=st.integers(1, 4), shuffle=st.booleans()
 )

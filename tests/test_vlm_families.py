@@ -28,6 +28,8 @@ from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.vlm.prompts import Prompts
 from slug_lightning.vlm.towers import image_features
 
+pytestmark = pytest.mark.uncovered
+
 THINGS = list(COLOURS)
 
 
