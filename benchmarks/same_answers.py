@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slug_lightning import UnlearnPatch
+from slug_lightning.tensors.bits import same_bits
 
 HERE = Path(__file__).parent.parent
 ANOTHER = '{"class_path": "slug_lightning.datamodules.EmojiDataModule", "init_args": {"thing": "octopus"}}'
@@ -48,6 +49,7 @@ CASES: dict[str, list[str]] = {
 }
 UNLIKE = {"cost", "versions"}
 """Parts of a report that no two runs have in common."""
+NOTHING = "nothing"
 
 
 def site_of(checkout: Path, folder: Path) -> Path:
@@ -56,7 +58,7 @@ def site_of(checkout: Path, folder: Path) -> Path:
     for name in ("callbacks", "datamodules", "configs"):
         shutil.copytree(checkout / name, folder / "slug_lightning" / name)
     command = [sys.executable, "-c", "import slug_lightning.callbacks as c; print(c.__file__)"]
-    found = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(command, cwd=folder.parent, env=environment(folder), capture_output=True, text=True, check=True).stdout
     assert found.startswith(str(folder)), f"it would run {found}"
     return folder
 
@@ -82,12 +84,12 @@ def differences(one: Any, other: Any, where: str = "report") -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys(), key=str):
             if key not in UNLIKE:
-                yield from differences(one.get(key), other.get(key), f"{where}.{key}")
+                yield from differences(one.get(key, NOTHING), other.get(key, NOTHING), f"{where}.{key}")
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for number, pair in enumerate(zip(one, other, strict=True)):
             yield from differences(*pair, f"{where}[{number}]")
     elif isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or not torch.equal(one, other):
+        if not same_bits(one, other):
             yield f"{where}: the tensors differ"
     elif one != other:
         yield f"{where}: {str(one)[:80]} is now {str(other)[:80]}"
@@ -95,21 +97,23 @@ def differences(one: Any, other: Any, where: str = "report") -> Iterator[str]:
 
 def compared(before: Path, after: Path) -> Iterator[str]:
     """What two runs have left."""
-    if missing := [folder for folder in (before, after) if not (folder / "report.json").exists()]:
-        yield f"no report.json in {', '.join(map(str, missing))}; see the log next to it"
-        return
-    reports = [(folder / "report.json").read_text().replace(str(folder.parent), "") for folder in (before, after)]
-    yield from differences(*map(json.loads, reports))
-    if (before / "patch.safetensors").exists():
-        patches = [UnlearnPatch.load(folder / "patch.safetensors") for folder in (before, after)]
-        yield from differences(*([patch.digest, patch.base] for patch in patches), "patch")
-        yield from differences(*([edit.directions for edit in patch.edits] for patch in patches), "patch.edits")
-    for file in sorted(path.relative_to(before) for path in before.rglob("*.safetensors")):
-        if file.name != "patch.safetensors":  # its metadata come in any order
-            yield from differences(load_file(before / file), load_file(after / file), str(file))
-    if (before / "unlearned.ckpt").is_file():
-        states = [torch.load(folder / "unlearned.ckpt", weights_only=True)["state_dict"] for folder in (before, after)]
-        yield from differences(*states, "unlearned.ckpt")
+    files = [{str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (before, after)]
+    names = [sorted(name for name in found if "events.out" not in name) for found in files]
+    yield from differences(*names, "files")
+    for name in sorted(files[0] & files[1]):
+        one, other = before / name, after / name
+        if name == "report.json":
+            reports = [json.loads(path.read_text().replace(str(path.parent.parent), "")) for path in (one, other)]
+            yield from differences(*reports)
+        elif name == "patch.safetensors":  # its metadata come in any order
+            patches = [UnlearnPatch.load(path) for path in (one, other)]
+            yield from differences(*([patch.digest, patch.base] for patch in patches), "patch")
+            yield from differences(*([edit.directions for edit in patch.edits] for patch in patches), "patch.edits")
+        elif name.endswith(".safetensors"):
+            yield from differences(load_file(one), load_file(other), name)
+        elif name.endswith(".ckpt"):
+            states = [torch.load(path, weights_only=True)["state_dict"] for path in (one, other)]
+            yield from differences(*states, name)
 
 
 def resumed(site: Path, arguments: list[str], before: Path, folder: Path) -> Iterator[str]:
@@ -119,6 +123,8 @@ def resumed(site: Path, arguments: list[str], before: Path, folder: Path) -> Ite
         yield f"resumed: exit code {code}"
     elif (folder / "patch.safetensors").exists():
         yield "resumed: it has edited a second time"
+    elif "unlearned already" not in folder.with_name(f"{folder.name}.log").read_text():
+        yield "resumed: it does not say that there is nothing to do"
 
 
 def main() -> int:
@@ -145,11 +151,12 @@ def main() -> int:
             found = list(differences(codes["before"], codes["after"], "exit code"))
             found += compared(output / "before" / case, output / "after" / case)
             if case == "demo":
-                found += resumed(sites["after"], CASES[case], output / "before" / case, output / "resumed")
+                found += resumed(sites["after"], CASES[case], output / "before" / case, output / "before" / "resumed")
             if case == "another":
                 added = [*CASES[case][:-3], str(output / "before" / "demo"), *CASES[case][-2:]]
-                run(sites["after"], added, output / "added")
-                found += compared(output / "before" / case, output / "added")
+                code = run(sites["after"], added, output / "before" / "added")
+                found += differences(codes["before"], code, "added to its run: exit code")
+                found += compared(output / "before" / case, output / "before" / "added")
             tqdm.write(f"{case:<16}exit code {codes['after']}  {'the same' if not found else f'{len(found)} differences'}")
             for line in found[:20]:
                 tqdm.write(f"    {line}")

@@ -38,7 +38,7 @@ def part(forget: bool) -> Subset:
 
 
 def loader(forget: bool, **options: Any) -> DataLoader:
-    return DataLoader(part(forget), **{"batch_size": 32, **options})
+    return DataLoader(part(forget), **{"batch_size": 16 if forget else 32, **options})
 
 
 class Classifier(pl.LightningModule):

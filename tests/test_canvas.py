@@ -40,6 +40,7 @@ def test_the_judges_know_renderings_that_nobody_has_seen(canvas):
     assert (seen["thing"] == drawings.things).float().mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_what_it_is_asked_for(canvas):
     scores = canvas.scores(prompts_of(list(range(100)), 10), 0)
     assert scores["style_accuracy"].mean() >= 0.85

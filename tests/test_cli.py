@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from _tiny import changed, snapshot, trained
 from slug_lightning import UnlearnPatch
-from slug_lightning.cli.main import main
+from slug_lightning.cli import main
 from slug_lightning.patches.edit import Edit
 from slug_lightning.reports.run_files import PATCH
 
@@ -42,7 +42,7 @@ def test_help_answers(verb, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from slug_lightning.cli.main import main\n"
+    code = "import sys; from slug_lightning.cli import main\n"
     code += "try: main(['patch', 'apply', '--help'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'lightning' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

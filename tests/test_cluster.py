@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import slug_lightning.cli.lightning  # noqa: F401 (here, not in each process)
 from slug_lightning import UnlearnPatch
-from slug_lightning.cli.main import main
+from slug_lightning.cli import main
 
 pytestmark = pytest.mark.uncovered
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slug_lightning.cli.main import main
+from slug_lightning.cli import main
 from slug_lightning.datamodules.image_text.collect import collect
 from slug_lightning.datamodules.image_text.image_text import ImageTextDataModule
 from slug_lightning.embedded import SHARD

@@ -88,6 +88,7 @@ def test_help_names_the_arguments(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.slow
 def test_the_shipped_config_runs_and_leaves_its_evidence(tmp_path):
     made = yaml.safe_load((Path(__file__).parent.parent / "configs" / "icu.yaml").read_text())
     made["data"]["init_args"] |= {"passages": 3, "unseen": 2, "neighbours": 2}

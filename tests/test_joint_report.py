@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 
 import pytest
+from _amounts import sample
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_loggers import a_report, an_infeasible_report
 
@@ -95,7 +97,9 @@ def test_what_was_unlearned_is_told_apart():
     assert (joint("a", left=("a",)).layer, joint("a", left=("a",)).tensors) == (None, [])
 
 
-@pytest.mark.parametrize(("count", "value"), [(1, None), (2, math.nan), (30, 0.5)])
+@pytest.mark.parametrize(
+    ("count", "value"), sample(product([1, 2, 30], [0.5, math.nan, None]), [(1, None), (2, math.nan), (30, 0.5)])
+)
 def test_figures_draw(count, value):
     report = joint(*names(count))
     report.collateral[names(count)[0]][names(count)[-1]] = value

@@ -92,6 +92,7 @@ def test_the_table_says_what_decided_and_fits(width):
 
 def test_the_figure_shows_the_curves_and_the_levels_to_fall_below():
     figure = a_report().figures()["forgetting"]
+    figure.canvas.draw()
     left, middle, right = figure.axes
     curves = [line for line in left.lines if len(line.get_xdata()) == 3]
     assert [list(line.get_ydata()) for line in curves] == [

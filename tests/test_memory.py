@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_one_matrix_takes_two_sums_in_fp32_and_a_gradient_of_its_own(rows, width
     assert found.peak == found.weights + max(found.phases.values())
 
 
-KINDS = [(torch.float32, "sdpa"), (torch.bfloat16, "eager")]
+KINDS = list(product([torch.float32, torch.bfloat16], ["sdpa", "eager"]))
 
 
 @pytest.mark.parametrize(("dtype", "attention"), sample(KINDS, KINDS[:1]))

@@ -24,6 +24,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_that_the_source_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "slug_lightning").rglob("*.py")}
@@ -42,6 +43,7 @@ def test_the_wheel_holds_all_that_the_source_holds(wheel):
     assert not any(name.startswith(("tests/", "callbacks/", "datamodules/", "configs/", "benchmarks/")) for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

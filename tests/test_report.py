@@ -62,7 +62,9 @@ def infeasible() -> UnlearnReport:
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
 measured = st.fixed_dictionaries({"forget": st.dictionaries(st.text(), floats), "retain": st.dictionaries(st.text(), floats)})
-plain = st.recursive(st.none() | st.booleans() | floats | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c))
+plain = st.recursive(
+    st.none() | st.booleans() | floats | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=12
+)
 tables = st.lists(st.dictionaries(st.text(), plain, max_size=4), max_size=3)
 reports = st.builds(
     UnlearnReport, status=st.sampled_from(["unlearned", "infeasible"]), concept=st.text(), layer=st.none() | st.text(),
@@ -74,7 +76,7 @@ reports = st.builds(
 )  # fmt: skip
 
 
-@examples(20, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@examples(50, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(report=reports)
 def test_json_gives_back_the_same_report(report, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"

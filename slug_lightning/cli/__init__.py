@@ -1,1 +1,5 @@
 """The command line."""
+
+from slug_lightning.cli.command import main
+
+__all__ = ["main"]

@@ -8,6 +8,7 @@ import json
 import tarfile
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +33,8 @@ class Drawings(NamedTuple):
     style_names: list[str]
 
 
-@functools.cache
 def load_drawings() -> Drawings:
-    """Read the embedded shard, once in a process: what it returns is shared, so don't write into it.
+    """Read the embedded shard.
 
     Example:
         >>> drawings = load_drawings()
@@ -43,20 +43,25 @@ def load_drawings() -> Drawings:
         >>> len(drawings.pictures) == len(drawings.thing_names) * 5
         True
     """
-    import numpy as np
-    from PIL import Image
-
-    with tarfile.open(SHARD) as shard:
-        files = {entry.name: shard.extractfile(entry).read() for entry in shard if entry.isfile()}  # type: ignore[union-attr]
-    keys = sorted(name.removesuffix(".png") for name in files if name.endswith(".png"))
-    labels = [json.loads(files[f"{key}.json"]) for key in keys]
-    pictures = [np.asarray(Image.open(io.BytesIO(files[f"{key}.png"])).convert("RGBA")) for key in keys]
+    pictures, labels = _decoded()
     thing_names = sorted({label["thing"] for label in labels})
     style_names = sorted({label["style"] for label in labels})
     return Drawings(
-        pictures=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
+        pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
         things=torch.tensor([thing_names.index(label["thing"]) for label in labels]),
         styles=torch.tensor([style_names.index(label["style"]) for label in labels]),
         thing_names=thing_names,
         style_names=style_names,
     )
+
+
+@functools.cache
+def _decoded() -> tuple[np.ndarray, list[dict[str, str]]]:
+    """The shard's pictures, `[N, H, W, 4]`, and labels. Decoding takes most of a second; tensors are made anew each time."""
+    from PIL import Image
+
+    with tarfile.open(SHARD) as shard:
+        files = {entry.name: shard.extractfile(entry).read() for entry in shard if entry.isfile()}  # type: ignore[union-attr]
+    keys = sorted(name.removesuffix(".png") for name in files if name.endswith(".png"))
+    pictures = [np.asarray(Image.open(io.BytesIO(files[f"{key}.png"])).convert("RGBA")) for key in keys]
+    return np.stack(pictures), [json.loads(files[f"{key}.json"]) for key in keys]
