@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 ACCENTS = re.compile("[\u0300-\u036f]")
 """Combining diacritical marks."""
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+UNSPACED = re.compile(f"[{_UNSPACED}]")
 """Thai, Lao, Burmese, Khmer, Japanese, Chinese, Korean."""
+_SPACED = f"[^ {_UNSPACED}]"
 
 
 def normal(text: str) -> str:
@@ -35,7 +37,7 @@ def names(answer: str, aliases: Sequence[str]) -> bool:
     """Whether an answer names something by any of its names: as whole words, side by side, whatever the case and the signs.
 
     Names in scripts that put no spaces between words, or endings behind them (Chinese, Japanese, Korean, Thai, …), count wherever
-    they stand.
+    they stand; an end of such a name that is in another script, as of "iPhone手机", must still be the end of a word.
 
     Args:
         answer: of a model.
@@ -46,8 +48,16 @@ def names(answer: str, aliases: Sequence[str]) -> bool:
         True
         >>> names("A catalogue.", ["cat"]), names("A cat's eye.", ["cat"]), names("", ["cat"])
         (False, True, False)
-        >>> names("这是一只猫。", ["猫"])
-        True
+        >>> names("这是一只猫。", ["猫"]), names("我的iPhone手机", ["iPhone手机"]), names("01 ก", ["1 ก"])
+        (True, True, False)
     """
-    said = f" {normal(answer)} "
-    return any((own if UNSPACED.search(own) else f" {own} ") in said for own in map(normal, aliases) if own)
+    return any(_stands_in(normal(answer), name) for name in map(normal, aliases) if name)
+
+
+def _stands_in(said: str, name: str) -> bool:
+    """Whether a name is in what was said; both are `normal`."""
+    if not UNSPACED.search(name):
+        return f" {name} " in f" {said} "
+    start = "" if UNSPACED.match(name[0]) else f"(?<!{_SPACED})"
+    end = "" if UNSPACED.match(name[-1]) else f"(?!{_SPACED})"
+    return re.search(f"{start}{re.escape(name)}{end}", said) is not None
