@@ -33,7 +33,7 @@ from slug_lightning import UnlearnPatch
 from slug_lightning.tensors.bits import same_bits
 
 HERE = Path(__file__).parent.parent
-ANOTHER = '{"class_path": "slug_lightning.datamodules.EmojiDataModule", "init_args": {"thing": "octopus"}}'
+ANOTHER = '{"class_path": "slug_lightning.datamodules.EmojiDataModule", "init_args": {"thing": "dog"}}'
 TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571"]
 HOST = ["--trainer.num_nodes", "1", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
 CASES: dict[str, list[str]] = {
@@ -45,7 +45,7 @@ CASES: dict[str, list[str]] = {
     "vlm-clip": ["fit", "--config", "{configs}/vlm.yaml", "--model.route", "clip"],
     "unlearn_canvas": ["fit", "--config", "{configs}/unlearn_canvas.yaml"],
     "cluster": ["fit", "--config", "{configs}/cluster.yaml", *HOST],
-    "another": ["forget-another", "--run", "{runs}/demo", "--forget", ANOTHER],
+    "another": ["forget-another", "--run", "{runs}/several", "--forget", ANOTHER],
 }
 UNLIKE = {"cost", "versions"}
 """Parts of a report that no two runs have in common."""
@@ -142,7 +142,7 @@ def main() -> int:
             "before": site_of(asked.before.absolute(), Path(temporary, "before")),
             "after": site_of(HERE, Path(temporary, "after")),
         }
-        cases = [*(["demo"] if "another" in asked.only and "demo" not in asked.only else []), *asked.only]
+        cases = [*(["several"] if "another" in asked.only and "several" not in asked.only else []), *asked.only]
         for case in (bar := tqdm(cases)):
             codes = {}
             for when, site in sites.items():
@@ -153,7 +153,7 @@ def main() -> int:
             if case == "demo":
                 found += resumed(sites["after"], CASES[case], output / "before" / case, output / "before" / "resumed")
             if case == "another":
-                added = [*CASES[case][:-3], str(output / "before" / "demo"), *CASES[case][-2:]]
+                added = [*CASES[case][:-3], str(output / "before" / "several"), *CASES[case][-2:]]
                 code = run(sites["after"], added, output / "before" / "added")
                 found += differences(codes["before"], code, "added to its run: exit code")
                 found += compared(output / "before" / case, output / "before" / "added")
