@@ -51,7 +51,8 @@ def names(answer: str, aliases: Sequence[str]) -> bool:
         >>> names("这是一只猫。", ["猫"]), names("我的iPhone手机", ["iPhone手机"]), names("01 ก", ["1 ก"])
         (True, True, False)
     """
-    return any(_stands_in(normal(answer), name) for name in map(normal, aliases) if name)
+    said = normal(answer)
+    return any(_stands_in(said, name) for name in map(normal, aliases) if name)
 
 
 def _stands_in(said: str, name: str) -> bool:
