@@ -59,8 +59,7 @@ def listed(names: Sequence[Any], most: int = 5) -> str:
         >>> listed(["cat", "dog", "owl"]), listed(range(200), most=2)
         ("'cat', 'dog', 'owl'", '0, 1 and 198 more')
     """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return some_of(map(repr, names), most)
 
 
 def grouped(sentences: Mapping[str, str]) -> list[tuple[list[str], str]]:
