@@ -4,9 +4,11 @@ import gc
 import weakref
 from collections import UserDict
 from dataclasses import dataclass
+from itertools import cycle, product
 
 import pytest
 import torch
+from _amounts import sample
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -445,13 +447,7 @@ TRAINABLE = sorted(ZOO.keys() - {"overwriting", "read afterwards", "inferring", 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        pytest.param(
-            name, options, marks=pytest.mark.slow if (number + turn) % 2 else (), id=f"{name}-{'accuracy' if turn else 'loss'}"
-        )
-        for number, name in enumerate(TRAINABLE)
-        for turn, options in enumerate([{}, ACCURACY])
-    ],
+    sample(product(TRAINABLE, [{}, ACCURACY]), zip(TRAINABLE, cycle([{}, ACCURACY]), strict=False)),
 )
 def test_layer_step_and_weights_are_the_same_with_and_without_replay(name, options):
     found = []
