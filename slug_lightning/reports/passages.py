@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slug_lightning.reports.figures import TITLES, Values, forgetting_figure
-from slug_lightning.reports.single import as_json, closing_lines, console_of, number
+from slug_lightning.reports.json_file import JsonFile
+from slug_lightning.reports.single import closing_lines, console_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass
-class PassagesReport:
+class PassagesReport(JsonFile):
     """Everything that a run over passages found out.
 
     Attributes:
@@ -69,15 +68,6 @@ class PassagesReport:
         """The inverse of `to_dict`; what a newer version added is left out."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in data.items() if name in known})
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the report as JSON; what isn't finite is written as null."""
-        Path(path).write_text(as_json(self.to_dict()))
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> PassagesReport:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_text(self, width: int = 100) -> str:
         """The closing table, as text of at most `width` columns."""

@@ -12,10 +12,10 @@ from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.figures import SHOWN, Values, collateral_figure, sample_figures
+from slug_lightning.reports.json_file import JsonFile
 from slug_lightning.reports.single import (
     NOT_PLAIN,
     UnlearnReport,
-    as_json,
     closing_lines,
     console_of,
     number,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class JointReport:
+class JointReport(JsonFile):
     """Everything that a run over several concepts found out.
 
     Attributes:
@@ -98,15 +98,6 @@ class JointReport:
         known = {f.name for f in fields(cls)} - {"concepts", *NOT_PLAIN}
         concepts = {name: UnlearnReport.from_dict(report) for name, report in data["concepts"].items()}
         return cls(concepts=concepts, **{name: value for name, value in data.items() if name in known})
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the report, without patches and galleries, as JSON; a metric that isn't finite is written as null."""
-        Path(path).write_text(as_json(self.to_dict()))
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> JointReport:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_text(self, width: int = 100) -> str:
         """The closing tables, as text of at most `width` columns."""

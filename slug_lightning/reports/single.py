@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.figures import Values, pareto_figure, sample_figures, strength_figure, trade_off_figure
+from slug_lightning.reports.json_file import JsonFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ NOT_PLAIN = {"patch", "gallery"}
 
 
 @dataclass
-class UnlearnReport:
+class UnlearnReport(JsonFile):
     """Everything a run found out.
 
     Attributes:
@@ -89,15 +88,6 @@ class UnlearnReport:
         """The inverse of `to_dict`; what a newer version added is left out."""
         known = {f.name for f in fields(cls)} - NOT_PLAIN
         return cls(**{name: value for name, value in data.items() if name in known})
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the report, without patch and gallery, as JSON; a metric that isn't finite is written as null."""
-        Path(path).write_text(as_json(self.to_dict()))
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> UnlearnReport:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_text(self, width: int = 100) -> str:
         """The closing table, as text of at most `width` columns."""
@@ -204,17 +194,3 @@ def closing_lines(console: Console, evaluations: int, cost: dict[str, Any], note
     for note in notes:
         for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
             console.print(line)
-
-
-def as_json(data: dict[str, Any]) -> str:
-    """Plain data as JSON, with null for what isn't finite."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Plain data with None for NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value - value != 0 else value
