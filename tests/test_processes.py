@@ -126,6 +126,7 @@ def sums_of_a_group() -> Any:
     processes = Processes(rank // 2, 2, groups[rank % 2])
     tensor = torch.tensor([10.0**rank])
     processes.add_up([tensor])
+    dist.barrier()  # the store lives in process 0, and the others' group may still be meeting there
     return tensor.item()
 
 
