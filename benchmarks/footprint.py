@@ -15,13 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slug_lightning.distributed.batch_sharding import Turn
+from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.gradients import mean_gradient
-from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.reports.cost import LiveTensors
 from slug_lightning.tensors.layers import Layer
 
@@ -108,7 +108,7 @@ def footprint(
     differentiated = partial(loss, model, move_data_to_device(batch, device))
     try:
         with ExitStack() as stack:
-            stack.enter_context(untouched(model))
+            stack.enter_context(preserve_state(model))
             if device.type == "meta":
                 for mode in (_Told(), _Fused()):
                     stack.enter_context(mode)
@@ -138,14 +138,14 @@ def _phases(
     with live["validate"], torch.no_grad():
         measured()
     with live["gradients"], only_differentiating(model, parameters):
-        turn = Turn(0, None)
+        turn = IndexedBatch(0, None)
         forget = mean_gradient(lambda *_: (differentiated(), samples), [turn], parameters, "forget").tensors
         mean_gradient(lambda *_: (differentiated(), samples), [turn], parameters, "retain")
     with live["search"], torch.no_grad():
         kept = {name: gradient.clone() for name, gradient in forget.items()}  # at worst all layers are on the front
         del forget
         largest = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters.values()))
-        with Bench().step(Move(largest, kept, 1.0)):
+        with TemporaryEdits().step(EditStep(largest, kept, 1.0)):
             measured()
     return {name: mode.peak for name, mode in live.items()}
 

@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slug_lightning import UnlearnPatch
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.reports.several import report_from_dict
+from slug_lightning.tensors.bits import bitwise_equal
 
 HERE = Path(__file__).parent.parent
 ANOTHER = '{"class_path": "slug_lightning.datamodules.EmojiDataModule", "init_args": {"thing": "dog"}}'
@@ -89,7 +90,7 @@ def differences(one: Any, other: Any, where: str = "report") -> Iterator[str]:
         for number, pair in enumerate(zip(one, other, strict=True)):
             yield from differences(*pair, f"{where}[{number}]")
     elif isinstance(one, Tensor) and isinstance(other, Tensor):
-        if not same_bits(one, other):
+        if not bitwise_equal(one, other):
             yield f"{where}: the tensors differ"
     elif one != other:
         yield f"{where}: {str(one)[:80]} is now {str(other)[:80]}"
@@ -103,8 +104,8 @@ def compared(before: Path, after: Path) -> Iterator[str]:
     for name in sorted(files[0] & files[1]):
         one, other = before / name, after / name
         if name == "report.json":
-            reports = [json.loads(path.read_text().replace(str(path.parent.parent), "")) for path in (one, other)]
-            yield from differences(*reports)
+            texts = [path.read_text().replace(str(path.parent.parent), "") for path in (one, other)]
+            yield from differences(*(report_from_dict(json.loads(text)).to_dict() for text in texts))  # keys as they are now
         elif name == "patch.safetensors":  # its metadata come in any order
             patches = [UnlearnPatch.load(path) for path in (one, other)]
             yield from differences(*([patch.digest, patch.base] for patch in patches), "patch")

@@ -25,7 +25,7 @@ from slug_lightning.datamodules import EmojiDataModule
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import EmbeddedClip
 from slug_lightning.reports.cost import flop_counter
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 
 MORE = 0.03
 """How much more may be lost of what is kept for the sake of a later request."""
@@ -126,7 +126,7 @@ def one_more(module, report, things, eleventh, data, folder, tolerance, needed) 
         made = [{name: tensor.clone() for name, tensor in weights.items()} for weights in made]
         for weights, one in zip(made, (found, whole), strict=True):
             one.patch.apply(weights)
-        equal = all(same_bits(made[0][name], made[1][name]) for name in made[0])
+        equal = all(bitwise_equal(made[0][name], made[1][name]) for name in made[0])
     cost = sum(found.cost["flops"].values())
     return {
         "status": found.status,

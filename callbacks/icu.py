@@ -174,7 +174,7 @@ class ICUCallback(pl.Callback):
             self._conclude(pl_module, last)
             self._publish(trainer)
             asked = self.output_dir or folder_of(trainer)
-            folder = self._examiner.processes.agreed("the folder", None if asked is None else fresh_folder(asked))
+            folder = self._examiner.processes.broadcast("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
                 save_passages(folder, self.report, trainer, pl_module, self._examiner.processes)
             self._progress.say("\n" + self.report.to_text())

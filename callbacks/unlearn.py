@@ -15,7 +15,7 @@ from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.slug.pipeline import Run
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.objective import Objective, refuse_unusable_steps
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.reports.loggers import publish
@@ -26,11 +26,11 @@ from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import Granularity, plain_parameters
 from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
 from slug_lightning.trainer.limits import as_trainer_limits
-from slug_lightning.trainer.previous_run import Earlier, digest_of_edited
+from slug_lightning.trainer.previous_run import PreviousRun, digest_of_edited
 from slug_lightning.trainer.progress import progress_of
-from slug_lightning.trainer.report_transfer import Mailbox
+from slug_lightning.trainer.report_transfer import ReportTransfer
 from slug_lightning.trainer.run_folder import save_run
-from slug_lightning.utils.modules import own_model
+from slug_lightning.utils.modules import unwrap_model
 from slug_lightning.utils.names import concept_of
 
 
@@ -158,15 +158,15 @@ class UnlearnCallback(pl.Callback):
         self.offload_gradient = offload_gradient
         self._report: Optional[AnyReport] = None
         self._data: Optional[str] = None
-        self._last: Optional[Earlier] = None
-        self._earlier: Optional[Earlier] = None
-        self._mailbox = Mailbox()
+        self._last: Optional[PreviousRun] = None
+        self._earlier: Optional[PreviousRun] = None
+        self._transfer = ReportTransfer()
 
     @property
     def report(self) -> Optional[AnyReport]:
         """What the run found out; None before it. Of several concepts a `JointReport`."""
         if self._report is None:
-            self._report = self._mailbox.fetch()
+            self._report = self._transfer.fetch()
         return self._report
 
     # ---- Lightning's hooks
@@ -180,7 +180,7 @@ class UnlearnCallback(pl.Callback):
         refuse_surroundings(trainer)
         self._report = None
         if trainer.is_global_zero:
-            self._mailbox.fetch()  # what nobody has asked for
+            self._transfer.fetch()  # what nobody has asked for
         self._earlier = self._last  # unless the checkpoint of this fit says otherwise
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,7 +191,7 @@ class UnlearnCallback(pl.Callback):
                 self._keep(trainer, pl_module, self._forget(trainer, pl_module, runner), runner.processes)
                 outdate_checkpoints(trainer)
             if runner.processes.is_first and self._report is not None:
-                self._mailbox.leave(self._report, trainer.strategy)
+                self._transfer.leave(self._report, trainer.strategy)
         self._remember(pl_module)  # now already, as the training may be broken off
         assert self._report is not None
         if self.then == "stop" or self._report.status == "infeasible":
@@ -220,7 +220,7 @@ class UnlearnCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what the checkpoint says; whether it is this callback's own run is known once the weights are there."""
         report = report_from_dict(state_dict["report"])
-        self._earlier = Earlier(report, state_dict["request"], state_dict.get("data"))
+        self._earlier = PreviousRun(report, state_dict["request"], state_dict.get("data"))
 
     def _request(self) -> dict[str, Any]:
         """What this callback was asked to do, as far as plain data can say it."""
@@ -245,7 +245,7 @@ class UnlearnCallback(pl.Callback):
     def _remember(self, module: pl.LightningModule) -> None:
         """Let the next fit know what was done in this one, and to which weights it led."""
         assert self._report is not None
-        self._last = Earlier(self._report, self._request(), self._data, digest_of_edited(module, self._report))
+        self._last = PreviousRun(self._report, self._request(), self._data, digest_of_edited(module, self._report))
 
     def _was_done_before(self, trainer: pl.Trainer, module: pl.LightningModule, runner: Runner) -> bool:
         """Take over the report of an earlier fit, or of the checkpoint, if the model holds the edit that it speaks of.
@@ -257,12 +257,12 @@ class UnlearnCallback(pl.Callback):
         if earlier is None or earlier.request != self._request() or earlier.report.status == "infeasible":
             return False
         progress = progress_of(trainer)
-        with untouched(module):
+        with preserve_state(module):
             loaders = self._loaders(trainer, runner)
             objective = self._objective(module, runner)
             same_data = self._fingerprint(objective, loaders) == earlier.data
             same_weights = earlier.weights in (None, digest_of_edited(module, earlier.report))
-            same = runner.processes.agreed("an earlier edit", same_data and same_weights)
+            same = runner.processes.broadcast("an earlier edit", same_data and same_weights)
             undone = self._undone(earlier.report, objective, loaders)
         holds = not undone
         if not holds and not (self.then == "continue" and same):
@@ -292,7 +292,7 @@ class UnlearnCallback(pl.Callback):
         """Find out which edits to make."""
         loaders = self._loaders(trainer, runner)
         report = Run(self, module, runner, *loaders, progress_of(trainer))()
-        with untouched(module):
+        with preserve_state(module):
             self._data = self._fingerprint(self._objective(module, runner), loaders)
         return report
 
@@ -314,21 +314,21 @@ class UnlearnCallback(pl.Callback):
     def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: AnyReport, processes: Processes) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
         patch = report.patch
-        named = plain_parameters(own_model(module))
+        named = plain_parameters(unwrap_model(module))
         before = {name: local(named[name]).clone() for name in report.tensors}
         try:
             if patch is not None:
-                patch.apply(own_model(module))
-                if len(set(processes.exchange("the edit", patch.digest))) > 1:
+                patch.apply(unwrap_model(module))
+                if len(set(processes.all_gather_object("the edit", patch.digest))) > 1:
                     raise UnlearnError("the processes have found different edits; do they compute on different hardware?")
             self._report = report  # before the checkpoint is written, which holds it
             if processes.is_first:
                 publish(report, trainer.loggers)
             asked = self.output_dir or folder_of(trainer)
-            folder = processes.agreed("the folder", None if asked is None else fresh_folder(asked))
+            folder = processes.broadcast("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
                 save_run(folder, report, trainer, module, processes)
-            processes.exchange("all is written", None)  # else the others would keep an edit that the first takes back
+            processes.all_gather_object("all is written", None)  # else the others would keep an edit that the first takes back
         except BaseException:
             self._report = None
             with torch.no_grad():  # by what this process holds: the others may not be there to help

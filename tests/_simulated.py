@@ -19,7 +19,7 @@ class Simulated(Processes):
 
     def __init__(self, number: int, count: int, shares: int, in_step: bool, rounds: list[dict[int, Any]]) -> None:
         super().__init__(number * shares // count, shares, in_step=in_step)
-        self.number, self.count = number, count
+        self.rank, self.world_size = number, count
         self.rounds = rounds
         self.exchanges = 0
 
@@ -27,18 +27,18 @@ class Simulated(Processes):
         if self.exchanges == len(self.rounds):
             self.rounds.append({})
         said = self.rounds[self.exchanges]
-        said[self.number] = message
-        if len(said) < self.count:
+        said[self.rank] = message
+        if len(said) < self.world_size:
             raise _Waiting
         self.exchanges += 1
-        return [said[number] for number in range(self.count)]
+        return [said[number] for number in range(self.world_size)]
 
-    def add_up(self, tensors: Any) -> None:
+    def all_reduce_sum(self, tensors: Any) -> None:
         if self.shares == 1:
             return
         for tensor in tensors:
             self.sums += 1
-            found = self.exchange("a sum", tensor.clone(), each_share=True)
+            found = self.all_gather_object("a sum", tensor.clone(), each_share=True)
             tensor.copy_(torch.stack(found).sum(0))
 
 

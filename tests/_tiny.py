@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from slug_lightning.distributed.backward import Backward
-from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import only_differentiating
 
@@ -77,8 +77,8 @@ class PlainRunner:
         self.precision = precision
         self.is_sharded = False
 
-    def turns(self, loader: Any) -> Iterator[Turn]:
-        return take_turns(loader, self.processes)
+    def batches(self, loader: Any) -> Iterator[IndexedBatch]:
+        return shard_batches(loader, self.processes)
 
     def passing(self) -> AbstractContextManager[None]:
         return nullcontext()

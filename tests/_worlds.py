@@ -10,9 +10,9 @@ from torch import nn
 
 from _tiny import PlainRunner
 from slug_lightning.methods.slug.concept import ALTERNATIVES, Request, Wanted
-from slug_lightning.methods.slug.several import Joint
+from slug_lightning.methods.slug.several import JointSearch
 from slug_lightning.objective.objective import Objective
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.tensors.layers import find_layers
 from slug_lightning.utils.progress import Progress
 
@@ -29,20 +29,20 @@ class Table(pl.LightningModule):
     Args:
         layers: of each concept: those that its forget loss depends on.
         share: of the way to the target that a concept has gone, given all steps: 1 is forgotten.
-        damage: as a share of the tolerance, given all steps.
+        usage: as a share of the tolerance, given all steps.
     """
 
     forget_metric = "forget_acc"
     retain_metric = "kept_loss"
 
     def __init__(
-        self, layers: Mapping[str, Iterable[str]], share: Callable[[str, Steps], float], damage: Callable[[Steps], float]
+        self, layers: Mapping[str, Iterable[str]], share: Callable[[str, Steps], float], usage: Callable[[Steps], float]
     ) -> None:
         super().__init__()
         self.of = {concept: list(names) for concept, names in layers.items()}
         names = dict.fromkeys(name for members in self.of.values() for name in members)
         self.layers = nn.ParameterDict({name: nn.Parameter(torch.ones(1, 1, dtype=torch.float64)) for name in names})
-        self.share, self.damage = share, damage
+        self.share, self.constraint_usage = share, usage
         self.evaluations = 0
 
     def steps(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Table(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.evaluations += 1
         if batch[0, 0] == KEEPING:
-            self.log("kept_loss", torch.tensor(1 + TOLERANCE * self.damage(self.steps()), dtype=torch.float64))
+            self.log("kept_loss", torch.tensor(1 + TOLERANCE * self.constraint_usage(self.steps()), dtype=torch.float64))
         else:
             value = BEFORE + (TARGET - BEFORE) * self.share(self.concept(batch), self.steps())
             self.log("forget_acc", torch.tensor(value, dtype=torch.float64))
@@ -74,7 +74,7 @@ def objective_of(world: Table) -> Objective:
     return Objective(world, {"retain": batches(KEEPING)}, PlainRunner())
 
 
-def searched(world: Table, objective: Objective, bench: Bench, **wanted) -> dict[str, Request]:
+def searched(world: Table, objective: Objective, bench: TemporaryEdits, **wanted) -> dict[str, Request]:
     """A request for each concept of the world, after its search alone."""
     asked = Wanted(**{"forget_target": TARGET, "retain_tolerance": TOLERANCE, "alternatives": ALTERNATIVES, **wanted})
     layers = find_layers(world)
@@ -89,10 +89,10 @@ def searched(world: Table, objective: Objective, bench: Bench, **wanted) -> dict
     return requests
 
 
-def joint_of(requests: Iterable[Request], objective: Objective, bench: Bench, max_rounds: int = 10) -> Joint:
+def joint_of(requests: Iterable[Request], objective: Objective, bench: TemporaryEdits, max_rounds: int = 10) -> JointSearch:
     able = [request for request in requests if request.chosen]
     kept = {"kept_loss": 1.0}
-    return Joint(
+    return JointSearch(
         able, objective, bench, kept=kept, tolerance=TOLERANCE, max_rounds=max_rounds, margin=0.0, progress=Progress(None)
     )
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from slug_lightning.patches.edit import Edit, edited
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.patches.temporary import Bench, Move
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.layers import Layer
 
 
@@ -43,13 +43,13 @@ def test_every_bit_comes_back_after_a_step(dtype, fail):
     before = {name: p.detach().clone() for name, p in layer.parameters.items()}
     addresses = [p.data_ptr() for p in layer.parameters.values()]
     gradient = gradient_of(layer)
-    with pytest.raises(Failure) if fail else nullcontext(), Bench().step(Move(layer, gradient, 0.7)):
+    with pytest.raises(Failure) if fail else nullcontext(), TemporaryEdits().step(EditStep(layer, gradient, 0.7)):
         for name, p in layer.parameters.items():
-            assert same_bits(p, edited(before[name], [(gradient[name], 0.7)]))
-            assert not same_bits(p, before[name])
+            assert bitwise_equal(p, edited(before[name], [(gradient[name], 0.7)]))
+            assert not bitwise_equal(p, before[name])
         if fail:
             raise Failure
-    assert all(same_bits(p, before[name]) for name, p in layer.parameters.items())
+    assert all(bitwise_equal(p, before[name]) for name, p in layer.parameters.items())
     assert [p.data_ptr() for p in layer.parameters.values()] == addresses
     assert all(p.requires_grad and p.grad is None for p in layer.parameters.values())
 
@@ -58,21 +58,21 @@ def test_a_step_that_fails_midway_is_taken_back():
     layer = special_layer()
     before = {name: p.detach().clone() for name, p in layer.parameters.items()}
     gradient = gradient_of(layer) | {"y": torch.ones(3)}  # of another shape
-    with pytest.raises(RuntimeError, match="size"), Bench().step(Move(layer, gradient, 0.7)):
+    with pytest.raises(RuntimeError, match="size"), TemporaryEdits().step(EditStep(layer, gradient, 0.7)):
         pass
-    assert all(same_bits(p, before[name]) for name, p in layer.parameters.items())
+    assert all(bitwise_equal(p, before[name]) for name, p in layer.parameters.items())
 
 
 def test_a_step_climbs():
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
-    with Bench().step(Move(Layer("w", {"w": weight}), {"w": torch.tensor([10.0, 20.0])}, 0.5)):
+    with TemporaryEdits().step(EditStep(Layer("w", {"w": weight}), {"w": torch.tensor([10.0, 20.0])}, 0.5)):
         assert weight.tolist() == [6.0, 8.0]
 
 
 def test_whoever_watches_the_version_notices_step_and_return():
     layer = special_layer()
     versions = [p._version for p in layer.parameters.values()]
-    with Bench().step(Move(layer, gradient_of(layer), 0.1)):
+    with TemporaryEdits().step(EditStep(layer, gradient_of(layer), 0.1)):
         inside = [p._version for p in layer.parameters.values()]
     after = [p._version for p in layer.parameters.values()]
     assert all(a < b < c for a, b, c in zip(versions, inside, after, strict=True))
@@ -91,37 +91,39 @@ def test_steps_in_nested_contexts_make_what_a_patch_of_all_of_them_makes(steps, 
     weight = nn.Parameter(torch.randn(7, 5, generator=generator).to(dtype))
     before = weight.detach().clone()
     directions = [torch.randn(7, 5, generator=generator) for _ in steps]
-    moves = [Move(Layer("l", {"model.w": weight}), {"model.w": d}, s, "model.") for d, s in zip(directions, steps, strict=True)]
+    moves = [
+        EditStep(Layer("l", {"model.w": weight}), {"model.w": d}, s, "model.") for d, s in zip(directions, steps, strict=True)
+    ]
     holder = nn.Module()
     holder.w = nn.Parameter(before.clone())
     edits = [Edit(str(i), s, {"w": d}) for i, (d, s) in enumerate(zip(directions, steps, strict=True))]
     UnlearnPatch({"w": before}, edits).apply(holder)
     random.shuffle(moves)
-    bench = Bench()
+    bench = TemporaryEdits()
     cut = random.randint(0, len(moves))
     with bench.step(*moves[:cut]):
         inside = weight.detach().clone()
         with bench.step(*moves[cut:]):
-            assert same_bits(weight.detach(), holder.w.detach())
-        assert same_bits(weight.detach(), inside)
-    assert same_bits(weight.detach(), before)
+            assert bitwise_equal(weight.detach(), holder.w.detach())
+        assert bitwise_equal(weight.detach(), inside)
+    assert bitwise_equal(weight.detach(), before)
 
 
 def test_a_step_writes_to_no_tensor_of_another_layer():
     first, second = (Layer(name, {name: nn.Parameter(torch.ones(2))}) for name in "ab")
-    bench = Bench()
-    with bench.step(Move(first, {"a": torch.ones(2)}, 1.0)):
+    bench = TemporaryEdits()
+    with bench.step(EditStep(first, {"a": torch.ones(2)}, 1.0)):
         version = first.parameters["a"]._version
-        with bench.step(Move(second, {"b": torch.ones(2)}, 1.0)):
+        with bench.step(EditStep(second, {"b": torch.ones(2)}, 1.0)):
             assert first.parameters["a"]._version == version
             assert second.parameters["b"].tolist() == [2.0, 2.0]
 
 
 def test_a_bench_knows_nothing_of_an_earlier_base():
     layer = Layer("a", {"a": nn.Parameter(torch.ones(2))})
-    bench = Bench()
+    bench = TemporaryEdits()
     for start in (1.0, 5.0):
         with torch.no_grad():
             layer.parameters["a"].fill_(start)
-        with bench.step(Move(layer, {"a": torch.ones(2)}, 1.0)):
+        with bench.step(EditStep(layer, {"a": torch.ones(2)}, 1.0)):
             assert layer.parameters["a"].tolist() == [start + 1] * 2

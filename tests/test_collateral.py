@@ -9,7 +9,7 @@ from _worlds import Table, objective_of, searched, steps_of
 
 from slug_lightning.methods.slug import cross_effects as collateral_module
 from slug_lightning.methods.slug.cross_effects import collateral, strength_curves
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.utils.progress import Progress
 
 
@@ -18,14 +18,14 @@ def share(concept, steps):
     return {"a": steps["x"], "b": steps["x"] * 1.5, "c": steps["y"] - steps["x"] / 2}[concept] / 0.1
 
 
-def damage(steps):
+def constraint_usage(steps):
     return 2 * steps["x"] + 30 * steps["y"] ** 2
 
 
 @pytest.fixture
 def table():
-    world = Table({"a": "x", "b": "x", "c": "y"}, share, damage)
-    objective, bench = objective_of(world), Bench()
+    world = Table({"a": "x", "b": "x", "c": "y"}, share, constraint_usage)
+    objective, bench = objective_of(world), TemporaryEdits()
     requests = list(searched(world, objective, bench).values())
     return SimpleNamespace(world=world, objective=objective, bench=bench, requests=requests)
 
@@ -66,5 +66,5 @@ def test_strength_curves_hold_the_others_at_full_strength(table, strengths):
             steps = steps_of([other for other in table.requests if other is not request], table.world)
             steps[request.layer.name.removeprefix("layers.")] += point["strength"] * request.chosen.step
             assert point["forget"] == value(request.name, steps)
-            assert point["retain"] == {"kept_loss": pytest.approx(1 + 0.25 * damage(steps), abs=1e-9)}
+            assert point["retain"] == {"kept_loss": pytest.approx(1 + 0.25 * constraint_usage(steps), abs=1e-9)}
     assert all(p.item() == 1 for p in table.world.parameters())

@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from _tiny import PlainRunner, blobs, changed, loader, snapshot, trained
 from slug_lightning.methods.slug.candidates import Score, score_layers
-from slug_lightning.methods.slug.layer_search import Competition, _first_step, recorded, smallest_step
+from slug_lightning.methods.slug.layer_search import LayerSearch, _first_step, recorded, smallest_step
 from slug_lightning.methods.slug.step_search import START, Trial, best_trial
-from slug_lightning.objective.metrics import damage
+from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.objective.replay.replay import Replay
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.layers import Layer, find_layers
 from slug_lightning.utils.progress import Progress
 
@@ -87,13 +87,13 @@ def score_of(name, *, forget_norm=1.0, weight_norm=1.0, retain_norm=1.0, alignme
     return Score(name, "model", forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
 
 
-def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[Competition, list[Score]]:
+def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[LayerSearch, list[Score]]:
     scores = scores or [score_of(name) for name in world.ways]
     batches = {"forget": {"val": batches_of(FORGETTING, [2, 1])}, "retain": {"val": batches_of(KEEPING, counts)}}
     objective = Objective(world, batches, PlainRunner())
     before = objective.measured("forget", "val")[objective.names["forget"][0]]
     world.seen.clear()
-    made = Competition(
+    made = LayerSearch(
         objective,
         {name: Layer(name, {name: p}) for name, p in world.layers.items()},
         {s.layer: torch.tensor([s.forget_norm], dtype=torch.float64) for s in scores},
@@ -150,8 +150,8 @@ def test_only_the_smallest_step_of_a_layer_is_measured_on_what_is_kept():
     trials, _ = made.run(scores)
     measured = [t for t in trials if t.retain is not None]
     assert measured == [min((t for t in trials if t.forgotten), key=lambda t: t.relative_step)]
-    assert measured[0].retain == {"acc": 0.875} and measured[0].damage == pytest.approx(0.5, rel=1e-6)
-    assert all(t.damage is None for t in trials if t is not measured[0])
+    assert measured[0].retain == {"acc": 0.875} and measured[0].constraint_usage == pytest.approx(0.5, rel=1e-6)
+    assert all(t.constraint_usage is None for t in trials if t is not measured[0])
 
 
 def test_where_no_layer_forgets_nothing_of_what_is_kept_is_measured_but_the_state_before():
@@ -193,7 +193,7 @@ def test_a_hopeless_layer_is_broken_off_and_never_wins():
     assert best.layer == "a" and best.retain == {"acc": 0.9375}
     # After one batch of four samples b has lost half of them: 0.125 of all for certain, a only 0.0625.
     assert [batch for kind, name, batch in world.seen if (kind, name) == (KEEPING, "b")] == [0]
-    assert other.dropped and other.retain is None and other.damage is None and not other.feasible
+    assert other.dropped and other.retain is None and other.constraint_usage is None and not other.feasible
     assert other.forgotten and [t.dropped for t in trials].count(True) == 1
 
 
@@ -212,7 +212,7 @@ def test_each_layer_is_compared_with_the_best_so_far_and_not_with_the_last():
     kept = {"a": rows(1.0, 1.0), "b": rows(-1.0, 1.0), "c": rows(0.0, 1.0), "d": rows(0.5, 1.0)}
     made, scores = competition(World(ways, {None: rows(1.0, 1.0)} | kept), counts=(2, 2))
     trials, _ = made.run(scores)
-    assert smallest_step(trials, "b").damage > 1 and smallest_step(trials, "d").dropped
+    assert smallest_step(trials, "b").constraint_usage > 1 and smallest_step(trials, "d").dropped
     assert best_trial(trials).layer == "a"
 
 
@@ -257,12 +257,14 @@ def test_breaking_off_never_changes_who_wins(drawn):
     for t in trials:
         if t == smallest_step(trials, t.layer):
             t = replace(t, retain=means(kept[t.layer], counts), dropped=False)
-            t = replace(t, damage=damage(metrics, before, t.retain, TOLERANCE))
+            t = replace(t, constraint_usage=constraint_usage(metrics, before, t.retain, TOLERANCE))
         whole.append(t)
     best = best_trial(whole)
     assert best_trial(trials) == best
     for t, true in zip(trials, whole, strict=True):
-        assert t == true or (t.dropped and true.damage > min(o.damage for o in trials if o.retain is not None))
+        assert t == true or (
+            t.dropped and true.constraint_usage > min(o.constraint_usage for o in trials if o.retain is not None)
+        )
 
 
 @examples(30)
@@ -287,7 +289,7 @@ def test_a_model_that_gives_nan_is_too_large_a_step_and_never_the_result():
     made, scores = competition(world)
     trials, _ = made.run(scores)
     broken = [t for t in trials if math.isnan(t.forget)]
-    assert broken and all(t.forgotten and t.damage == math.inf and t.retain is None and not t.feasible for t in broken)
+    assert broken and all(t.forgotten and t.constraint_usage == math.inf and t.retain is None and not t.feasible for t in broken)
     assert 0.3 <= best_trial(trials).relative_step < 0.35
 
 
@@ -306,7 +308,7 @@ def test_a_layer_that_ruins_what_is_kept_is_not_feasible_and_stops_nobody_else(b
     kept = {None: rows(1.0, 1.0), "a": rows(1.0, bad), "b": rows(1.0, 0.875)}
     made, scores = competition(World(ways, kept), counts=(1, 1))
     trials, _ = made.run(scores)
-    assert smallest_step(trials, "a").damage == math.inf
+    assert smallest_step(trials, "a").constraint_usage == math.inf
     assert best_trial(trials).layer == "b"
 
 
@@ -417,7 +419,7 @@ def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
     kept, other, version = special.detach().clone(), world.layers["b"]._version, special._version
     with recorded(made.objective, "retain", "val", [Layer("a", {"a": special})]):
         assert special._version > version and world.layers["b"]._version == other
-    assert same_bits(special, kept)
+    assert bitwise_equal(special, kept)
 
 
 def test_forgetting_is_recorded_for_the_front_and_keeping_for_those_that_forget():
@@ -466,7 +468,7 @@ def compete_for_real(replay):
     if replay:
         objective.replay = Replay(module, layers)
     before = objective.measured("forget", "val")[LOSS]
-    made = Competition(
+    made = LayerSearch(
         objective,
         {layer.name: layer for layer in layers},
         gradients["forget"],

@@ -31,7 +31,7 @@ from slug_lightning.methods.slug.cross_effects import MOST
 from slug_lightning.objective.objective import Objective
 from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.reports.several import JointReport, report_from_json
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.utils.names import file_name
 
 pytestmark = pytest.mark.uncovered
@@ -223,7 +223,7 @@ def test_the_folder_holds_what_the_report_says(name, request):
         patch = UnlearnPatch.load(folder / "patches" / f"{file_name(concept)}.safetensors")
         assert patch.digest == single.patch_digest and patch.edits[0].concept == concept
     saved = load_file(folder / WEIGHTS)
-    assert all(same_bits(saved[tensor], value) for tensor, value in snapshot(model).items())
+    assert all(bitwise_equal(saved[tensor], value) for tensor, value in snapshot(model).items())
     shown = {str(path.relative_to(folder / "figures")) for path in (folder / "figures").rglob("*.png")}
     assert {"collateral.png", *(f"pareto/{concept}.png" for concept in classes)} <= shown
     state = torch.load(folder / CHECKPOINT, weights_only=True)["callbacks"]["UnlearnCallback"]

@@ -13,7 +13,7 @@ from slug_lightning.clip.models import encode_image, encode_text, to_hugging_fac
 from slug_lightning.patches.clip_names import translations
 from slug_lightning.patches.edit import Edit, PatchError, edited
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 
 pytestmark = pytest.mark.uncovered
 
@@ -71,7 +71,7 @@ def patch_of(tensors, names, step=0.05, concept="cats"):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(bitwise_equal(one[name], other[name]) for name in one)
 
 
 def does_the_same(one, other):
@@ -213,7 +213,7 @@ def outputs(model, size=16, length=8, end=39):
 
 
 def changed(model, before):
-    return {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
+    return {name for name, tensor in model.state_dict().items() if not bitwise_equal(tensor, before[name])}
 
 
 def assert_alike(model, twin, **sizes):
@@ -315,9 +315,9 @@ def test_a_patch_of_the_vision_tower_fits_every_model_that_holds_it():
         for other, model in models.items():
             before = {name: tensor.clone() for name, tensor in states[other].items()}
             patch.apply(model)
-            differing = {name for name, tensor in states[other].items() if not same_bits(tensor, before[name])}
+            differing = {name for name, tensor in states[other].items() if not bitwise_equal(tensor, before[name])}
             assert len(differing) == 2 and not any("text" in name or "language" in name for name in differing), (kind, other)
-            assert all(any(same_bits(states[other][name], tensor) for tensor in new) for name in differing)
+            assert all(any(bitwise_equal(states[other][name], tensor) for tensor in new) for name in differing)
             patch.revert(model)
             assert same(dict(states[other]), before)
 
@@ -325,7 +325,7 @@ def test_a_patch_of_the_vision_tower_fits_every_model_that_holds_it():
 def test_a_projection_fits_where_there_is_one():
     models, patch = holders(), patch_of(tensors_of(tiny_clip()), ["visual.proj"])
     patch.apply(models["with projection"])
-    assert same_bits(models["with projection"].visual_projection.weight, made_of(patch)[0].T)
+    assert bitwise_equal(models["with projection"].visual_projection.weight, made_of(patch)[0].T)
     for kind in ("CLIPVisionModel", "LLaVA"):
         with pytest.raises(PatchError, match="visual.proj: the model has no such tensor"):
             patch.apply(models[kind])
@@ -350,7 +350,7 @@ def test_of_towers_of_one_shape_it_takes_the_one_it_was_made_on():
         inner.load_state_dict({n.removeprefix("text_model."): t for n, t in tensors.items() if n.startswith("text_model.")})
         patch = patch_of(before, ["transformer.resblocks.1.attn.in_proj_weight"])
         patch.apply(alone)
-        assert same_bits(inner.encoder.layers[1].self_attn.q_proj.weight, made_of(patch)[0][:24])
+        assert bitwise_equal(inner.encoder.layers[1].self_attn.q_proj.weight, made_of(patch)[0][:24])
         patch.revert(alone)
 
 

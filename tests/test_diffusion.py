@@ -22,7 +22,7 @@ from slug_lightning.datamodules.image_text.text_to_image import Prompts
 from slug_lightning.diffusion.pipelines import draw
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.diffusion import DiffusionModule
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.utils.model_parts import parts_of
 
 # The models of a pipeline are in evaluation mode from the start, as diffusers loads them.
@@ -85,7 +85,7 @@ def tensors_of(pipeline: Any) -> dict[str, Tensor]:
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     assert one.keys() == other.keys()
-    return {name for name in one if not same_bits(one[name], other[name])}
+    return {name for name in one if not bitwise_equal(one[name], other[name])}
 
 
 class Forgotten(NamedTuple):
@@ -152,7 +152,7 @@ def test_the_patch_fits_the_plain_pipeline_its_text_encoder_and_the_clip_that_it
         plain = DiffusionPipeline.from_pretrained(forgotten.folder / "original")
         before = tensors_of(plain)
         patch.apply(part(plain))
-        assert differing(before, tensors_of(plain)) == {name} and same_bits(tensors_of(plain)[name], saved)
+        assert differing(before, tensors_of(plain)) == {name} and bitwise_equal(tensors_of(plain)[name], saved)
         patch.revert(part(plain))
         assert not differing(before, tensors_of(plain))
     clip = forgotten.clips[["text_encoder", "text_encoder_2"].index(component)]
@@ -160,7 +160,7 @@ def test_the_patch_fits_the_plain_pipeline_its_text_encoder_and_the_clip_that_it
     patch.apply(clip)
     (changed,) = differing(before, clip.state_dict())
     assert changed.endswith(own.removeprefix("text_model.")) and changed.startswith("text_")
-    assert same_bits(clip.state_dict()[changed], saved)
+    assert bitwise_equal(clip.state_dict()[changed], saved)
     patch.revert(clip)
 
 
@@ -219,10 +219,10 @@ def test_weights_in_half_precision_are_edited_and_saved_as_they_are(kind, object
         (file,) = (tmp_path / "model" / part).glob("*.safetensors")
         saved = load_file(file)
         assert {t.dtype for t in saved.values() if t.is_floating_point()} == {getattr(torch, dtype)}
-        assert {name for name, t in saved.items() if not same_bits(t, before[f"{part}.{name}"])} == {
+        assert {name for name, t in saved.items() if not bitwise_equal(t, before[f"{part}.{name}"])} == {
             name.removeprefix(f"{part}.") for name in callback.report.tensors if name.startswith(f"{part}.")
         }
-        assert all(same_bits(t, model.state_dict()[name]) for name, t in saved.items())
+        assert all(bitwise_equal(t, model.state_dict()[name]) for name, t in saved.items())
 
 
 def test_layers_of_the_unet_can_be_named():
@@ -256,7 +256,7 @@ def test_a_pipeline_with_lora_forgets_below_its_adapters(objective, tmp_path):
     bare = name.replace(".base_layer", "")
     assert name != bare
     saved = tensors_of(DiffusionPipeline.from_pretrained(tmp_path / "model"))
-    assert differing(tensors_of(plain), saved) == {bare} and same_bits(saved[bare], tensors_of(pipeline)[name])
+    assert differing(tensors_of(plain), saved) == {bare} and bitwise_equal(saved[bare], tensors_of(pipeline)[name])
     for model in (plain, clips[0]):
         report.patch.apply(model)
     assert not differing(tensors_of(plain), saved)

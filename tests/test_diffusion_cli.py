@@ -19,7 +19,7 @@ from test_cli import run
 from slug_lightning import UnlearnPatch
 from slug_lightning.datamodules.image_text.text_to_image import noise_seeds
 from slug_lightning.modules.diffusion import DiffusionModule
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.utils.model_parts import parts_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "stable_diffusion.yaml"
@@ -100,10 +100,10 @@ def test_the_configuration_runs_and_leaves_report_patch_pictures_and_pipeline(tm
     original, saved = (DiffusionPipeline.from_pretrained(path) for path in (tmp_path / "pipeline", folder / "model"))
     before, after = (parts_of(pipeline).state_dict() for pipeline in (original, saved))
     patch = UnlearnPatch.load(folder / "patch.safetensors")
-    assert {name for name in before if not same_bits(before[name], after[name])} == set(patch.base)
+    assert {name for name in before if not bitwise_equal(before[name], after[name])} == set(patch.base)
     assert all(name.startswith("text_encoder.") for name in patch.base)
     patch.apply(original)
-    assert all(same_bits(tensor, after[name]) for name, tensor in parts_of(original).state_dict().items())
+    assert all(bitwise_equal(tensor, after[name]) for name, tensor in parts_of(original).state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")

@@ -18,7 +18,7 @@ from slug_lightning.diffusion.towers import OPENAI, Towers
 from slug_lightning.modules.diffusion import DiffusionModule
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 
 TEXTS = ["cat in blob style", "dog in noto style", "frog"]
 KINDS = ("sd1", "sd2", "sdxl")
@@ -167,7 +167,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_computes_in_full_and_is
     torch.manual_seed(1)
     found = latents_of(model, pictures)
     assert seen == [(computed, computed)] and found.dtype == torch.float32
-    assert model.dtype == dtype and all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.dtype == dtype and all(bitwise_equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     twin = copy.deepcopy(model).to(computed)
     torch.manual_seed(1)
     assert torch.equal(found, twin.encode(pictures.to(computed)).latent_dist.sample().float() * model.config.scaling_factor)

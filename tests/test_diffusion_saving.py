@@ -13,7 +13,7 @@ from torch import nn
 from slug_lightning.diffusion.saving import save_pipeline
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.utils.model_parts import parts_of
 
 
@@ -22,7 +22,7 @@ def tensors_of(pipeline) -> dict[str, torch.Tensor]:
 
 
 def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(bitwise_equal(one[name], other[name]) for name in one)
 
 
 def drawn(pipeline) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_a_pipeline_comes_back_with_the_edit_and_nothing_else_has_changed(kind, 
     again = DiffusionPipeline.from_pretrained(tmp_path / "model").to(pipeline.dtype)
     found = tensors_of(again)
     assert type(again) is type(pipeline) and same(found, tensors_of(pipeline))
-    assert {name for name in found if not same_bits(found[name], original[name])} == EDITED
+    assert {name for name in found if not bitwise_equal(found[name], original[name])} == EDITED
     assert not (tmp_path / "model" / "adapters").exists()
 
 

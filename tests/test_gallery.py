@@ -22,7 +22,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import ConceptDataModule, UnlearnDataModule
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.objective.samples import Gallery, before_and_after
-from slug_lightning.utils.random import same_draws
+from slug_lightning.utils.random import seed_for_batch
 
 pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
 
@@ -48,7 +48,7 @@ class Drawing(Classifier):
 def picture_of(module: Drawing, batch) -> torch.Tensor:
     """What `Drawing` draws with these weights, in bytes, written again."""
     module.eval()
-    same_draws(0)
+    seed_for_batch(0)
     with torch.no_grad():
         certain = module.net(batch[0])[:8].softmax(1)
         noise = torch.rand(len(batch[0]), 3, 4, 5)[:8]

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from slug_lightning.distributed.backward import DATA, Backward
-from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective import gradients
@@ -33,7 +33,7 @@ SAMPLES = 12
 
 def mean_gradient(loss_of, batches, *args):
     """The function under test, by one process."""
-    return gradients.mean_gradient(loss_of, take_turns(batches, Processes()), *args)
+    return gradients.mean_gradient(loss_of, shard_batches(batches, Processes()), *args)
 
 
 def regression(dtype=torch.float64):
@@ -324,7 +324,7 @@ def test_a_batch_that_overflows_is_run_again_with_half_the_scale():
     loss_of = ThroughHalf(w, backward)
     # 65536 · 0.5 fits into 16 bits; 65536 · 1 does not, nor does 32768 · 5, 16384 · 5; 8192 · 5 does.
     batches = factors([0.5], [1.0], [5.0], [0.25, 0.75])
-    found = gradients.mean_gradient(loss_of, take_turns(batches, Processes()), {"w": w}, backward=backward)
+    found = gradients.mean_gradient(loss_of, shard_batches(batches, Processes()), {"w": w}, backward=backward)
     scales = [(0, 16), (1, 16), (1, 15), (2, 15), (2, 14), (2, 13), (3, 13)]
     assert loss_of.runs == [(number, 2.0**scale) for number, scale in scales]
     assert found.tensors["w"].item() == (0.5 + 1 + 5 + 0.25 + 0.75) / 5
@@ -342,7 +342,7 @@ def test_whatever_the_scale_the_gradient_is_that_without_one(batches, scale):
     backward = scaled(2.0**scale)
     loss_of = ThroughHalf(w, backward)
     parameters = {"w": w, "untouched": untouched}
-    found = gradients.mean_gradient(loss_of, take_turns(factors(*batches), Processes()), parameters, backward=backward)
+    found = gradients.mean_gradient(loss_of, shard_batches(factors(*batches), Processes()), parameters, backward=backward)
     values = [value for batch in batches for value in batch]
     assert found.tensors["w"].item() == pytest.approx(sum(values) / len(values), rel=1e-3, abs=1e-3 * 64)
     assert found.loss == pytest.approx(sum(values) / len(values), abs=1e-5) and found.samples == len(values)
@@ -368,7 +368,7 @@ def test_of_an_overflowing_batch_no_tensors_gradient_is_added_not_even_those_tha
 
     batches = [torch.tensor([1.0]), torch.tensor([3.0])]
     parameters = {"small": small, "large": large}
-    found = gradients.mean_gradient(loss_of, take_turns(batches, Processes()), parameters, backward=backward)
+    found = gradients.mean_gradient(loss_of, shard_batches(batches, Processes()), parameters, backward=backward)
     assert (found.tensors["small"].item(), found.tensors["large"].item()) == (2.0, 16.0)
     assert runs == [0] * 5 + [1] * 2  # 2^16 · 8 … 2^12 · 8 fits; 2^12 · 24 does not, 2^11 · 24 does
     assert found.loss == pytest.approx(18) and found.samples == 2
@@ -385,7 +385,7 @@ def test_a_gradient_that_is_finite_at_no_scale_ends_with_the_remedy(scale):
         return w.sqrt().sum(), 1
 
     with pytest.raises(UnlearnError, match=r"retain, batch 0: the gradient is not finite in 16 bits.*bf16-mixed or 32"):
-        gradients.mean_gradient(loss_of, take_turns([None], Processes()), {"w": w}, "retain", backward)
+        gradients.mean_gradient(loss_of, shard_batches([None], Processes()), {"w": w}, "retain", backward)
     assert 14 <= len(runs) <= 40
     assert w.grad is None and not w._post_accumulate_grad_hooks
 
@@ -395,7 +395,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale():
     backward = scaled()
     with pytest.raises(UnlearnError, match="batch 0: the loss is inf"):
         gradients.mean_gradient(
-            lambda x, _: ((w * x).sum(), 1), take_turns([torch.inf], Processes()), {"w": w}, backward=backward
+            lambda x, _: ((w * x).sum(), 1), shard_batches([torch.inf], Processes()), {"w": w}, backward=backward
         )
     assert backward.scaler.get_scale() == 2.0**16
 
@@ -404,7 +404,7 @@ def test_the_scale_never_grows_between_batches():
     w = torch.ones(1, requires_grad=True)
     backward = scaled(2.0**10, interval=1)
     loss_of = ThroughHalf(w, backward)
-    gradients.mean_gradient(loss_of, take_turns(factors([1.0], [1.0], [1.0]), Processes()), {"w": w}, backward=backward)
+    gradients.mean_gradient(loss_of, shard_batches(factors([1.0], [1.0], [1.0]), Processes()), {"w": w}, backward=backward)
     assert {scale for _, scale in loss_of.runs} == {2.0**10}
 
 
@@ -421,7 +421,7 @@ def test_where_parts_of_a_gradient_lie_elsewhere_all_run_the_batch_again():
             runs[processes.share].append(backward.scaler.get_scale())
             return (Half.apply(w) * x * (3 if processes.share else 0.5)).sum(), 1
 
-        turns = [Turn(processes.share, torch.ones(1))]
+        turns = [IndexedBatch(processes.share, torch.ones(1))]
         return gradients.mean_gradient(loss_of, turns, {"w": w}, backward=backward).tensors["w"].item()
 
     assert simulate(2, run, in_step=True) == [1.75, 1.75]
@@ -443,7 +443,7 @@ def test_however_many_processes_share_the_batches_it_is_one_gradient(cuts, share
     def run(processes):
         scaler = None if scale is None else GradScaler("cpu", init_scale=scale)
         backward = Backward(processes, scaler)
-        found = gradients.mean_gradient(mse_of(w), take_turns(batches, processes), {"w": w}, backward=backward)
+        found = gradients.mean_gradient(mse_of(w), shard_batches(batches, processes), {"w": w}, backward=backward)
         return found, processes.sums
 
     whole = mean_gradient(mse_of(w), [(x, y)], {"w": w})
@@ -459,7 +459,7 @@ def test_sets_without_losses_and_without_batches_are_told_apart_by_all_processes
     def run(batches, loss):
         def one(processes):
             backward = Backward(processes)
-            return gradients.mean_gradient(lambda x, _: (loss, 1), take_turns(batches, processes), {"w": w}, backward=backward)
+            return gradients.mean_gradient(lambda x, _: (loss, 1), shard_batches(batches, processes), {"w": w}, backward=backward)
 
         return [str(error) for error in simulate(2, one)]
 
@@ -472,7 +472,10 @@ def test_a_loss_that_is_not_finite_in_a_stand_in_is_nobodys_concern():
 
     def run(processes):
         backward = Backward(processes)
-        turns = [Turn(0, 2.0, processes.share == 0), Turn(2, 4.0 if processes.share == 0 else torch.inf, processes.share == 0)]
+        turns = [
+            IndexedBatch(0, 2.0, processes.share == 0),
+            IndexedBatch(2, 4.0 if processes.share == 0 else torch.inf, processes.share == 0),
+        ]
         return gradients.mean_gradient(lambda x, _: ((w * x).sum(), 1), turns, {"w": w}, backward=backward).tensors["w"].item()
 
     assert simulate(2, run) == [3.0, 3.0]
@@ -500,7 +503,7 @@ def by_ddp(batch_size):
     calls = []
     all_reduce, dist.all_reduce = dist.all_reduce, lambda tensor, **how: (calls.append(tensor.dtype), all_reduce(tensor, **how))
     net = Net()
-    turns = take_turns(DataLoader(data(), batch_size=batch_size), processes)
+    turns = shard_batches(DataLoader(data(), batch_size=batch_size), processes)
     backward = Backward(processes)
     found = gradients.mean_gradient(lambda x, _: (net(x), len(x)), turns, dict(net.named_parameters()), backward=backward)
     return found, calls
@@ -561,7 +564,7 @@ def by_fsdp(sizes, half):
         loss = net(x)
         return (Half.apply(loss) if half else loss), len(x)
 
-    turns = take_turns(list(rows(sizes)), processes)
+    turns = shard_batches(list(rows(sizes)), processes)
     found = gradients.mean_gradient(loss_of, turns, parameters, backward=backward)
     tensors = {name: whole_like(found.tensors[name], parameters[name]) for name in parameters}
     return tensors, found.loss, found.samples, processes.sums, len(runs)
@@ -588,6 +591,6 @@ def test_a_sharded_model_refuses_a_step_without_a_loss():
 
     def run(processes):
         backward = Backward(processes, averages=2)
-        return gradients.mean_gradient(lambda x, _: (None, 1), take_turns([1, 2], processes), {"w": w}, backward=backward)
+        return gradients.mean_gradient(lambda x, _: (None, 1), shard_batches([1, 2], processes), {"w": w}, backward=backward)
 
     assert all("a sharded model must run every batch" in str(error) for error in simulate(2, run, in_step=True))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.methods.slug.several import AFTER_LEAVING_OUT, GENTLY, GROW, SEARCHES, SHRINK
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 
 
 def alone(concept, steps):
@@ -22,7 +22,7 @@ def alone(concept, steps):
 
 def settled(world, taken=(), max_rounds=10):
     """The joint after settling, what it returns, and every request by name with its step before."""
-    bench, objective = Bench(), objective_of(world)
+    bench, objective = TemporaryEdits(), objective_of(world)
     requests = searched(world, objective, bench)
     for name in taken:
         requests[name].is_taken_over = True
@@ -41,7 +41,7 @@ def assert_within_bounds(world, edits):
     """By the table, not by what the joint has measured."""
     steps = steps_of(edits.values(), world)
     assert all(world.share(name, steps) >= 1 - 1e-5 for name in edits)
-    assert world.damage(steps) <= 1 + 1e-6
+    assert world.constraint_usage(steps) <= 1 + 1e-6
 
 
 # ---- steps
@@ -53,8 +53,8 @@ def test_edits_that_are_fine_together_are_measured_once_and_not_touched():
     assert list(edits) == ["a", "b", "c"] and changes(joint) == [None]
     assert {name: request.chosen for name, request in edits.items()} == before
     (found,) = joint.rounds
-    assert found.damage == pytest.approx(3 * sum(t.step for t in before.values()), rel=1e-6)
-    assert found.retain == {"kept_loss": pytest.approx(1 + 0.25 * found.damage)} and found.remembered == []
+    assert found.constraint_usage == pytest.approx(3 * sum(t.step for t in before.values()), rel=1e-6)
+    assert found.retain == {"kept_loss": pytest.approx(1 + 0.25 * found.constraint_usage)} and found.remembered == []
     assert found.forget == {name: pytest.approx(0.9 - 4 * trial.step) for name, trial in before.items()}
     assert found.steps == {name: trial.relative_step for name, trial in before.items()}
     assert_within_bounds(world, edits)
@@ -79,9 +79,9 @@ def test_what_is_remembered_beside_others_grows_and_the_others_stay():
 def test_edits_that_cost_too_much_shrink_where_they_help_each_other_to_forget():
     world = Table({"a": "a", "b": "b"}, lambda name, steps: 10 * sum(steps.values()), lambda steps: 6 * sum(steps.values()))
     joint, edits, _, before = settled(world)
-    assert changes(joint)[0] == "steps smaller: a, b" and joint.rounds[0].damage > 1 and changes(joint)[-1] is None
+    assert changes(joint)[0] == "steps smaller: a, b" and joint.rounds[0].constraint_usage > 1 and changes(joint)[-1] is None
     for name, request in edits.items():
-        assert request.chosen.step < before[name].step * max(SHRINK, 1 - GENTLY * (joint.rounds[0].damage - 1)) + 1e-9
+        assert request.chosen.step < before[name].step * max(SHRINK, 1 - GENTLY * (joint.rounds[0].constraint_usage - 1)) + 1e-9
     assert_within_bounds(world, edits)
 
 
@@ -125,11 +125,11 @@ def test_layers_are_searched_again_where_steps_do_not_help_and_the_rounds_tell_w
     def share(concept, steps):
         return 10 * (steps["b"] if concept == "b" else steps["one"] + steps["two"])
 
-    def damage(steps):
+    def constraint_usage(steps):
         clash = 300 * steps["one"] * steps["b"]
         return 5 * steps["one"] + 6 * steps["two"] + 2 * steps["b"] + clash
 
-    world = Table(layers, share, damage)
+    world = Table(layers, share, constraint_usage)
     joint, edits, requests, before = settled(world, max_rounds=3)
     assert before["a"].layer == "layers.one" and edits["a"].chosen.layer == "layers.two"
     assert changes(joint)[-1] is None and list(edits) == ["a", "b"]
@@ -174,10 +174,10 @@ def test_what_cannot_be_settled_is_left_out_the_costliest_first_and_the_others_g
 def test_not_all_are_left_out_where_edits_cost_far_more_together_than_the_sum_of_each():
     """Each costs little; `c` and `d` clash, while the others are the ones that are searched again."""
 
-    def damage(steps):
+    def constraint_usage(steps):
         return 2 * (steps["a"] + steps["b"]) + steps["c"] + steps["d"] + 500 * steps["c"] * steps["d"]
 
-    world = Table(dict(zip("abcd", "abcd", strict=True)), alone, damage)
+    world = Table(dict(zip("abcd", "abcd", strict=True)), alone, constraint_usage)
     _, edits, *_ = settled(world, max_rounds=2)
     assert edits
     assert_within_bounds(world, edits)
@@ -186,10 +186,10 @@ def test_not_all_are_left_out_where_edits_cost_far_more_together_than_the_sum_of
 def test_edits_with_which_nothing_works_are_left_out_one_by_one():
     """With `a` and any other the model breaks, however small the steps; `a` costs most."""
 
-    def damage(steps):
+    def constraint_usage(steps):
         return math.nan if steps["a"] and (steps["b"] or steps["c"]) else 5 * steps["a"] + 2 * steps["b"] + 2 * steps["c"]
 
-    world = Table(dict(zip("abc", "abc", strict=True)), alone, damage)
+    world = Table(dict(zip("abc", "abc", strict=True)), alone, constraint_usage)
     _, edits, *_ = settled(world, max_rounds=2)
     assert list(edits) == ["b", "c"]
 
@@ -257,7 +257,7 @@ def tables(draw):
         own = sum(gone[layer] for layer in layers[concept])
         return own + sum(undo[concept, layer] * min(gone[layer], 2) for layer in flat if layer not in layers[concept])
 
-    def damage(steps):
+    def constraint_usage(steps):
         gone = went(steps)
         if sum(gone.values()) > 1.2 * breaks:
             return math.inf
@@ -266,14 +266,14 @@ def tables(draw):
         )
 
     taken = [name for name in names if draw(st.integers(0, 3)) == 0]
-    return layers, share, damage, taken, draw(st.integers(1, 6))
+    return layers, share, constraint_usage, taken, draw(st.integers(1, 6))
 
 
 @examples(30)
 @given(tables())
 def test_it_ends_and_what_it_returns_meets_both_bounds(drawn):
-    layers, share, damage, taken, max_rounds = drawn
-    world = Table(layers, share, damage)
+    layers, share, constraint_usage, taken, max_rounds = drawn
+    world = Table(layers, share, constraint_usage)
     joint, edits, requests, before = settled(world, taken, max_rounds)
     able = [name for name, trial in before.items() if trial]
     assert len(joint.rounds) <= max_rounds + (AFTER_LEAVING_OUT + 1) * len(able) + SEARCHES + 1

@@ -41,13 +41,13 @@ def names(count: int) -> list[str]:
 def test_what_is_not_finite_is_null_in_json_and_the_rest_comes_back(value, tmp_path):
     report = joint("cats", "dogs")
     report.collateral["cats"]["dogs"] = report.after["forget"]["dogs"] = value
-    report.concepts["dogs"].trace[0]["damage"] = value
+    report.concepts["dogs"].trace[0]["constraint_usage"] = value
     report.to_json(tmp_path / "report.json")
     again = report_from_json(tmp_path / "report.json")
     assert again.collateral["cats"]["dogs"] is None and again.after["forget"]["dogs"] is None
-    assert again.concepts["dogs"].trace[0]["damage"] is None
+    assert again.concepts["dogs"].trace[0]["constraint_usage"] is None
     for one in (again, report):
-        one.collateral["cats"]["dogs"] = one.after["forget"]["dogs"] = one.concepts["dogs"].trace[0]["damage"] = 0.0
+        one.collateral["cats"]["dogs"] = one.after["forget"]["dogs"] = one.concepts["dogs"].trace[0]["constraint_usage"] = 0.0
     assert again == report
 
 

@@ -19,7 +19,7 @@ from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.run_files import REPORT
 from slug_lightning.reports.single import UnlearnReport
-from slug_lightning.trainer.report_transfer import Mailbox
+from slug_lightning.trainer.report_transfer import ReportTransfer
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def report(concept="cats", patch=True):
 
 
 def test_what_is_left_is_fetched_once_with_its_patch_and_nothing_remains(tmp_path):
-    box, left = Mailbox(), report()
+    box, left = ReportTransfer(), report()
     assert box.fetch() is None
     box.leave(left, FORKED)
     found = box.fetch()
@@ -55,7 +55,7 @@ def test_what_is_left_is_fetched_once_with_its_patch_and_nothing_remains(tmp_pat
 
 
 def test_a_report_without_a_patch_has_none_even_after_one_with():
-    box = Mailbox()
+    box = ReportTransfer()
     box.leave(report(), FORKED)
     box.leave(report("dogs", patch=False), FORKED)
     found = box.fetch()
@@ -63,7 +63,7 @@ def test_a_report_without_a_patch_has_none_even_after_one_with():
 
 
 def test_nobody_else_may_read_it(tmp_path):
-    Mailbox().leave(report(), FORKED)
+    ReportTransfer().leave(report(), FORKED)
     (folder,) = tmp_path.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
@@ -74,13 +74,13 @@ def test_nobody_else_may_read_it(tmp_path):
     ids=["one device", "ddp", "no launcher", "subprocesses"],
 )
 def test_where_the_calling_process_runs_itself_nothing_is_left(strategy, tmp_path):
-    box = Mailbox()
+    box = ReportTransfer()
     box.leave(report(), strategy)
     assert box.fetch() is None and not list(tmp_path.iterdir())
 
 
 def test_each_callback_has_its_own():
-    one, other = Mailbox(), Mailbox()
+    one, other = ReportTransfer(), ReportTransfer()
     one.leave(report("cats"), FORKED)
     other.leave(report("dogs"), FORKED)
     assert (one.fetch().concept, other.fetch().concept) == ("cats", "dogs")
@@ -88,7 +88,7 @@ def test_each_callback_has_its_own():
 
 def test_half_a_report_is_none(monkeypatch):
     """A process that dies while it writes leaves nothing that could be taken for a report."""
-    box = Mailbox()
+    box = ReportTransfer()
 
     def half(path: Path, text: str) -> None:
         path.write_bytes(text[:9].encode())

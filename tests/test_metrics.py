@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.metrics import Metric, damage, describe_metric
+from slug_lightning.objective.metrics import Metric, constraint_usage, describe_metric
 
 accuracy, loss = Metric("acc", True, chance=0.1), Metric("loss", False)
 values = st.floats(0.01, 100)
@@ -20,7 +20,7 @@ tolerances = st.sampled_from([0.0, 0.01, 0.5, 3.0])
 
 
 def one(metric: Metric, before: float, after: float, tolerance: float) -> float:
-    return damage({metric.name: metric}, {metric.name: before}, {metric.name: after}, tolerance)
+    return constraint_usage({metric.name: metric}, {metric.name: before}, {metric.name: after}, tolerance)
 
 
 @pytest.mark.parametrize(("metric", "value", "expected"), [
@@ -108,20 +108,23 @@ def test_a_negative_loss_is_measured_against_its_size():
 
 def test_the_worst_of_several_metrics_counts_each_in_its_own_direction():
     metrics, before = {"acc": accuracy, "loss": loss}, {"acc": 0.9, "loss": 2.0}
-    assert damage(metrics, before, {"acc": 0.95, "loss": 2.2}, 0.05) == pytest.approx(2, rel=1e-6)
-    assert damage(metrics, before, {"acc": 0.8, "loss": 1.0}, 0.05) == pytest.approx(2, rel=1e-6)
+    assert constraint_usage(metrics, before, {"acc": 0.95, "loss": 2.2}, 0.05) == pytest.approx(2, rel=1e-6)
+    assert constraint_usage(metrics, before, {"acc": 0.8, "loss": 1.0}, 0.05) == pytest.approx(2, rel=1e-6)
 
 
 def test_a_measurement_that_is_nan_is_beyond_every_bound():
     assert one(accuracy, 0.9, math.nan, 0.5) == math.inf
     assert one(loss, 0.9, math.inf, 0.5) == math.inf
-    assert damage({"acc": accuracy, "loss": loss}, {"acc": 0.9, "loss": 1.0}, {"acc": math.nan, "loss": 1.0}, 0.5) == math.inf
+    assert (
+        constraint_usage({"acc": accuracy, "loss": loss}, {"acc": 0.9, "loss": 1.0}, {"acc": math.nan, "loss": 1.0}, 0.5)
+        == math.inf
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_what_is_not_finite_counts_in_whatever_place_it_stands(bad):
     after = {"acc": 0.9, "loss": bad}
-    assert damage({"acc": accuracy, "loss": loss}, {"acc": 0.9, "loss": 1.0}, after, 0.5) == math.inf
+    assert constraint_usage({"acc": accuracy, "loss": loss}, {"acc": 0.9, "loss": 1.0}, after, 0.5) == math.inf
 
 
 # ---- which way is better, and where chance lies

@@ -20,7 +20,7 @@ from slug_lightning.datamodules.demo.emoji import render
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
-from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.tensors.layers import Layer
 
 TINY = {
@@ -178,7 +178,7 @@ def by_loading(module, vision):
 def by_trial(module, vision):
     """The tensor is as it was afterwards, but in between it was not."""
     layer = Layer("w", {"w": chosen(module, vision)})
-    with Bench().step(Move(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5)):
+    with TemporaryEdits().step(EditStep(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5)):
         pass
 
 

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
 from _tiny import FORGET, PlainRunner, blobs, loader, trained
-from slug_lightning.distributed.batch_sharding import take_turns
+from slug_lightning.distributed.batch_sharding import shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
 
@@ -190,7 +190,7 @@ class Drawing(TensorDataset):
 
 
 def digest_of(batches, processes=None):
-    with untouched(nn.Identity()):
+    with preserve_state(nn.Identity()):
         return Objective(Scripted(), {"retain": {"train": batches}}, PlainRunner(processes)).digest("retain", "train")
 
 
@@ -209,8 +209,8 @@ def test_a_digest_is_that_of_one_process_and_comes_again_by_the_same_seeds(count
 
 
 def take_turns_of(data):
-    with untouched(nn.Identity()):
-        return [turn.batch for turn in take_turns(data, Processes())]
+    with preserve_state(nn.Identity()):
+        return [turn.batch for turn in shard_batches(data, Processes())]
 
 
 X = torch.arange(6.0)

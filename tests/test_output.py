@@ -17,7 +17,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.patches import patch as patch_module
 from slug_lightning.reports.run_files import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
 from slug_lightning.trainer import run_folder as output
-from slug_lightning.utils.files import at_once
+from slug_lightning.utils.files import atomic_write
 
 KEPT = [REPORT, PATCH, CHECKPOINT, WEIGHTS, MODEL]
 
@@ -102,7 +102,7 @@ def test_a_patch_that_cannot_be_saved_leaves_the_one_that_was_there_and_nothing_
 
 
 def test_inside_the_file_has_another_name_and_outside_only_its_own(tmp_path):
-    with at_once(tmp_path / "report.json") as part:
+    with atomic_write(tmp_path / "report.json") as part:
         part.write_text("new")
         assert part.parent == tmp_path and part.name != "report.json"
         assert not (tmp_path / "report.json").exists()
@@ -119,7 +119,7 @@ def test_a_failure_while_writing_leaves_what_was_there_and_no_half_file(error, b
         path.write_text(before)
 
     def write() -> None:
-        with at_once(path) as part:
+        with atomic_write(path) as part:
             if written is not None:
                 part.write_text(written)
             raise error
@@ -131,7 +131,7 @@ def test_a_failure_while_writing_leaves_what_was_there_and_no_half_file(error, b
 
 def test_what_replaces_a_file_may_be_read_by_everybody(tmp_path):
     for name in ("a", "b"):
-        with at_once(tmp_path / name) as part:
+        with atomic_write(tmp_path / name) as part:
             part.write_text(name)
             part.chmod(0o600)
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
@@ -139,7 +139,7 @@ def test_what_replaces_a_file_may_be_read_by_everybody(tmp_path):
 
 def test_the_part_of_a_run_that_was_killed_is_no_obstacle(tmp_path):
     (tmp_path / "report.json.part").write_text("half")
-    with at_once(tmp_path / "report.json") as part:
+    with atomic_write(tmp_path / "report.json") as part:
         part.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "whole"
@@ -149,9 +149,9 @@ def test_two_that_write_the_same_file_at_the_same_time_leave_one_that_is_whole(t
     path, folders = tmp_path / "kept", [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    with at_once(path, folders[0]) as one:
+    with atomic_write(path, folders[0]) as one:
         one.write_text("one")
-        with at_once(path, folders[1]) as other:
+        with atomic_write(path, folders[1]) as other:
             other.write_text("other")
             assert not path.exists()
         assert path.read_text() == "other"

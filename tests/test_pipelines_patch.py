@@ -22,7 +22,7 @@ from slug_lightning.patches.clip_names import translations
 from slug_lightning.patches.edit import Edit, PatchError, edited
 from slug_lightning.patches.matching import by_name
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.utils.model_parts import adapted, base_parameters, parts_of
 
 TENSORS = {
@@ -52,7 +52,7 @@ def made_of(patch, name):
 
 
 def differing(model, before) -> set[str]:
-    return {name for name, tensor in tensors_of(model).items() if not same_bits(tensor, before[name])}
+    return {name for name, tensor in tensors_of(model).items() if not bitwise_equal(tensor, before[name])}
 
 
 @pytest.mark.parametrize("kind", TENSORS)
@@ -61,7 +61,7 @@ def test_a_patch_of_a_pipeline_changes_what_it_names_in_another_one_and_can_be_t
     before, patch = tensors_of(pipeline), patch_of(made_on, TENSORS[kind])
     patch.apply(pipeline)
     assert differing(pipeline, before) == set(TENSORS[kind])
-    assert all(same_bits(tensors_of(pipeline)[name], made_of(patch, name)) for name in TENSORS[kind])
+    assert all(bitwise_equal(tensors_of(pipeline)[name], made_of(patch, name)) for name in TENSORS[kind])
     assert set(UnlearnPatch.active(pipeline).base) == set(TENSORS[kind])
     patch.adjust(pipeline, 2.0)
     assert UnlearnPatch.active(pipeline).describe()["edits"][0]["strength"] == 2
@@ -151,7 +151,7 @@ def test_a_patch_goes_from_each_to_each(made_on):
         before = tensors_of(model)
         patch.apply(model)
         assert differing(model, before) == {NAMES[kind]}
-        assert same_bits(tensors_of(model)[NAMES[kind]], made_of(patch, NAMES[made_on]))
+        assert bitwise_equal(tensors_of(model)[NAMES[kind]], made_of(patch, NAMES[made_on]))
         patch.revert(model)
         assert differing(model, before) == set()
 
@@ -222,7 +222,7 @@ def test_a_patch_made_under_adapters_applies_to_the_clip_and_the_other_way_round
     under, name = wrapped(NAMES["pipeline"]), NAMES["open_clip"]
     patch, clip = patch_of(models["pipeline"], [under]), models["open_clip"]
     patch.apply(clip)
-    assert same_bits(clip.state_dict()[name], made_of(patch, under))
+    assert bitwise_equal(clip.state_dict()[name], made_of(patch, under))
     patch.revert(clip)
     back, before = patch_of(clip, [name]), tensors_of(models["pipeline"])
     back.apply(models["pipeline"])

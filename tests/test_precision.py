@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.methods.slug.candidates import Score
-from slug_lightning.methods.slug.precision_check import close_calls, damage_error, rounding, rounding_errors
+from slug_lightning.methods.slug.precision_check import close_calls, rounding, rounding_errors, usage_error
 from slug_lightning.methods.slug.step_search import Trial
 from slug_lightning.objective.metrics import Metric
 
@@ -45,15 +45,15 @@ def test_others_are_what_the_rest_is_compared_to(precision):
 def test_the_error_of_the_damage_is_that_of_both_values_as_a_share_of_the_tolerance():
     accuracy, loss = Metric("acc", True), Metric("loss", False)
     unit = 2.0**-8
-    assert damage_error({"acc": accuracy}, {"acc": 0.8}, 0.02, unit) == pytest.approx(2 * unit * 0.8 / 0.02)
-    assert damage_error({"acc": accuracy}, {"acc": -0.8}, 0.02, unit) == pytest.approx(2 * unit * 0.8 / 0.02)
+    assert usage_error({"acc": accuracy}, {"acc": 0.8}, 0.02, unit) == pytest.approx(2 * unit * 0.8 / 0.02)
+    assert usage_error({"acc": accuracy}, {"acc": -0.8}, 0.02, unit) == pytest.approx(2 * unit * 0.8 / 0.02)
     # A loss's tolerance is a share of the loss itself.
-    assert damage_error({"loss": loss}, {"loss": 123.0}, 0.02, unit) == pytest.approx(2 * unit / 0.02)
+    assert usage_error({"loss": loss}, {"loss": 123.0}, 0.02, unit) == pytest.approx(2 * unit / 0.02)
     both = {"acc": accuracy, "loss": loss}
-    assert damage_error(both, {"acc": 0.8, "loss": 123.0}, 0.02, unit) == pytest.approx(2 * unit / 0.02)
-    assert damage_error(both, {"acc": 3.0, "loss": 123.0}, 0.02, unit) == pytest.approx(6 * unit / 0.02)
-    assert damage_error(both, {"acc": 0.8, "loss": 123.0}, 0.02, 0.0) == 0
-    assert damage_error({"loss": loss}, {"loss": 1.0}, 0.0, unit) == 2 * unit
+    assert usage_error(both, {"acc": 0.8, "loss": 123.0}, 0.02, unit) == pytest.approx(2 * unit / 0.02)
+    assert usage_error(both, {"acc": 3.0, "loss": 123.0}, 0.02, unit) == pytest.approx(6 * unit / 0.02)
+    assert usage_error(both, {"acc": 0.8, "loss": 123.0}, 0.02, 0.0) == 0
+    assert usage_error({"loss": loss}, {"loss": 1.0}, 0.0, unit) == 2 * unit
 
 
 @examples(60)
@@ -70,10 +70,10 @@ def test_the_error_of_the_damage_is_that_of_both_values_as_a_share_of_the_tolera
     error=st.integers(0, 4).map(lambda n: n / 8),
 )
 def test_rivals_are_the_feasible_ones_within_the_error(trials, error):
-    feasible = [t for t in trials if t.forgotten and t.damage is not None and t.damage <= 1]
-    best = min(feasible, key=lambda t: t.damage, default=None)
+    feasible = [t for t in trials if t.forgotten and t.constraint_usage is not None and t.constraint_usage <= 1]
+    best = min(feasible, key=lambda t: t.constraint_usage, default=None)
     notes = close_calls("bf16-mixed", [], {}, trials, best, error)
-    near = [t.layer for t in feasible if t.layer != best.layer and t.damage < best.damage + error]
+    near = [t.layer for t in feasible if t.layer != best.layer and t.constraint_usage < best.constraint_usage + error]
     assert len(notes) == bool(near)
     for note in notes:
         assert note.startswith("precision: in bf16-mixed, what an edit of")

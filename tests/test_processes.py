@@ -42,15 +42,15 @@ def test_alone_nothing_of_torch_distributed_is_called(monkeypatch):
         monkeypatch.setattr(dist, name, lambda *_, name=name, **__: pytest.fail(name))
     alone = Processes()
     unpicklable = object()
-    assert alone.exchange("this", unpicklable) == [unpicklable]
-    assert alone.exchange("this", unpicklable, each_share=True) == [unpicklable]
-    assert alone.agreed("that", 3) == 3
+    assert alone.all_gather_object("this", unpicklable) == [unpicklable]
+    assert alone.all_gather_object("this", unpicklable, each_share=True) == [unpicklable]
+    assert alone.broadcast("that", 3) == 3
     tensor = torch.ones(2)
-    alone.add_up([tensor])
+    alone.all_reduce_sum([tensor])
     assert tensor.tolist() == [1, 1] and alone.sums == 0
     with pytest.raises(KeyError, match="as it is"), alone.together(), alone.elsewhere():
         raise KeyError("as it is")
-    assert (alone.count, alone.number, alone.share, alone.shares, alone.is_first) == (1, 0, 0, 1, True)
+    assert (alone.world_size, alone.rank, alone.share, alone.shares, alone.is_first) == (1, 0, 0, 1, True)
 
 
 # ---- results
@@ -58,11 +58,11 @@ def test_alone_nothing_of_torch_distributed_is_called(monkeypatch):
 
 def results() -> Any:
     processes = joined()
-    number = processes.number
-    everybody = processes.exchange("a", {"number": number, "nan": None})
-    each = processes.exchange("b", number, each_share=True)
-    nested = processes.exchange("c", [(number,) * number])
-    return everybody, each, nested, processes.agreed("d", f"by {number}"), processes.is_first, processes.count, number
+    number = processes.rank
+    everybody = processes.all_gather_object("a", {"number": number, "nan": None})
+    each = processes.all_gather_object("b", number, each_share=True)
+    nested = processes.all_gather_object("c", [(number,) * number])
+    return everybody, each, nested, processes.broadcast("d", f"by {number}"), processes.is_first, processes.world_size, number
 
 
 def test_results_come_in_the_order_of_the_processes_and_are_the_same_everywhere():
@@ -73,12 +73,12 @@ def test_results_come_in_the_order_of_the_processes_and_are_the_same_everywhere(
 
 def with_doubles() -> Any:
     processes = joined(shares=2)
-    own = 10 * processes.number
+    own = 10 * processes.rank
     return (
         processes.share,
-        processes.exchange("a", own),
-        processes.exchange("b", own, each_share=True),
-        processes.agreed("c", own),
+        processes.all_gather_object("a", own),
+        processes.all_gather_object("b", own, each_share=True),
+        processes.broadcast("c", own),
     )
 
 
@@ -93,8 +93,8 @@ def test_each_share_is_told_by_its_first_process_whatever_the_layout(layout):
     layout = [sorted(set(layout)).index(share) for share in layout]  # no share is left out
 
     def ask(processes):
-        processes.share = layout[processes.number]
-        return processes.exchange("a", processes.number, each_share=True)
+        processes.share = layout[processes.rank]
+        return processes.all_gather_object("a", processes.rank, each_share=True)
 
     expected = [layout.index(share) for share in range(max(layout) + 1)]
     assert simulate(len(layout), ask) == [expected] * len(layout)
@@ -105,12 +105,12 @@ def test_each_share_is_told_by_its_first_process_whatever_the_layout(layout):
 
 def sums() -> Any:
     processes = joined()
-    number = processes.number
+    number = processes.rank
     tensors = [torch.full((2, 3), 10.0**number), torch.tensor(number + 1, dtype=torch.float64), torch.empty(0)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     calls = []
     all_reduce, dist.all_reduce = dist.all_reduce, lambda tensor, **how: (calls.append(1), all_reduce(tensor, **how))
-    processes.add_up(iter(tensors))
+    processes.all_reduce_sum(iter(tensors))
     assert [tensor.data_ptr() for tensor in tensors] == addresses
     return [tensor.tolist() for tensor in tensors], processes.sums, len(calls)
 
@@ -125,7 +125,7 @@ def sums_of_a_group() -> Any:
     groups = [dist.new_group([part, part + 2]) for part in range(2)]  # as tensor parallelism in pairs leaves them
     processes = Processes(rank // 2, 2, groups[rank % 2])
     tensor = torch.tensor([10.0**rank])
-    processes.add_up([tensor])
+    processes.all_reduce_sum([tensor])
     dist.barrier()  # the store lives in process 0, and the others' group may still be meeting there
     return tensor.item()
 
@@ -144,12 +144,12 @@ class Failure(Exception):
 def failing(who: list[int], way: str) -> Any:
     processes = joined()
     with processes.together():
-        processes.exchange("before", None)
-        if processes.number in who:
-            raise Failure(f"number {processes.number} cannot") if way != "silent" else Failure
+        processes.all_gather_object("before", None)
+        if processes.rank in who:
+            raise Failure(f"number {processes.rank} cannot") if way != "silent" else Failure
         if way == "work":
             time.sleep(0.2)
-        return processes.exchange("after", processes.number)
+        return processes.all_gather_object("after", processes.rank)
 
 
 @pytest.mark.parametrize("who", [[0], [1], [2]])
@@ -180,9 +180,9 @@ def test_a_failure_without_words_is_told_by_its_kind():
 def failing_in_pairs() -> Any:
     processes = joined(shares=2)
     with processes.together():
-        if processes.number == 1:  # not the one that speaks for its share
+        if processes.rank == 1:  # not the one that speaks for its share
             raise Failure("the double cannot")
-        return processes.exchange("after", None, each_share=True)
+        return processes.all_gather_object("after", None, each_share=True)
 
 
 def test_the_double_of_a_process_is_heard_when_it_fails():
@@ -194,11 +194,11 @@ def twice_together() -> Any:
     processes = joined()
     try:
         with processes.together(), processes.together():
-            if processes.number == 0:
+            if processes.rank == 0:
                 raise Failure("once")
-            processes.exchange("a", None)
+            processes.all_gather_object("a", None)
     except (Failure, OtherProcessError):
-        return processes.exchange("and on", processes.number)
+        return processes.all_gather_object("and on", processes.rank)
 
 
 def test_a_failure_is_told_once():
@@ -209,7 +209,7 @@ def test_a_failure_is_told_once():
 def failing_after_a_kill() -> Any:
     processes = joined()
     with processes.together():
-        if processes.number == 1:
+        if processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.3)
         raise Failure("its own words")
@@ -227,8 +227,8 @@ def test_another_process_s_failure_is_an_unlearn_error():
 def killed(who: int, when: str) -> Any:
     processes = joined()
     with processes.together():
-        processes.exchange("before", None)
-        if processes.number == who:
+        processes.all_gather_object("before", None)
+        if processes.rank == who:
             if when == "late":
                 time.sleep(0.3)  # while the others wait already
             os.kill(os.getpid(), signal.SIGKILL)
@@ -236,7 +236,7 @@ def killed(who: int, when: str) -> Any:
             time.sleep(0.3)
         start = time.monotonic()
         try:
-            processes.exchange("after", None)
+            processes.all_gather_object("after", None)
         except RuntimeError as error:
             raise RuntimeError(f"{error} after {time.monotonic() - start:.0f} s") from error
 
@@ -253,10 +253,10 @@ def test_a_killed_process_ends_the_others_within_seconds(who, when):
 
 
 def alone_in_a_step(in_step: bool) -> Any:
-    """A process fails in a forward pass that communicates; the other waits there, and not in `exchange`."""
+    """A process fails in a forward pass that communicates; the other waits there, and not in `all_gather_object`."""
     processes = joined(in_step=in_step)
     with processes.together():
-        if processes.number == 0:
+        if processes.rank == 0:
             raise Failure("in the step")
         dist.all_reduce(torch.ones(1))
 
@@ -272,7 +272,7 @@ def elsewhere() -> Any:
     with processes.together():
         with processes.elsewhere():
             dist.barrier()
-            if processes.number == 0:
+            if processes.rank == 0:
                 raise Failure("in other code")
             dist.barrier()  # which has its own ways
         return None
@@ -286,10 +286,10 @@ def test_who_fails_in_other_code_tells_nobody():
 def keyboard() -> Any:
     processes = joined()
     with processes.together():
-        processes.exchange("before", None)
-        if processes.number == 0:
+        processes.all_gather_object("before", None)
+        if processes.rank == 0:
             raise KeyboardInterrupt
-        processes.exchange("after", None)
+        processes.all_gather_object("after", None)
 
 
 def test_an_interrupted_process_ends_the_others():

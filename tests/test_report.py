@@ -37,8 +37,8 @@ def unlearned(**changes) -> UnlearnReport:
         },
         scores=[score("a.weight", 2.0, 0.1, True), score("b.weight", 3.0, 0.4, True), score("c.weight", 1.0, 0.9, False)],
         trace=[
-            {"layer": name, "step": step, "relative_step": step, "forgotten": kept is not None, "damage": None, "forget": forget,
-             "retain": None if kept is None else {"acc": kept, "ce": 1.0}}
+            {"layer": name, "step": step, "relative_step": step, "forgotten": kept is not None, "constraint_usage": None,
+             "forget": forget, "retain": None if kept is None else {"acc": kept, "ce": 1.0}}
             for name, step, forget, kept in TRIALS
         ],
         before={"forget": {"acc": 0.9375}, "retain": {"acc": 0.8125, "ce": 1.5}},
@@ -151,9 +151,9 @@ def test_the_verdict_says_what_happened():
 def test_an_infeasible_run_says_how_near_it_came():
     trial = {"layer": "a.weight", "step": 1.0, "relative_step": 0.25, "forget": 0.0, "retain": {"acc": 0.5}, "forgotten": True}
     trace = [
-        trial | {"damage": 7.5},
-        trial | {"damage": 3.0, "relative_step": 0.125},
-        trial | {"damage": None, "forgotten": False},
+        trial | {"constraint_usage": 7.5},
+        trial | {"constraint_usage": 3.0, "relative_step": 0.125},
+        trial | {"constraint_usage": None, "forgotten": False},
     ]
     text = " ".join(replace(infeasible(), trace=trace).to_text(width=300).split())
     assert "Nearest: a.weight forgets at relative step 0.1250, but keeps only acc 0.5000 (bound ≥ 0.8800)." in text

@@ -33,10 +33,10 @@ from slug_lightning import RetainCache
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.modules import UnlearnModule
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
-from slug_lightning.tensors.bits import digest_of, same_bits
+from slug_lightning.tensors.bits import bitwise_equal, digest_of
 
 
 def temperate(temperature):
@@ -70,7 +70,7 @@ def asked(cache, module=None, data=None, names=("model.0.weight", "model.2.weigh
     module = module or made()
     measuring, notes, before = objective(module, data, **how), [], cache.reused
     parameters = {name: dict(module.named_parameters())[name] for name in names}
-    with untouched(module):
+    with preserve_state(module):
         found = cache.gradient(measuring, parameters, notes)
     reused = cache.reused > before
     assert (measuring.backward_samples == 0) == reused
@@ -80,12 +80,12 @@ def asked(cache, module=None, data=None, names=("model.0.weight", "model.2.weigh
 def computed(module=None, data=None, names=("model.0.weight", "model.2.weight")):
     """The same without a cache."""
     module = module or made()
-    with untouched(module):
+    with preserve_state(module):
         return objective(module, data).gradient("retain", {name: dict(module.named_parameters())[name] for name in names}).tensors
 
 
 def same(one, other) -> bool:
-    return list(one) == list(other) and all(same_bits(one[name], other[name]) for name in one)
+    return list(one) == list(other) and all(bitwise_equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -261,7 +261,7 @@ def test_another_process_uses_it_again_to_the_last_bit(tmp_path):
     env = os.environ | {"PYTHONHASHSEED": "7"}  # sets come in another order
     subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], env=env, cwd=Path(__file__).parent, check=True)
     found, reused = torch.load(tmp_path / "found", weights_only=True)
-    assert reused == 1 and same_bits(found, here[0][0])
+    assert reused == 1 and bitwise_equal(found, here[0][0])
 
 
 # ---- damaged files
@@ -376,7 +376,7 @@ class Scripted(pl.LightningModule):
 def measured(folder, module, data, metric="acc", processes=None, split="val"):
     measuring = Objective(module, {"retain": {split: data}}, PlainRunner(processes), retain_metric=metric)
     cache, notes = RetainCache(folder), []
-    with untouched(module):
+    with preserve_state(module):
         values = cache.measured(measuring, split, notes)
     return values, measuring, notes
 
@@ -518,16 +518,16 @@ def in_turn(folder: Path, here: Path) -> list:
 
     ask(folder)
     ask(folder)
-    ask(here / str(processes.number))  # each has a folder of its own, and the second one's stays empty
-    ask(here / str(processes.number))
+    ask(here / str(processes.rank))  # each has a folder of its own, and the second one's stays empty
+    ask(here / str(processes.rank))
     path = next(folder.iterdir())
-    processes.exchange("all have asked", None)
+    processes.all_gather_object("all have asked", None)
     if processes.is_first:
         path.write_bytes(path.read_bytes()[:-1])
-    processes.exchange("damaged", None)
+    processes.all_gather_object("damaged", None)
     ask(folder)
     ask(folder)
-    module = made(Hidden(1.0 + processes.number))  # the first one's loss decides
+    module = made(Hidden(1.0 + processes.rank))  # the first one's loss decides
     ask(folder, module=module)
     ask(folder, module=module)
     values = [measured(folder, trained(), loader(False), "val_acc", processes) for _ in range(2)]

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.distributed.batch_sharding import Turn
+from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.methods.slug.candidates import score_layers
 from slug_lightning.methods.slug.step_search import FINE, OVERSHOOT, ROUNDING, START, Trial, best_trial, search_step
 from slug_lightning.objective.gradients import mean_gradient
@@ -56,8 +56,8 @@ smooth = [power_law, exponential, saturating]
 kinds = st.sampled_from([*smooth, jump, break_down])
 
 
-def trial(step: float, forgotten: bool = True, damage: float | None = 0.5, layer: str = "w") -> Trial:
-    return Trial(layer, step, step, forgotten, damage, 0.0, {})
+def trial(step: float, forgotten: bool = True, constraint_usage: float | None = 0.5, layer: str = "w") -> Trial:
+    return Trial(layer, step, step, forgotten, constraint_usage, 0.0, {})
 
 
 def search(way: Way, budget: int = ENOUGH, **options: float) -> list[Trial]:
@@ -209,7 +209,7 @@ def test_on_a_quadratic_loss_it_finds_the_step_known_in_closed_form(seed, factor
     weight = nn.Parameter(torch.randn(4, 1, generator=generator, dtype=torch.float64))
     layer = Layer("w", {"w": weight})
     gradient, loss, _ = mean_gradient(
-        lambda b, _: ((x[b] @ weight - y[b]).square().mean(), len(b)), [Turn(0, range(20))], {"w": weight}
+        lambda b, _: ((x[b] @ weight - y[b]).square().mean(), len(b)), [IndexedBatch(0, range(20))], {"w": weight}
     )
     (score,) = score_layers([layer], gradient, gradient)
     target = factor * loss
@@ -245,12 +245,12 @@ trials_lists = st.lists(
 @given(trials_lists)
 def test_the_best_trial_is_feasible_and_no_other_is_better(trials):
     best = best_trial(trials)
-    feasible = [t for t in trials if t.forgotten and t.damage is not None and t.damage <= 1]
+    feasible = [t for t in trials if t.forgotten and t.constraint_usage is not None and t.constraint_usage <= 1]
     if not feasible:
         assert best is None
         return
     assert best in feasible
-    assert all((best.damage, best.relative_step) <= (t.damage, t.relative_step) for t in feasible)
+    assert all((best.constraint_usage, best.relative_step) <= (t.constraint_usage, t.relative_step) for t in feasible)
 
 
 def test_ties_go_to_the_smaller_relative_step_not_to_the_smaller_lambda():
@@ -260,24 +260,24 @@ def test_ties_go_to_the_smaller_relative_step_not_to_the_smaller_lambda():
 
 
 def test_less_damage_wins_over_a_smaller_step():
-    assert best_trial([trial(0.1, damage=0.9), trial(0.8, damage=0.1)]).step == 0.8
+    assert best_trial([trial(0.1, constraint_usage=0.9), trial(0.8, constraint_usage=0.1)]).step == 0.8
 
 
-@pytest.mark.parametrize("damage", [None, math.nan, math.inf, 1.001])
-def test_damage_unknown_not_finite_or_beyond_the_bound_is_never_feasible(damage):
-    assert not trial(0.1, damage=damage).feasible
-    assert best_trial([trial(0.1, damage=damage)]) is None
+@pytest.mark.parametrize("constraint_usage", [None, math.nan, math.inf, 1.001])
+def test_constraint_usage_unknown_not_finite_or_beyond_the_bound_is_never_feasible(constraint_usage):
+    assert not trial(0.1, constraint_usage=constraint_usage).feasible
+    assert best_trial([trial(0.1, constraint_usage=constraint_usage)]) is None
 
 
 def test_what_does_not_forget_is_never_feasible():
-    assert best_trial([trial(0.1, forgotten=False, damage=-5.0)]) is None
+    assert best_trial([trial(0.1, forgotten=False, constraint_usage=-5.0)]) is None
 
 
 def test_a_trial_whose_measurement_was_broken_off_is_never_the_best():
-    dropped = replace(trial(0.1, damage=None), dropped=True)
+    dropped = replace(trial(0.1, constraint_usage=None), dropped=True)
     assert not dropped.feasible
     assert best_trial([dropped]) is None
-    assert best_trial([dropped, trial(0.8, damage=0.9)]).step == 0.8
+    assert best_trial([dropped, trial(0.8, constraint_usage=0.9)]).step == 0.8
 
 
 @examples(200)

@@ -19,7 +19,7 @@ from slug_lightning.distributed.processes import Processes
 from slug_lightning.methods.slug.candidates import score_layers
 from slug_lightning.patches.edit import Edit, PatchError
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.tensors.bits import digest_of, same_bits
+from slug_lightning.tensors.bits import bitwise_equal, digest_of
 from slug_lightning.tensors.dtensor import copies, local, placed, shard, whole, whole_like, write_local
 from slug_lightning.tensors.layers import Layer
 
@@ -303,7 +303,7 @@ def patched(count: int, dtype: torch.dtype) -> Any:
     digest = digest_of(dict(model.named_parameters()), "")
     own = {name: tensor.clone() for name, tensor in patch.base.items()}
     patch.revert(model)
-    return states, digest, all(same_bits(own[name], dict(model.named_parameters())[name]) for name in own)
+    return states, digest, all(bitwise_equal(own[name], dict(model.named_parameters())[name]) for name in own)
 
 
 @pytest.mark.parametrize(("count", "dtype"), [(2, torch.float32), (3, torch.float32), (3, torch.bfloat16)])
@@ -323,7 +323,7 @@ def test_a_patch_does_to_a_sharded_model_what_it_does_to_a_plain_one_bit_for_bit
             if isinstance(wanted, str):
                 assert wanted in state
             else:
-                assert all(same_bits(state[name], tensor) for name, tensor in wanted.items())
+                assert all(bitwise_equal(state[name], tensor) for name, tensor in wanted.items())
 
 
 def patched_in_two_dimensions() -> Any:
@@ -346,5 +346,5 @@ def wide_edited() -> dict[str, Tensor]:
 
 def test_a_patch_is_applied_over_tensor_parallelism():
     for edited, reverted in everywhere(patched_in_two_dimensions, 4):
-        assert all(same_bits(edited[name], tensor) for name, tensor in wide_edited().items())
-        assert all(same_bits(reverted[name], tensor) for name, tensor in Wide().state_dict().items())
+        assert all(bitwise_equal(edited[name], tensor) for name, tensor in wide_edited().items())
+        assert all(bitwise_equal(reverted[name], tensor) for name, tensor in Wide().state_dict().items())

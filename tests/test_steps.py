@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples, loss_in
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import Attempt, LogReader, read_logs
 
 PREDICTED, TRUE = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 0])
@@ -38,8 +38,8 @@ def network() -> nn.Module:
 
 
 def leave(module: nn.Module, body, fail: bool) -> None:
-    """Run `body` inside `untouched`, then leave it by an exception if `fail`."""
-    with pytest.raises(Failure) if fail else nullcontext(), untouched(module):
+    """Run `body` inside `preserve_state`, then leave it by an exception if `fail`."""
+    with pytest.raises(Failure) if fail else nullcontext(), preserve_state(module):
         body()
         if fail:
             raise Failure
@@ -77,7 +77,7 @@ def test_modes_come_back_one_by_one_though_submodules_differed(fail):
 
 def test_inside_everything_is_in_evaluation_mode():
     net = network()
-    with untouched(net):
+    with preserve_state(net):
         assert not any(m.training for m in net.modules())
         x = torch.randn(4, 3)
         assert torch.equal(net(x), net(x))
@@ -135,7 +135,7 @@ def test_metric_states_and_counts_are_put_back(fail):
 def test_a_list_state_does_not_grow_from_inside():
     module = WithMetrics()
     module.values.update(torch.tensor([1.0]))
-    with untouched(module):
+    with preserve_state(module):
         module.values.value.append(torch.tensor([2.0]))
     assert len(module.values.value) == 1
 
@@ -466,9 +466,9 @@ def test_what_is_shared_once_is_not_sent_again():
     sent = []
 
     class Watching(Simulated):
-        def exchange(self, what, item, each_share=False):
+        def all_gather_object(self, what, item, each_share=False):
             sent.append(len(item[0]))
-            return super().exchange(what, item, each_share)
+            return super().all_gather_object(what, item, each_share)
 
     def run(processes):
         processes.__class__ = Watching

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
-from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.utils.loaders import Chained, EveryFourth, First
 
 
@@ -117,21 +117,21 @@ def plain(batch: Any) -> Any:
     return repr(torch.utils._pytree.tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, Tensor) else leaf, batch))
 
 
-def turns_of(make: Any, processes: Processes) -> list[Turn]:
+def turns_of(make: Any, processes: Processes) -> list[IndexedBatch]:
     """All turns of one process, with what it draws itself in each."""
-    with untouched(torch.nn.Identity()):
+    with preserve_state(torch.nn.Identity()):
         torch.manual_seed(100 + processes.share)  # the processes come from anywhere
         random.seed(200 + processes.share)
         np.random.seed(300 + processes.share)
         found = []
-        for turn in take_turns(make(), processes):
+        for turn in shard_batches(make(), processes):
             drawn = torch.rand(1).item(), np.random.rand(), random.random()
             samples = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor[..., :1], turn.batch)
             found.append(turn._replace(batch=(plain(samples), plain(turn.batch), drawn)))
         return found
 
 
-def check(make: Any, shares: int) -> list[list[Turn]]:
+def check(make: Any, shares: int) -> list[list[IndexedBatch]]:
     """What always holds, however many processes share whatever loader."""
     alone = turns_of(make, Processes())
     assert [turn.number for turn in alone] == list(range(len(alone)))
@@ -192,7 +192,7 @@ def test_of_a_dataset_a_process_reads_nothing_but_its_own_batches(size, batch_si
     def read(processes):
         dataset = Numbers(size)
         loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
-        mine = [turn.batch.flatten().tolist() for turn in take_turns(loader, processes)]
+        mine = [turn.batch.flatten().tolist() for turn in shard_batches(loader, processes)]
         return dataset.read, mine
 
     found = simulate(shares, read)
@@ -213,7 +213,7 @@ def test_a_loader_made_for_one_of_several_processes_is_read_as_that_of_one_devic
         return DataLoader(dataset, batch_size=2, sampler=sampler, drop_last=drop_last)
 
     alone = [plain(batch) for batch in make(0, 1)]
-    found = simulate(3, lambda p: [(t.number, plain(t.batch)) for t in take_turns(make(p.share, 3), p) if t.counts])
+    found = simulate(3, lambda p: [(t.number, plain(t.batch)) for t in shard_batches(make(p.share, 3), p) if t.counts])
     assert [batch for _, batch in sorted(turn for turns in found for turn in turns)] == alone
 
 
@@ -246,9 +246,9 @@ def test_what_a_batch_draws_does_not_depend_on_what_the_others_drew():
     """Not even in one process: the caller, who draws between two batches, changes nothing."""
 
     def read(draws):
-        with untouched(torch.nn.Identity()):
+        with preserve_state(torch.nn.Identity()):
             found = []
-            for turn in take_turns(DataLoader(Drawing(6), batch_size=2), Processes()):
+            for turn in shard_batches(DataLoader(Drawing(6), batch_size=2), Processes()):
                 found.append(plain(turn.batch))
                 torch.rand(draws)
                 np.random.rand(draws)
@@ -292,14 +292,14 @@ DIFFERENT = [kept_open, split_by_rank, another_size, longer, emptier, shuffled_b
 @pytest.mark.parametrize("make", DIFFERENT)
 @pytest.mark.parametrize("shares", [2, 3])
 def test_processes_that_would_not_read_the_same_are_refused_everywhere(make, shares):
-    fine = simulate(shares, lambda p: len(list(take_turns(make(p.share, True), p))))
+    fine = simulate(shares, lambda p: len(list(shard_batches(make(p.share, True), p))))
     assert len(set(fine)) == 1 and isinstance(fine[0], int)
-    found = simulate(shares, lambda p: list(take_turns(make(p.share, False), p)))
+    found = simulate(shares, lambda p: list(shard_batches(make(p.share, False), p)))
     assert all(isinstance(error, UnlearnError) for error in found), found
 
 
 def test_the_refusal_says_what_to_do():
-    (first, second) = simulate(2, lambda p: list(take_turns(kept_open(p.share, False), p)))
+    (first, second) = simulate(2, lambda p: list(shard_batches(kept_open(p.share, False), p)))
     for error in (first, second):
         assert "do not read the same batches" in str(error) and "in every process (without split_by_node" in str(error)
 
@@ -309,7 +309,7 @@ def test_what_cannot_be_compared_is_trusted():
         def __init__(self, number: int) -> None:
             self.number = number
 
-    found = simulate(2, lambda p: [(t.number, t.batch.number) for t in take_turns([Opaque(i) for i in range(4)], p)])
+    found = simulate(2, lambda p: [(t.number, t.batch.number) for t in shard_batches([Opaque(i) for i in range(4)], p)])
     assert found == [[(0, 0), (2, 2)], [(1, 1), (3, 3)]]
 
 
@@ -326,7 +326,7 @@ def in_one_of_several(size: int) -> list[Any]:
         DataLoader(Numbers(size), batch_size=2, shuffle=True, num_workers=1),
         Chained([DataLoader(Numbers(size), batch_size=3), DataLoader(Stream(size), batch_size=2), lists(2)]),
     ]
-    return [[turn._replace(batch=plain(turn.batch)) for turn in take_turns(loader, processes)] for loader in loaders]
+    return [[turn._replace(batch=plain(turn.batch)) for turn in shard_batches(loader, processes)] for loader in loaders]
 
 
 def alone(size: int) -> list[Any]:
@@ -336,7 +336,7 @@ def alone(size: int) -> list[Any]:
         DataLoader(Numbers(size), batch_size=2, shuffle=True, num_workers=1),
         Chained([DataLoader(Numbers(size), batch_size=3), DataLoader(Stream(size), batch_size=2), lists(2)]),
     ]
-    return [[turn._replace(batch=plain(turn.batch)) for turn in take_turns(loader, Processes())] for loader in loaders]
+    return [[turn._replace(batch=plain(turn.batch)) for turn in shard_batches(loader, Processes())] for loader in loaders]
 
 
 def test_three_real_processes_read_what_one_reads():
@@ -353,7 +353,7 @@ def refused(kind: Any) -> None:
     rank = torch.distributed.get_rank()
     processes = Processes(rank, 2)
     with processes.together():
-        list(take_turns(kind(rank, False), processes))
+        list(shard_batches(kind(rank, False), processes))
 
 
 @pytest.mark.parametrize("kind", [kept_open, split_by_rank])

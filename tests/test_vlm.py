@@ -35,7 +35,7 @@ from slug_lightning.clip.models import encode_text, load_clip, matching_loss
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.vlm.answers import UNSPACED, names, normal
 
 pytestmark = pytest.mark.uncovered
@@ -66,7 +66,7 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     assert one.keys() == other.keys()
-    return {name for name in one if not same_bits(one[name], other[name])}
+    return {name for name in one if not bitwise_equal(one[name], other[name])}
 
 
 class Forgotten(NamedTuple):
@@ -175,7 +175,7 @@ def test_the_patch_fits_the_plain_model_its_tower_and_the_clip_that_it_comes_fro
         model, _ = plain(forgotten.folder / "original")
         before = tensors_of(model)
         patch.apply(part(model))
-        assert differing(before, tensors_of(model)) == {name} and same_bits(tensors_of(model)[name], saved)
+        assert differing(before, tensors_of(model)) == {name} and bitwise_equal(tensors_of(model)[name], saved)
         patch.revert(part(model))
         assert not differing(before, tensors_of(model))
     if forgotten.family in WITH_CLIP:
@@ -183,7 +183,7 @@ def test_the_patch_fits_the_plain_model_its_tower_and_the_clip_that_it_comes_fro
         before = tensors_of(clip)
         patch.apply(clip)
         (changed,) = differing(before, tensors_of(clip))
-        assert changed.startswith("vision_model.") and same_bits(tensors_of(clip)[changed], saved)
+        assert changed.startswith("vision_model.") and bitwise_equal(tensors_of(clip)[changed], saved)
         patch.revert(clip)
         assert not differing(before, tensors_of(clip))
 

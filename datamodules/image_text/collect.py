@@ -20,7 +20,7 @@ from slug_lightning.datamodules.base import split_indices, three_parts
 from slug_lightning.datamodules.image_text.pairs import Pair, decode, open_pairs, whole_words
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import listed
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}")
 SIDE, FINE = 8, 32
@@ -162,7 +162,7 @@ class _Pictures:
 
     def __init__(self, folder: Path, found: Found) -> None:
         self.folder, self.found = folder, found
-        self.box = needed("PIL.Image", "clip").Resampling.BOX
+        self.box = import_optional("PIL.Image", "clip").Resampling.BOX
         (folder / "images").mkdir(parents=True)
         self.count = 0
         # Small pictures by their mean in steps of ALIKE. Means differ by no more than pictures, so a copy is at most a step away.

@@ -13,7 +13,7 @@ from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Tokenize, Transform, open_pairs, whole_words
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import by_concept, labelled, listed
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 
 CONFIG = "open_clip_config.json"
 Words = str | list[str]
@@ -208,9 +208,9 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
         >>> transform(Image.new("RGB", (300, 200))).shape, tokenize(["a cat", "a dog"]).shape
         (torch.Size([3, 224, 224]), torch.Size([2, 77]))
     """
-    open_clip = needed("open_clip", "clip")
-    transforms = needed("open_clip.transform", "clip")
-    schema, name = needed("open_clip.factory", "clip").parse_model_name(model)
+    open_clip = import_optional("open_clip", "clip")
+    transforms = import_optional("open_clip.transform", "clip")
+    schema, name = import_optional("open_clip.factory", "clip").parse_model_name(model)
     if schema is None:
         model = name.replace("/", "-")
         if model not in open_clip.list_models():
@@ -221,7 +221,7 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
             raise UnlearnError(f"pretrained: {model} has no {pretrained!r}, and it is no file; there are {tags}")
         architecture = open_clip.get_model_config(model)
     else:
-        download = needed("open_clip.pretrained", "clip").download_pretrained_from_hf
+        download = import_optional("open_clip.pretrained", "clip").download_pretrained_from_hf
         file = Path(name) / CONFIG if schema == "local-dir" else Path(download(name, filename=CONFIG))
         if not file.is_file():
             raise UnlearnError(f"model: {file} does not exist; a local-dir: is the folder of an open_clip model")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 
 Transform = Callable[[Any], Tensor]
 """A PIL image, RGB, to a float tensor `[3, H, W]`."""
@@ -300,7 +300,7 @@ def decode(pair: Pair, mode: str = "RGB") -> Any:
         >>> image.size, image.mode, image.format
         ((64, 64), 'RGB', 'PNG')
     """
-    image = needed("PIL.Image", "clip")
+    image = import_optional("PIL.Image", "clip")
     try:
         content = io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image
         with image.open(content, formats=FORMATS) as opened:
@@ -357,7 +357,7 @@ def _read_csv(
 
 def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
     """The samples of one shard: the files of a key by suffix."""
-    iterators = needed("webdataset.tariterators", "clip")
+    iterators = import_optional("webdataset.tariterators", "clip")
     try:
         with open(shard, "rb") as stream:
             yield from iterators.group_by_keys(iterators.tar_file_expander([{"url": shard, "stream": stream}]))
@@ -367,7 +367,7 @@ def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
 
 def _read_shards(shards: str, label_columns: Sequence[str]) -> Iterator[Pair]:
     empty = True
-    for pattern in needed("webdataset.shardlists", "clip").expand_urls(shards):
+    for pattern in import_optional("webdataset.shardlists", "clip").expand_urls(shards):
         paths = [pattern] if Path(pattern).is_file() else sorted(glob(pattern))
         if not paths:
             raise UnlearnError(f"{pattern}: there is no such shard")

@@ -14,7 +14,7 @@ from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Transfor
 from slug_lightning.datamodules.text.reading import read_content
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import labelled, listed
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 
 Texts = str | list[str]
 
@@ -347,6 +347,6 @@ def picture_transform(size: int) -> Transform:
         >>> picture.shape, picture[:, 0, 0]
         (torch.Size([3, 8, 8]), tensor([ 1., -1.,  1.]))
     """
-    vision = needed("torchvision.transforms", "clip")
+    vision = import_optional("torchvision.transforms", "clip")
     half = [0.5, 0.5, 0.5]
     return vision.Compose([vision.Resize(size), vision.CenterCrop(size), vision.ToTensor(), vision.Normalize(half, half)])

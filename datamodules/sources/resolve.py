@@ -25,7 +25,7 @@ def resolve_loaders(
     datamodule: pl.LightningDataModule | None,
     prepare: Prepare = lambda datamodule: datamodule.prepare_data(),
 ) -> UnlearnLoaders:
-    """Turn whatever a user gave into three parts of every concept and of retain.
+    """IndexedBatch whatever a user gave into three parts of every concept and of retain.
 
     Args:
         forget: a source for each concept, by its name: a DataLoader or any iterable of batches, a list of them (read one

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.files import at_once
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.files import atomic_write
+from slug_lightning.utils.optional_imports import import_optional
 
 Method = Literal["nearest", "random"]
 
@@ -144,7 +144,7 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
     """Vectors of the words in each text; what is in all texts of the corpus counts least."""
-    words = needed("sklearn.feature_extraction.text", "lm").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
+    words = import_optional("sklearn.feature_extraction.text", "lm").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
     try:
         words.fit(corpus)
     except ValueError as error:
@@ -153,7 +153,7 @@ def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verbose: bool) -> tuple[Any, Any]:
-    library = needed("sentence_transformers", "lm")
+    library = import_optional("sentence_transformers", "lm")
     try:
         model = library.SentenceTransformer(encoder)
     except (OSError, ValueError) as error:
@@ -172,7 +172,7 @@ def _nearest(queries: Any, vectors: Any, k: int) -> list[list[int]]:
         # Rounded, as equal vectors may differ in the last bits by where they stand in a matrix product.
         return np.argsort(distances.round(6), axis=1, kind="stable")[:, :k]
 
-    chunked = needed("sklearn.metrics", "lm").pairwise_distances_chunked
+    chunked = import_optional("sklearn.metrics", "lm").pairwise_distances_chunked
     return np.concatenate(list(chunked(queries, vectors, metric="cosine", reduce_func=first))).tolist()
 
 
@@ -195,7 +195,7 @@ def _write(path: Path, key: str, pairs: list[list[int]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In a folder of its own: every process of a run writes the same file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, at_once(path, Path(folder)) as part:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, atomic_write(path, Path(folder)) as part:
             part.write_text(json.dumps({"key": key, "pairs": pairs, "sha256": _digest([key, pairs])}))
     except OSError as error:
         warnings.warn(f"cache: {path} could not be written ({error})", stacklevel=3)

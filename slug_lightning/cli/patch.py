@@ -61,7 +61,7 @@ def _show(options: argparse.Namespace) -> None:
 def _rewrite(options: argparse.Namespace) -> None:
     """Let a patch act on weights, and write them anew with what is applied to them beside."""
     from slug_lightning.patches.patch import UnlearnPatch
-    from slug_lightning.utils.files import at_once
+    from slug_lightning.utils.files import atomic_write
 
     _refuse_existing(options.output)
     _refuse_existing(_beside(options.output))
@@ -71,9 +71,9 @@ def _rewrite(options: argparse.Namespace) -> None:
     getattr(patch, options.what)(tensors, strength=options.strength)
     left = UnlearnPatch.active(tensors)
     with ExitStack() as both:  # the weights appear last: never without what is applied to them
-        write(both.enter_context(at_once(options.output)))
+        write(both.enter_context(atomic_write(options.output)))
         if left is not None:
-            left.save(both.enter_context(at_once(_beside(options.output))))
+            left.save(both.enter_context(atomic_write(_beside(options.output))))
     print(f"{options.output}: {options.weights.name} with {options.what} of {', '.join(e.concept for e in patch.edits)}")
     known = ", ".join(f"{e.concept} (strength {e.strength:g})" for e in left.edits) if left else "nothing that is known"
     print(f"applied to it: {known}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.utils.pretrained import load_pretrained
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -30,7 +30,7 @@ def load_pipeline(pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         UnlearnError: if diffusers is missing, or the pipeline cannot be loaded or has no UNet that reads CLIP text encoders.
     """
     if isinstance(pipeline, (str, Path)):
-        diffusers = needed("diffusers", "diffusion")
+        diffusers = import_optional("diffusers", "diffusion")
         with warnings.catch_warnings():
             # It is to be called dtype; versions that do not know that name yet would ignore it.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from slug_lightning.clip.models import encode_image, encode_text, load_clip, to_hugging_face
 from slug_lightning.diffusion.pipelines import resized, text_encoders
 from slug_lightning.errors import UnlearnError
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.layers import plain_parameters
 from slug_lightning.utils.model_parts import base_parameters
 
@@ -172,4 +172,4 @@ def _matching(clip: Any, pipeline: Any) -> str:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and same_bits(one, other.to(one.device, one.dtype))
+    return one.shape == other.shape and bitwise_equal(one, other.to(one.device, one.dtype))

@@ -68,7 +68,7 @@ class Backward:
             if self.averages > 1:
                 # What the strategy averages cannot be weighted afterwards, as it mixes batches of different sizes. Most often
                 # they are equal, and the factor is 1.
-                weights, problems = zip(*self.processes.exchange("samples of a batch", (weight, problem)), strict=True)
+                weights, problems = zip(*self.processes.all_gather_object("samples of a batch", (weight, problem)), strict=True)
                 most, problem = max(weights), max(problems)
             if problem:
                 raise UnlearnError(problem)
@@ -89,7 +89,7 @@ class Backward:
     def _overflows(self, taker: Taker) -> bool:
         bad = not taker.is_finite()
         # Parts of one gradient lie in several processes: all of them run the batch again, or none.
-        return any(self.processes.exchange("overflow", bad)) if self.processes.in_step else bad
+        return any(self.processes.all_gather_object("overflow", bad)) if self.processes.in_step else bad
 
 
 class Taker:

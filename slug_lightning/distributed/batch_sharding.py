@@ -14,7 +14,7 @@ from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.digests import CannotDigest, fingerprint
 from slug_lightning.utils.loaders import Chained, First
-from slug_lightning.utils.random import same_draws
+from slug_lightning.utils.random import seed_for_batch
 
 DIFFERENT_BATCHES = (
     "the processes do not read the same batches, so that samples would be lost or counted twice; give a loader that serves "
@@ -23,7 +23,7 @@ DIFFERENT_BATCHES = (
 )
 
 
-class Turn(NamedTuple):
+class IndexedBatch(NamedTuple):
     """One batch that this process runs.
 
     Attributes:
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
     counts: bool = True
 
 
-def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
+def shard_batches(loader: Iterable[Any], processes: Processes) -> Iterator[IndexedBatch]:
     """Read a loader once, and give this process its share of the batches: whole ones, in turn.
 
     They are the batches that one device would read, however many processes there are: a loss that compares the samples
@@ -53,7 +53,7 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
         UnlearnError: if the processes would not read the same.
 
     Example:
-        >>> [turn.batch for turn in take_turns("abc", Processes())]
+        >>> [turn.batch for turn in shard_batches("abc", Processes())]
         ['a', 'b', 'c']
     """
     start = 0
@@ -70,18 +70,18 @@ def take_turns(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
         for turn in turns:
             yield turn._replace(number=start + turn.number)
             count = turn.number + 1 if turn.counts else count  # a stand-in's number may lie beyond the last
-        start += max(processes.exchange("batches read", count))
+        start += max(processes.all_gather_object("batches read", count))
 
 
-def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> Iterator[Turn]:
+def _of_indices(loader: DataLoader, processes: Processes, most: int | None) -> Iterator[IndexedBatch]:
     """Of a dataset with indices, a process reads only its own batches; one alone goes the same way, for the same draws."""
-    same_draws(0)
+    seed_for_batch(0)
     # As the loader does before it asks its sampler: one that draws must draw as it does on one device.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     batches = _index_batches(loader)[:most]
     _refuse_different(processes, [len(loader.dataset) if isinstance(loader.dataset, Sized) else None, batches])
     numbers = range(processes.share, _up_to(len(batches), processes.shares), processes.shares)
-    turns = [Turn(number, None, number < len(batches)) for number in numbers]
+    turns = [IndexedBatch(number, None, number < len(batches)) for number in numbers]
     # A stand-in is the round's first batch: small, and there for certain.
     mine = [batches[turn.number if turn.counts else turn.number - processes.share] for turn in turns]
     how = {"batch_size": None, "sampler": mine} if loader.batch_sampler is None else {"batch_sampler": mine}
@@ -103,9 +103,9 @@ def _index_batches(loader: DataLoader) -> list[Any]:
     return list(loader.batch_sampler)
 
 
-def _of_stream(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
+def _of_stream(loader: Iterable[Any], processes: Processes) -> Iterator[IndexedBatch]:
     """Whatever else can be iterated: every process reads all of it, and keeps its own batches."""
-    same_draws(0)
+    seed_for_batch(0)
     batches = enumerate(_drawing_anew(loader, itertools.count()))
     first, read = True, 0
     while group := list(itertools.islice(batches, processes.shares)):
@@ -113,8 +113,8 @@ def _of_stream(loader: Iterable[Any], processes: Processes) -> Iterator[Turn]:
             _refuse_different(processes, group[0][1])
         first = False
         number, batch = group[min(processes.share, len(group) - 1)]
-        same_draws(number)
-        yield Turn(number, batch, processes.share < len(group))
+        seed_for_batch(number)
+        yield IndexedBatch(number, batch, processes.share < len(group))
         read += len(group)
     _refuse_different(processes, read)
 
@@ -123,12 +123,12 @@ def _drawing_anew(loader: Iterable[Any], numbers: Iterable[int]) -> Iterator[Any
     """Read a loader, with random numbers that depend on the number of the batch alone."""
     iterator = iter(loader)
     for number in numbers:
-        same_draws(number)
+        seed_for_batch(number)
         try:
             batch = next(iterator)
         except StopIteration:
             return
-        same_draws(number)
+        seed_for_batch(number)
         yield batch
 
 
@@ -144,5 +144,5 @@ def _refuse_different(processes: Processes, content: Any) -> None:
         told = hashlib.sha256(repr(fingerprint(content)).encode()).hexdigest()
     except CannotDigest:
         return
-    if len(set(processes.exchange("what is read", told))) > 1:
+    if len(set(processes.all_gather_object("what is read", told))) > 1:
         raise UnlearnError(f"forget, retain: {DIFFERENT_BATCHES}")

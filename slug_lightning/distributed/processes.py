@@ -27,7 +27,7 @@ class OtherProcessError(UnlearnError):
 class Processes:
     """The processes of a run, seen from one of them.
 
-    Every decision rests on what `exchange` gives, which is the same everywhere: no process acts alone. All of them call
+    Every decision rests on what `all_gather_object` gives, which is the same everywhere: no process acts alone. All of them call
     it equally often and in the same order; a process that cannot go on calls `fail` instead, and all end with its message.
 
     Args:
@@ -40,7 +40,7 @@ class Processes:
 
     Example:
         >>> alone = Processes()
-        >>> alone.exchange("a number", 3), alone.count, alone.is_first
+        >>> alone.all_gather_object("a number", 3), alone.world_size, alone.is_first
         ([3], 1, True)
     """
 
@@ -50,27 +50,27 @@ class Processes:
         self.group = group
         self.in_step = in_step
         running = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size() if running else 1
+        self.world_size = dist.get_world_size() if running else 1
         """All processes."""
-        self.number = dist.get_rank() if running else 0
+        self.rank = dist.get_rank() if running else 0
         """Of this one."""
         self.sums = 0
-        """How many sums over the processes `add_up` has asked for."""
+        """How many sums over the processes `all_reduce_sum` has asked for."""
         self._broken = False
 
     @classmethod
     def alone(cls) -> Processes:
         """As if there were no others."""
         processes = cls()
-        processes.count, processes.number = 1, 0
+        processes.world_size, processes.rank = 1, 0
         return processes
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes, prints and logs."""
-        return self.number == 0
+        return self.rank == 0
 
-    def exchange(self, what: str, item: Any, each_share: bool = False) -> list[Any]:
+    def all_gather_object(self, what: str, item: Any, each_share: bool = False) -> list[Any]:
         """Give something to all processes, and get theirs, in their order.
 
         Args:
@@ -93,12 +93,12 @@ class Processes:
         firsts = {message.share: message.item for message in reversed(messages)}
         return [firsts[share] for share in sorted(firsts)]
 
-    def agreed(self, what: str, item: Any) -> Any:
+    def broadcast(self, what: str, item: Any) -> Any:
         """What the first process says."""
-        return self.exchange(what, item)[0]
+        return self.all_gather_object(what, item)[0]
 
     def fail(self, error: Exception) -> None:
-        """Tell the others, who wait in `exchange`, that this process cannot go on."""
+        """Tell the others, who wait in `all_gather_object`, that this process cannot go on."""
         if not (isinstance(error, OtherProcessError) or self.in_step or self._broken):
             self._broken = True  # told once
             with suppress(RuntimeError):  # where the others are gone: this process's own error says more
@@ -122,7 +122,7 @@ class Processes:
             self._broken = True
             raise
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors up over the parts of the data, in place, each by one collective operation."""
         if self.shares == 1:
             return
@@ -131,14 +131,14 @@ class Processes:
             dist.all_reduce(tensor, group=self.group)
 
     def _gather(self, message: _Message) -> list[_Message]:
-        if self.count == 1:
+        if self.world_size == 1:
             return [message]
-        messages: list[Any] = [None] * self.count
+        messages: list[Any] = [None] * self.world_size
         try:
             dist.all_gather_object(messages, message)
         except RuntimeError as error:
             self._broken = True  # nobody can be told anything any more
-            raise RuntimeError(f"process {self.number} has lost the others, look at their messages ({error})") from error
+            raise RuntimeError(f"process {self.rank} has lost the others, look at their messages ({error})") from error
         return messages
 
 

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule
 
 from slug_lightning.distributed.backward import DATA, Backward
-from slug_lightning.distributed.batch_sharding import Turn, take_turns
+from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import some_of
@@ -84,15 +84,15 @@ class Runner:
         first_here = getattr(self.strategy, "local_rank", 0) == 0
         if first_here if datamodule.prepare_data_per_node else self.processes.is_first:
             datamodule.prepare_data()
-        self.processes.exchange("data prepared", None)
+        self.processes.all_gather_object("data prepared", None)
 
     def notes(self) -> list[str]:
         """Sentences for the report: what the losses saw, what is not done."""
         notes = []
-        if self.processes.count > 1:
+        if self.processes.world_size > 1:
             notes.append(
-                f"{self.processes.count} processes shared the batches: every loss saw a whole batch of its loader, as on one "
-                "device"
+                f"{self.processes.world_size} processes shared the batches: every loss saw a whole batch of its loader, as on "
+                "one device"
             )
         if self.is_sharded:
             notes.append(
@@ -100,9 +100,9 @@ class Runner:
             )
         return notes
 
-    def turns(self, loader: Iterable[Any]) -> Iterator[Turn]:
+    def batches(self, loader: Iterable[Any]) -> Iterator[IndexedBatch]:
         """Read this process's share of a loader once; its batches arrive converted and on the device."""
-        for turn in take_turns(loader, self.processes):
+        for turn in shard_batches(loader, self.processes):
             batch = self.module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(turn.batch))
             yield turn._replace(batch=self.strategy.batch_to_device(batch))
 

@@ -23,7 +23,7 @@ from slug_lightning.lm.kv_cache import cache_argument, cache_of, unwrapped
 from slug_lightning.lm.losses import sequence_nll
 from slug_lightning.lm.original import logits_of
 from slug_lightning.lm.sequences import Sequences, counted, pad
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 
 BATCH_TOKENS = 4096
 
@@ -45,7 +45,7 @@ def predictions(model: Any, sequences: Sequences) -> Tensor:
         >>> predictions(model, pad([torch.tensor([5, 6, 7]), torch.tensor([8])])).shape
         torch.Size([2, 2])
     """
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), preserve_state(model):
         return logits_of(model, _on(model, sequences)).argmax(-1)[:, :-1]
 
 
@@ -63,7 +63,7 @@ def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH
     """
     best: list[Tensor] = [row[:0] for row in rows]
     nll = [0.0] * len(rows)
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), preserve_state(model):
         for batch in _batches([(len(row), 0) for row in rows], batch_tokens):
             sequences = _on(model, pad([rows[i].cpu() for i in batch]))
             logits = logits_of(model, sequences)
@@ -101,7 +101,7 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
     completions = [prefix[:0].cpu() for prefix in prefixes]
     shapes = [(len(prefix), count) if count else (0, 0) for prefix, count in zip(prefixes, counts, strict=True)]
     ends = _ends(model)
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), preserve_state(model):
         for batch in _batches(shapes, batch_tokens):
             steps = max(counts[i] for i in batch)
             tokens = _generate(model, [prefixes[i].cpu() for i in batch], steps, ends).cpu()

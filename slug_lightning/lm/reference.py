@@ -17,7 +17,7 @@ from slug_lightning.lm.losses import Batch, log_likelihood, sequence_kl
 from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
-from slug_lightning.objective.eval_mode import evaluating
+from slug_lightning.objective.eval_mode import eval_mode
 
 __all__ = ["AdaptersOff", "FrozenCopy", "TopK"]
 
@@ -153,7 +153,7 @@ peft.get_peft_model made, or take FrozenCopy or TopK
         # Switched on again, peft lets all active adapters be trained, also those that were frozen.
         trained = {p: p.requires_grad for p in self.model.parameters()}
         try:
-            with evaluating(self.model), self.model.disable_adapter():
+            with eval_mode(self.model), self.model.disable_adapter():
                 yield
         finally:
             for parameter, requires_grad in trained.items():

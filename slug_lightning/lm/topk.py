@@ -20,9 +20,9 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
 from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences, digests
-from slug_lightning.objective.eval_mode import evaluating
+from slug_lightning.objective.eval_mode import eval_mode
 from slug_lightning.tensors.bits import digest_of
-from slug_lightning.utils.files import at_once
+from slug_lightning.utils.files import atomic_write
 
 FORMAT = "slug-lightning reference 1"
 PENDING = 64 * 2**20
@@ -112,7 +112,7 @@ class TopK:
             if processes.is_first:
                 self._open(warn=True)
                 self._compute(batches)
-        processes.exchange("reference", None)
+        processes.all_gather_object("reference", None)
         if not processes.is_first:
             self._open()
 
@@ -173,7 +173,7 @@ class TopK:
             )
         device = next(self.model.parameters()).device
         chosen = {key: sequences[key][list(missing.values())].to(device) for key in ("input_ids", "attention_mask")}
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), eval_mode(self.model):
             rows = _rows(list(missing), logits_of(self.model, chosen), chosen, self.k if is_pair else 0)
         for row in rows:
             self._tokens[row.digest] = row.token
@@ -191,7 +191,7 @@ class TopK:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._prefix()}-{sha256[:12]}.safetensors"  # by content: nobody writes over another's
         metadata = {"format": FORMAT, "key": self._key, "rows": content, "sha256": sha256}
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, at_once(path, Path(folder)) as part:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, atomic_write(path, Path(folder)) as part:
             save_file(tensors, part, metadata=metadata)
         self._take(path)
 

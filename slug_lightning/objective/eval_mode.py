@@ -14,15 +14,15 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and each module's own mode afterwards.
 
-    It touches nothing else. `untouched` writes buffers, which a graph that waits for its backward pass,
+    It touches nothing else. `preserve_state` writes buffers, which a graph that waits for its backward pass,
     as that of a loss on the original's logits, may need as they are.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-        >>> with evaluating(net):
+        >>> with eval_mode(net):
         ...     [m.training for m in net.modules()]
         [False, False, False]
         >>> [m.training for m in net.modules()]
@@ -38,12 +38,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def preserve_state(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes, buffers, metric states and random numbers are as before.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
-        >>> with untouched(net):
+        >>> with preserve_state(net):
         ...     net.running_mean.add_(1), net.training
         (tensor([1., 1.]), False)
         >>> net.running_mean, net.training
@@ -51,7 +51,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     restore = snapshot(module)
     try:
-        with evaluating(module):
+        with eval_mode(module):
             yield
     finally:
         restore()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slug_lightning.distributed.backward import Backward, Taker
-from slug_lightning.distributed.batch_sharding import Turn
+from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.dtensor import local
 
@@ -36,7 +36,7 @@ class NoLossError(UnlearnError):
 
 def mean_gradient(
     loss_of: Callable[[Any, int], tuple[Tensor | None, int]],
-    turns: Iterable[Turn],
+    turns: Iterable[IndexedBatch],
     parameters: Mapping[str, Tensor],
     name: str = "forget",
     backward: Backward | None = None,
@@ -64,7 +64,7 @@ def mean_gradient(
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> turns = [Turn(0, torch.tensor([[1.0, 0.0]])), Turn(1, torch.tensor([[0.0, 1.0], [0.0, 3.0]]))]
+        >>> turns = [IndexedBatch(0, torch.tensor([[1.0, 0.0]])), IndexedBatch(1, torch.tensor([[0.0, 1.0], [0.0, 3.0]]))]
         >>> mean_gradient(lambda x, i: ((x @ w).mean(), len(x)), turns, {"w": w}).tensors["w"]
         tensor([0.3333, 1.3333])
     """
@@ -81,14 +81,14 @@ def mean_gradient(
             loss, weight = backward.differentiate(run, taker, f"{name}, batch {number}", counts)
             total += loss * weight
             samples += weight
-    found = backward.processes.exchange(f"gradient of {name}", (total, samples, seen), each_share=True)
+    found = backward.processes.all_gather_object(f"gradient of {name}", (total, samples, seen), each_share=True)
     total, samples, seen = (sum(column) for column in zip(*found, strict=True))
     if samples == 0:
         problem = "the step returns no loss for any batch" if seen else "the set is empty"
         raise NoLossError(f"{name}: {problem}; nothing can be differentiated")
-    backward.processes.add_up(to_add_up)
+    backward.processes.all_reduce_sum(to_add_up)
     bad = [key for key, gradient_sum in sums.items() if not torch.isfinite(gradient_sum.div_(samples)).all()]
-    for key in itertools.chain(*backward.processes.exchange(f"gradient of {name}, finite", bad)):
+    for key in itertools.chain(*backward.processes.all_gather_object(f"gradient of {name}, finite", bad)):
         raise UnlearnError(f"{name}: the gradient of {key} holds NaN or inf; leave it out by layers=… or use precision=32")
     return Gradient(sums, total / samples, samples)
 

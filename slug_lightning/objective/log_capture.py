@@ -89,7 +89,7 @@ class LogReader:
 
     def share(self) -> None:
         """Let every process know what all have logged since the last time, in the order of the batches."""
-        if self._processes.count == 1:
+        if self._processes.world_size == 1:
             return
         own = [entry._replace(value=float(entry.value)) for entry in self.entries[self._shared :]]
         # By identity: metric objects make a new one when they are compared.
@@ -97,7 +97,7 @@ class LogReader:
         if strange := [name for name, metric in self.objects.items() if id(metric) not in numbers]:
             raise UnlearnError(f"{strange}: the logged metric object is no attribute of the module; make it one")
         places = {name: numbers[id(metric)] for name, metric in self.objects.items()}
-        found = self._processes.exchange("what is logged", (own, places), each_share=True)
+        found = self._processes.all_gather_object("what is logged", (own, places), each_share=True)
         # As one device would have logged it, so that the sums have the same bits.
         self.entries[self._shared :] = sorted((e for entries, _ in found for e in entries), key=lambda entry: entry.number)
         self._shared = len(self.entries)
@@ -124,13 +124,13 @@ class LogReader:
 
 def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
     """A metric object's value over the samples of all processes."""
-    if processes.count == 1:
+    if processes.world_size == 1:
         return float(metric.compute())
     own = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
-    updated = processes.exchange("metric objects", [m._update_count > 0 for m in own], each_share=True)
+    updated = processes.all_gather_object("metric objects", [m._update_count > 0 for m in own], each_share=True)
 
     def gather(any_data: Sequence[bool], state: Tensor, group: Any = None) -> list[Tensor]:
-        found = processes.exchange("a metric's state", state.cpu(), each_share=True)
+        found = processes.all_gather_object("a metric's state", state.cpu(), each_share=True)
         return [other.to(state.device) for other, has in zip(found, any_data, strict=True) if has or not any(any_data)]
 
     before = [(m.dist_sync_fn, m.distributed_available_fn, m._to_sync) for m in own]

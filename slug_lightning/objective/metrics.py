@@ -95,11 +95,13 @@ class Metric:
         return (after - before) / abs(before) if before else after - before
 
 
-def damage(metrics: Mapping[str, Metric], before: Mapping[str, float], after: Mapping[str, float], tolerance: float) -> float:
+def constraint_usage(
+    metrics: Mapping[str, Metric], before: Mapping[str, float], after: Mapping[str, float], tolerance: float
+) -> float:
     """The worst retain metric's loss as a share of the tolerance: at most 1 where every bound holds.
 
     Example:
-        >>> round(damage({"acc": Metric("acc", True)}, {"acc": 0.9}, {"acc": 0.89}, tolerance=0.02), 3)
+        >>> round(constraint_usage({"acc": Metric("acc", True)}, {"acc": 0.9}, {"acc": 0.89}, tolerance=0.02), 3)
         0.5
     """
     # Equal counts divide to slightly different floats; the slack is far below one sample of any real set.

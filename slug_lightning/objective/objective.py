@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slug_lightning.distributed.batch_sharding import DIFFERENT_BATCHES, Turn, take_turns
+from slug_lightning.distributed.batch_sharding import DIFFERENT_BATCHES, IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Collectives, Processes
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
@@ -27,7 +27,7 @@ from slug_lightning.objective.metrics import Metric, describe_metric
 from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.tensors.digests import digest
 from slug_lightning.tensors.layers import Layer
-from slug_lightning.utils.random import same_draws
+from slug_lightning.utils.random import seed_for_batch
 
 Kind = Literal["forget", "retain"]
 LOSS = "loss"
@@ -106,7 +106,7 @@ class Objective:
 
     def gradient(self, kind: Kind, parameters: Mapping[str, Tensor]) -> Gradient:
         """Differentiate the mean loss over the `train` split of `kind`."""
-        turns = self.progress(self._turns(kind, "train"), f"gradient, {kind}")
+        turns = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
         return self._differentiated(kind, parameters, turns, self.runner.forward_context)
 
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
@@ -118,8 +118,8 @@ class Objective:
             exact: without the autocasting of the trainer's precision.
         """
         turns = (
-            Turn(turn.number, _first_half(turn.batch), counts=turn.number == 0)
-            for turn in itertools.islice(self._turns(kind, "train"), 1)
+            IndexedBatch(turn.number, _first_half(turn.batch), counts=turn.number == 0)
+            for turn in itertools.islice(self._batches(kind, "train"), 1)
         )
         return self._differentiated(kind, parameters, turns, nullcontext if exact else self.runner.forward_context).tensors
 
@@ -127,11 +127,11 @@ class Objective:
         self,
         kind: Kind,
         parameters: Mapping[str, Tensor],
-        turns: Iterable[Turn],
+        turns: Iterable[IndexedBatch],
         forward: Callable[[], AbstractContextManager[None]],
     ) -> Gradient:
         def loss_of(batch: Any, number: int) -> tuple[Tensor | None, int]:
-            same_draws(number)  # again: a batch whose gradient overflows is run a second time
+            seed_for_batch(number)  # again: a batch whose gradient overflows is run a second time
             with forward():
                 loss = self._loss(kind, batch, number)
             if loss is not None and not loss.requires_grad:
@@ -191,14 +191,14 @@ class Objective:
         samples = 0
         stopped = False
         # Before anything is edited: does the module itself communicate? Then the processes must run every step alike.
-        collectives = Collectives() if self.processes.count > 1 and not self.complete else nullcontext()
+        collectives = Collectives() if self.processes.world_size > 1 and not self.complete else nullcontext()
         with (
             torch.no_grad(),
             self.runner.passing(),
             self.runner.validating(),
             read_logs(self.module, self.processes) as reader,
         ):
-            for number, batch, counts in self._turns(kind, split):
+            for number, batch, counts in self._batches(kind, split):
                 reader.number, reader.samples = number, batch_samples(batch)
                 step = Attempt(self.module, partial(self._evaluate, kind, batch, number, by_loss, reader), reader)
                 if not counts:
@@ -220,8 +220,8 @@ class Objective:
             reader.share()
             found = reader.values()
         if isinstance(collectives, Collectives):
-            self.processes.in_step |= any(self.processes.exchange("who communicates", collectives.seen))
-        samples = sum(self.processes.exchange("samples", samples, each_share=True))
+            self.processes.in_step |= any(self.processes.all_gather_object("who communicates", collectives.seen))
+        samples = sum(self.processes.all_gather_object("samples", samples, each_share=True))
         self.forward_samples += samples
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
@@ -266,7 +266,7 @@ class Objective:
         named = {name for names in self.names.values() for name in names}
         for name in sorted(set(reader.logged()) & named - set(self.metrics)):
             described = describe_metric(name, self.module, reader.objects.get(name))
-            self.metrics[name] = self.processes.agreed("a metric", described)
+            self.metrics[name] = self.processes.broadcast("a metric", described)
 
     def measured(self, kind: Kind, split: str, *, record: Sequence[str] = (), edited: str | None = None) -> dict[str, float]:
         """Measure to the end, as `measure` without `stop`."""
@@ -297,16 +297,16 @@ class Objective:
         Raises:
             UnlearnError: if it differs, as where the files are listed in another order.
         """
-        if self.processes.count == 1:
+        if self.processes.world_size == 1:
             return
         for kind, splits in self.loaders.items():
             for split in splits:
-                if len(set(self.processes.exchange("the first batch", self.fingerprint(kind, split)))) > 1:
+                if len(set(self.processes.all_gather_object("the first batch", self.fingerprint(kind, split)))) > 1:
                     raise UnlearnError(f"{kind}: {DIFFERENT_BATCHES}")
 
     def fingerprint(self, kind: Kind, split: str) -> str:
         """What tells these data from others: a digest of the tensors and plain values of the first batch."""
-        alone = take_turns(self.loaders[kind][split], Processes.alone())  # of the whole set, not of this process's share
+        alone = shard_batches(self.loaders[kind][split], Processes.alone())  # of the whole set, not of this process's share
         # What nobody can look into counts by its kind alone.
         return digest(next((turn.batch for turn in alone), None), lambda leaf: type(leaf).__qualname__)
 
@@ -318,10 +318,10 @@ class Objective:
         """
         told: list[tuple[int, str | None]] = []
         with nullcontext() if split == "train" else self.runner.validating():
-            for turn in self._turns(kind, split):
+            for turn in self._batches(kind, split):
                 if turn.counts:
                     told.append((turn.number, _digest_or_none(turn.batch)))
-        found = sorted(itertools.chain(*self.processes.exchange("a digest of data", told, each_share=True)))
+        found = sorted(itertools.chain(*self.processes.all_gather_object("a digest of data", told, each_share=True)))
         return None if any(batch is None for _, batch in found) else digest([batch for _, batch in found])
 
     def first_loss(self, kind: Kind, split: str) -> str | None:
@@ -332,13 +332,13 @@ class Objective:
         """
         told, samples = None, 0
         with torch.no_grad(), self.runner.passing(), read_logs(self.module):
-            for turn in itertools.islice(self._turns(kind, split), 1):
-                same_draws(turn.number)
+            for turn in itertools.islice(self._batches(kind, split), 1):
+                seed_for_batch(turn.number)
                 with self.runner.forward_context():
                     loss = self._loss(kind, turn.batch, turn.number)
                 told = None if loss is None else repr(loss.item())
                 samples = batch_samples(turn.batch) * turn.counts
-        found = self.processes.exchange("the first loss", (told, samples), each_share=True)
+        found = self.processes.all_gather_object("the first loss", (told, samples), each_share=True)
         self.forward_samples += sum(samples for _, samples in found)
         return found[0][0]
 
@@ -378,8 +378,8 @@ class Objective:
         """The metrics of one kind, by name; known after its first measurement."""
         return {name: self.metrics[name] for name in self.names[kind]}
 
-    def _turns(self, kind: Kind, split: str) -> Iterator[Turn]:
-        return self.runner.turns(self.loaders[kind][split])
+    def _batches(self, kind: Kind, split: str) -> Iterator[IndexedBatch]:
+        return self.runner.batches(self.loaders[kind][split])
 
     def _loss(self, kind: Kind, batch: Any, number: int) -> Tensor | None:
         return loss_in(call_step(getattr(self.module, f"{kind}_step", None) or self.module.training_step, batch, number))

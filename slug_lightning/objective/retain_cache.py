@@ -21,7 +21,7 @@ from slug_lightning.objective.log_capture import Logged, LogReader
 from slug_lightning.objective.module_digest import digest_of_module
 from slug_lightning.objective.objective import Objective
 from slug_lightning.tensors.bits import digest_of
-from slug_lightning.utils.files import at_once
+from slug_lightning.utils.files import atomic_write
 
 FORMAT = "slug-lightning retained 1"
 CANNOT_TELL = "retain: nothing was taken from the cache, or put there, as the data or the module hold what cannot be told apart"
@@ -75,7 +75,7 @@ class RetainCache:
         is_first = objective.processes.is_first
         found = self._last if path is None else _read(path, key, is_first, parameters)
         told = None if found is None or found[0] != details else digest_of(found[1], "") if path else "in memory"
-        everywhere = set(objective.processes.exchange("a kept gradient", told))
+        everywhere = set(objective.processes.all_gather_object("a kept gradient", told))
         if found is not None and len(everywhere) == 1 and None not in everywhere:
             self.reused += 1
             notes.append(f"retain: gradient taken from {path or 'memory'}")
@@ -107,7 +107,7 @@ class RetainCache:
             return objective.measured("retain", split)
         is_first = objective.processes.is_first
         found = _read(path, key, is_first) if is_first else None
-        entries = objective.processes.agreed("kept measurements", found and _unpacked(found[0]["entries"]))
+        entries = objective.processes.broadcast("kept measurements", found and _unpacked(found[0]["entries"]))
         if entries is not None and _is_confirmed(objective, split, entries):
             notes.append(f"retain: values on {split} data taken from {path}")
             return objective.recall("retain", split, entries)
@@ -139,7 +139,9 @@ def key_of(objective: Objective, split: str, candidates: Sequence[str] = ()) -> 
         code = digest_of_module(module)
     except Exception:  # it looks into objects of all kinds, and what they do then is not known
         code = None
-    found = dict.fromkeys(processes.exchange("weights and code", (weights, code)))  # most often the same in all processes
+    found = dict.fromkeys(
+        processes.all_gather_object("weights and code", (weights, code))
+    )  # most often the same in all processes
     data = objective.digest("retain", split)
     if data is None or any(code is None for _, code in found):
         return None
@@ -154,7 +156,7 @@ def key_of(objective: Objective, split: str, candidates: Sequence[str] = ()) -> 
             "precision": objective.runner.precision,
             "matrix products": torch.get_float32_matmul_precision(),
             "device": module.device.type,
-            "processes": processes.count if objective.runner.is_sharded else None,
+            "processes": processes.world_size if objective.runner.is_sharded else None,
             "versions": {name: version(name) for name in ("slug-lightning", "lightning", "torch")},
         },
     }
@@ -196,7 +198,7 @@ def _write(path: Path, details: Mapping[str, Any], tensors: Mapping[str, Tensor]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In a folder of its own: many requests may start at the same time, and write the same file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, at_once(path, Path(folder)) as part:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, atomic_write(path, Path(folder)) as part:
             if path.suffix == ".json":
                 part.write_text(json.dumps(metadata))
             else:  # copies, as safetensors refuses tensors that share memory

@@ -15,7 +15,7 @@ from slug_lightning.objective.batch_utils import call_step
 from slug_lightning.objective.log_capture import read_logs
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import First
-from slug_lightning.utils.random import same_draws
+from slug_lightning.utils.random import seed_for_batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def before_and_after(objective: Objective, kind: Kind, edit: AbstractContextMana
         UnlearnError: if the step gives something else.
     """
     # As `First`, so that each process reads the same batch; kept, as a loader may serve another one the next time.
-    (turn,) = objective.runner.turns(First(objective.loaders[kind]["test"], 1))
+    (turn,) = objective.runner.batches(First(objective.loaders[kind]["test"], 1))
     before, titles = _drawn(objective, turn.batch)
     with edit:
         after, said = _drawn(objective, turn.batch)
@@ -100,7 +100,7 @@ def _drawn(objective: Objective, batch: Any) -> tuple[Tensor, list[str]]:
     module: Any = objective.module
     runner = objective.runner
     with torch.no_grad(), runner.passing(), runner.validating(), read_logs(module), runner.forward_context():
-        same_draws(0)
+        seed_for_batch(0)
         pictures, titles = call_step(module.gallery_step, batch, 0)
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not 0 < len(pictures) == len(titles):
         raise UnlearnError(

@@ -31,8 +31,8 @@ from slug_lightning.patches.state import (
     removed,
     spots,
 )
-from slug_lightning.tensors.bits import digest_of, same_bits
-from slug_lightning.utils.files import at_once
+from slug_lightning.tensors.bits import bitwise_equal, digest_of
+from slug_lightning.utils.files import atomic_write
 
 FORMAT = "slug-lightning patch 2"
 
@@ -229,7 +229,7 @@ class UnlearnPatch:
         base: dict[str, Tensor] = {}
         for patch in patches:
             for name, tensor in patch.base.items():
-                if name in base and not same_bits(base[name], tensor):
+                if name in base and not bitwise_equal(base[name], tensor):
                     raise PatchError(f"{name}: the patches were made on different bases; make them anew on one model")
                 base[name] = tensor
         return UnlearnPatch(dict(sorted(base.items())), [edit for patch in patches for edit in patch.edits])
@@ -253,7 +253,7 @@ class UnlearnPatch:
         metadata = {"format": FORMAT, "patch": text, "sha256": digest_of(tensors, text)}
         # Copies: safetensors refuses tensors that share memory.
         tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        with at_once(path) as part:
+        with atomic_write(path) as part:
             save_file(tensors, part, metadata=metadata)
 
     @classmethod

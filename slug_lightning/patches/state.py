@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slug_lightning.patches.edit import Edit, PatchError, edited
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.dtensor import placed, whole
 from slug_lightning.tensors.layers import plain_name
 from slug_lightning.utils.model_parts import Pipeline, parts_of
@@ -103,7 +103,7 @@ class Held:
         """What is known to be applied to it; what no longer holds is dropped. Of a sharded one all processes must ask."""
         for owner, name in self.places:
             known = _KNOWN.get(owner, {}).get(name)
-            if known is not None and same_bits(self.tensor, known.content()):
+            if known is not None and bitwise_equal(self.tensor, known.content()):
                 return known
         self.remember(None)
         return None
@@ -198,7 +198,7 @@ def _spot(base: Mapping[str, Tensor], edits: Iterable[Edit], held: Held, names: 
     active: dict[str, Active] = {}
     for values in (base, *(edit.directions for edit in edits)):
         said = [values[name] for name in names if name in values]
-        if any(not same_bits(value, said[0]) for value in said[1:]):
+        if any(not bitwise_equal(value, said[0]) for value in said[1:]):
             raise PatchError(f"{', '.join(names)}: one tensor in this model; the patch was made on one where they are several")
     for edit in edits:
         for name in names:
@@ -218,22 +218,22 @@ def added(spots: Sequence[Spot]) -> list[Change]:
 
 def _added(spot: Spot) -> Change:
     known = spot.known
-    if known is None and same_bits(spot.now, spot.base):
+    if known is None and bitwise_equal(spot.now, spot.base):
         new = spot.made()
     elif known is None:
         for strength in (None, 1.0):
-            if same_bits(spot.now, spot.made(strength).content()):
+            if bitwise_equal(spot.now, spot.made(strength).content()):
                 raise _already(spot, spot.made(strength))
         raise _not_the_base(spot)
     else:
         for level in known.levels():
             if spot.active.keys() & level.active.keys():
                 raise _already(spot, level)
-        if same_bits(known.base, spot.base):  # asked first: an edit that changes no bit must not depend on the order either
+        if bitwise_equal(known.base, spot.base):  # asked first: an edit that changes no bit must not depend on the order either
             new = replace(known, active=known.active | spot.active)
-        elif same_bits(spot.now, spot.base):
+        elif bitwise_equal(spot.now, spot.base):
             new = History(spot.base, spot.active, below=known)
-        elif any(same_bits(level.base, spot.base) for level in known.levels()):
+        elif any(bitwise_equal(level.base, spot.base) for level in known.levels()):
             raise PatchError(f"{spot.name}: {_concepts(known)} was applied on top of the patch's base; revert that first")
         else:
             raise _not_the_base(spot)
@@ -274,7 +274,7 @@ def recognised(spots: Sequence[Spot]) -> list[Change]:
         PatchError: if the tensors hold something else, or something else is known of them.
     """
     for spot in spots:
-        if not same_bits(spot.now, spot.made().content()):
+        if not bitwise_equal(spot.now, spot.made().content()):
             raise PatchError(f"{spot.name}: the model is not what the patch makes of its base")
         if spot.known is not None and _acting(spot.known) != _acting(spot.made()):
             raise PatchError(f"{spot.name}: {_concepts(spot.known)} is known to be applied, and not only what the patch says")
@@ -296,7 +296,7 @@ Plan = Callable[[Sequence[Spot]], list[Change]]
 
 def _held(spots: Sequence[Spot]) -> list[History]:
     """Of each tensor, how it is made with the patch active on it: as is known, or else as its content shows."""
-    if all(spot.known is None and same_bits(spot.now, spot.base) for spot in spots):
+    if all(spot.known is None and bitwise_equal(spot.now, spot.base) for spot in spots):
         raise PatchError(f"{spots[0].name}: the patch is not applied")
     told = any(spot.known is not None for spot in spots)
     return [_with_patch(spot, told) for spot in spots]
@@ -306,8 +306,8 @@ def _with_patch(spot: Spot, told: bool) -> History:
     """How a tensor is made with the patch active on it; `told`: whether this process knows what is applied to the others."""
     known = spot.known
     if known is None:
-        shown = same_bits(spot.now, spot.made().content())
-        if same_bits(spot.now, spot.base) and (told or not shown):  # an edit that changes no bit can only be known of
+        shown = bitwise_equal(spot.now, spot.made().content())
+        if bitwise_equal(spot.now, spot.base) and (told or not shown):  # an edit that changes no bit can only be known of
             raise PatchError(f"{spot.name}: the patch is not applied")
         if shown:
             return spot.made()

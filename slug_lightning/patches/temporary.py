@@ -18,7 +18,7 @@ from slug_lightning.tensors.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
+class EditStep:
     """A step along the forget gradient of one layer.
 
     Attributes:
@@ -48,7 +48,7 @@ class Move:
         return digest_of(self.directions, json.dumps(float(self.step)))
 
 
-class Bench:
+class TemporaryEdits:
     """Puts edits into a model and takes them out again, in nested contexts.
 
     Inside several contexts the edits of all are there, each tensor computed from its base as a patch of all of them
@@ -58,9 +58,9 @@ class Bench:
 
     Example:
         >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
-        >>> bench = Bench()
-        >>> with bench.step(Move(layer, {"w": torch.ones(2)}, 0.5)):
-        ...     with bench.step(Move(layer, {"w": torch.ones(2)}, 1.0)):
+        >>> bench = TemporaryEdits()
+        >>> with bench.step(EditStep(layer, {"w": torch.ones(2)}, 0.5)):
+        ...     with bench.step(EditStep(layer, {"w": torch.ones(2)}, 1.0)):
         ...         print(layer.parameters["w"].data)
         tensor([2.5000, 2.5000])
         >>> layer.parameters["w"].data
@@ -68,11 +68,11 @@ class Bench:
     """
 
     def __init__(self) -> None:
-        self._moves: list[Move] = []
+        self._moves: list[EditStep] = []
         self._base: dict[int, Tensor] = {}
 
     @contextmanager
-    def step(self, *moves: Move) -> Iterator[None]:
+    def step(self, *moves: EditStep) -> Iterator[None]:
         """Inside, these edits are there as well as those of the contexts around; tensors of other layers are not written."""
         # By identity: two requests may have a layer of the same name from two lists.
         parameters = {id(p): (name, p) for move in moves for name, p in move.layer.parameters.items()}

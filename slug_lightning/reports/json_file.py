@@ -32,6 +32,11 @@ class JsonFile(ABC):
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
+def renamed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give entries of a report written by version 0.1 the keys that they have now."""
+    return [{"constraint_usage" if key == "damage" else key: value for key, value in entry.items()} for entry in entries]
+
+
 def _finite(value: Any) -> Any:
     """Plain data with None for NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):

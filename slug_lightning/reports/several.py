@@ -12,7 +12,7 @@ from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.figures import SHOWN, Values, collateral_figure, sample_figures
-from slug_lightning.reports.json_file import JsonFile
+from slug_lightning.reports.json_file import JsonFile, renamed
 from slug_lightning.reports.single import (
     NOT_PLAIN,
     UnlearnReport,
@@ -33,8 +33,8 @@ class JointReport(JsonFile):
     Attributes:
         status: "unlearned", "partly" where some concepts had to be left out, or "infeasible" where nothing was edited.
         concepts: the report of each, by name; `before` and `after` are measured with all edits together.
-        rounds: every measurement of all edits together on search data: `forget` by concept, `retain`, `damage` as a share
-            of the tolerance, `remembered`, and the `change` that was made: what was traded for what.
+        rounds: every measurement of all edits together on search data: `forget` by concept, `retain`, `constraint_usage` (1 is
+            the tolerance), `remembered`, and the `change` that was made: what was traded for what.
         collateral: by edit, then by concept, the concept's forget metric on search data under that edit alone.
         before: on report data, `{"forget": {concept: value}, "retain": {metric: value}}`.
         after: the same with all edits; without the concepts that an earlier run has forgotten: of these, `concepts` has what
@@ -97,7 +97,8 @@ class JointReport(JsonFile):
         """The inverse of `to_dict`; what a newer version added is left out."""
         known = {f.name for f in fields(cls)} - {"concepts", *NOT_PLAIN}
         concepts = {name: UnlearnReport.from_dict(report) for name, report in data["concepts"].items()}
-        return cls(concepts=concepts, **{name: value for name, value in data.items() if name in known})
+        rounds = renamed(data.get("rounds", []))
+        return cls(concepts=concepts, **{name: value for name, value in data.items() if name in known} | {"rounds": rounds})
 
     def to_text(self, width: int = 100) -> str:
         """The closing tables, as text of at most `width` columns."""
@@ -109,7 +110,7 @@ class JointReport(JsonFile):
             console.print(self._collateral_table())
         for found in self.rounds:
             if found["change"]:
-                console.print(f"together, damage {number(found['damage'])} of what is allowed: {found['change']}")
+                console.print(f"together, damage {number(found['constraint_usage'])} of what is allowed: {found['change']}")
         closing_lines(console, self.cost.get("evaluations", 0), self.cost, self.notes, width)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")

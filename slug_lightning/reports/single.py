@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.figures import Values, pareto_figure, sample_figures, strength_figure, trade_off_figure
-from slug_lightning.reports.json_file import JsonFile
+from slug_lightning.reports.json_file import JsonFile, renamed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +33,8 @@ class UnlearnReport(JsonFile):
         relative_step: λ‖g_f‖/‖θ‖, or None.
         bounds: metrics, directions, target and tolerance, and where the target came from.
         scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
-        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, damage; `together` where the edits
-            of other concepts were there, too.
+        trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, constraint_usage (the largest loss of
+            a retain metric as a share of its tolerance); `together` where the edits of other concepts were there, too.
         before: metrics on report data, which the search never saw: `{"forget": {...}, "retain": {...}}`.
         after: the same after the edit.
         search_before: the same on search data.
@@ -87,7 +87,8 @@ class UnlearnReport(JsonFile):
     def from_dict(cls, data: dict[str, Any]) -> UnlearnReport:
         """The inverse of `to_dict`; what a newer version added is left out."""
         known = {f.name for f in fields(cls)} - NOT_PLAIN
-        return cls(**{name: value for name, value in data.items() if name in known})
+        trace = renamed(data.get("trace", []))
+        return cls(**{name: value for name, value in data.items() if name in known} | {"trace": trace})
 
     def to_text(self, width: int = 100) -> str:
         """The closing table, as text of at most `width` columns."""
@@ -113,9 +114,9 @@ class UnlearnReport(JsonFile):
         if self.status == "unlearned":
             return "Both bounds hold on report data as well." if self.holds else "On report data a bound does not hold."
         verdict = "No step along a front layer meets both bounds; the weights are as they were."
-        forgot = [t for t in self.trace if t.get("damage") is not None]  # measured only where the step forgets
+        forgot = [t for t in self.trace if t.get("constraint_usage") is not None]  # measured only where the step forgets
         if forgot:
-            near = min(forgot, key=lambda t: t["damage"])
+            near = min(forgot, key=lambda t: t["constraint_usage"])
             kept = ", ".join(
                 f"{name} {number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
                 for name, value in (near["retain"] or {}).items()

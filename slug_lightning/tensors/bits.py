@@ -20,7 +20,7 @@ def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, also of NaNs and of signed zeros, whatever the device."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
 

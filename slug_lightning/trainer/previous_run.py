@@ -11,11 +11,11 @@ from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.layers import plain_parameters
-from slug_lightning.utils.modules import own_model
+from slug_lightning.utils.modules import unwrap_model
 
 
 @dataclass(frozen=True)
-class Earlier:
+class PreviousRun:
     """An edit that was made before: in the last fit, or in the one that wrote the checkpoint.
 
     Attributes:
@@ -33,5 +33,5 @@ class Earlier:
 
 def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:
     """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
-    named = plain_parameters(own_model(module))
+    named = plain_parameters(unwrap_model(module))
     return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")

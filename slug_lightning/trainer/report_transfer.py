@@ -13,16 +13,16 @@ from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.run_files import PATCH, REPORT, patch_of
 from slug_lightning.reports.several import JointReport, report_from_json
 from slug_lightning.reports.single import UnlearnReport
-from slug_lightning.utils.files import at_once
+from slug_lightning.utils.files import atomic_write
 
 
-class Mailbox:
+class ReportTransfer:
     """A place in the temporary folder that is known before the processes part.
 
     With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, Lightning gives the calling process the weights, but no callback's state.
 
     Example:
-        >>> Mailbox().fetch() is None
+        >>> ReportTransfer().fetch() is None
         True
     """
 
@@ -41,7 +41,7 @@ class Mailbox:
             for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
                 assert single.patch is not None
                 single.patch.save(patch_of(self.folder, name))
-        with at_once(self.folder / REPORT) as part:
+        with atomic_write(self.folder / REPORT) as part:
             part.write_text(json.dumps(report.to_dict()))  # not by `to_json`, which knows no infinity
 
     def fetch(self) -> Union[UnlearnReport, JointReport, None]:

@@ -20,8 +20,8 @@ from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.dtensor import whole
 from slug_lightning.tensors.layers import plain_name
-from slug_lightning.utils.files import at_once
-from slug_lightning.utils.modules import own_model
+from slug_lightning.utils.files import atomic_write
+from slug_lightning.utils.modules import unwrap_model
 
 
 def save_run(
@@ -41,7 +41,7 @@ def save_run(
         processes: of which the first writes; the others help to gather what is sharded.
     """
     by_itself = _saves_itself(module)
-    weights = _first_names(own_model(module), keep=processes.is_first) if report.patch is not None and not by_itself else {}
+    weights = _first_names(unwrap_model(module), keep=processes.is_first) if report.patch is not None and not by_itself else {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         if report.patch is not None:
@@ -52,15 +52,15 @@ def save_run(
             if by_itself:
                 _save_pretrained(folder, module)
             else:
-                with at_once(folder / WEIGHTS) as part:
+                with atomic_write(folder / WEIGHTS) as part:
                     save_file(weights, part)
         _save_figures(folder, report)
-    processes.exchange("files", None)
+    processes.all_gather_object("files", None)
     if report.patch is not None:
         with processes.elsewhere():  # the Trainer has its own ways to wait for the others
             trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
     if processes.is_first:
-        with at_once(folder / REPORT) as part:
+        with atomic_write(folder / REPORT) as part:
             report.to_json(part)
 
 
@@ -95,18 +95,18 @@ def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module
         model.save_pretrained(folder / MODEL, state_dict=state)
         module.tokenizer.save_pretrained(folder / MODEL)
         _save_figures(folder, report)
-    processes.exchange("files", None)
+    processes.all_gather_object("files", None)
     with processes.elsewhere():
         trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
     if processes.is_first:
-        with at_once(folder / REPORT) as part:
+        with atomic_write(folder / REPORT) as part:
             report.to_json(part)
 
 
 def _save_figures(folder: Path, report: UnlearnReport | JointReport | PassagesReport) -> None:
     for name, figure in report.figures().items():
         (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
-        with at_once(folder / FIGURES / f"{name}.png") as part:
+        with atomic_write(folder / FIGURES / f"{name}.png") as part:
             figure.savefig(part, dpi=150, format="png")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def at_once(path: Path, folder: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Write a file whole or not at all: inside, under another name.
 
     Args:
@@ -18,7 +18,7 @@ def at_once(path: Path, folder: Path | None = None) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "report.json"
-        >>> with at_once(path) as part:
+        >>> with atomic_write(path) as part:
         ...     _ = part.write_text("{}")
         ...     path.exists()
         False

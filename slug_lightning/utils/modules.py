@@ -11,7 +11,7 @@ class WrapsModel:
     model: nn.Module
 
 
-def own_model(module: nn.Module) -> nn.Module:
+def unwrap_model(module: nn.Module) -> nn.Module:
     """The model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module.
 
     Example:
@@ -20,7 +20,7 @@ def own_model(module: nn.Module) -> nn.Module:
         ...         super().__init__()
         ...         self.model = model
         >>> net = nn.Linear(2, 1)
-        >>> own_model(Wrapper(net)) is net, own_model(net) is net
+        >>> unwrap_model(Wrapper(net)) is net, unwrap_model(net) is net
         (True, True)
     """
     return module.model if isinstance(module, WrapsModel) else module
@@ -28,4 +28,4 @@ def own_model(module: nn.Module) -> nn.Module:
 
 def patch_prefix(module: nn.Module) -> str:
     """What the names of a module's tensors have in front of those that patches and plain weights carry."""
-    return "" if own_model(module) is module else "model."
+    return "" if unwrap_model(module) is module else "model."

@@ -8,7 +8,7 @@ from typing import Any
 from slug_lightning.errors import UnlearnError
 
 
-def needed(name: str, extra: str) -> Any:
+def import_optional(name: str, extra: str) -> Any:
     """Import a module of one of the package's extras, or say how to install it.
 
     Raises:

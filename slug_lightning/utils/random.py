@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 
-def same_draws(number: int) -> None:
+def seed_for_batch(number: int) -> None:
     """Random numbers that depend on the batch's number alone: two passes differ by the edit, and not by luck.
 
     The caller puts the random state back.
 
     Example:
         >>> with torch.random.fork_rng():
-        ...     draws = [same_draws(number) or torch.rand(1).item() for number in (3, 4, 3)]
+        ...     draws = [seed_for_batch(number) or torch.rand(1).item() for number in (3, 4, 3)]
         >>> draws[0] == draws[2] != draws[1]
         True
     """

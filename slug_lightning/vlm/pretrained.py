@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.utils.pretrained import load_pretrained, refuse_adapters
 
 
@@ -24,7 +24,7 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
     Raises:
         UnlearnError: if transformers is missing or has nothing of that name, or if a model comes without a processor.
     """
-    transformers = needed("transformers", "hf")
+    transformers = import_optional("transformers", "hf")
     whose = "model" if processor is None else "processor"
     if int(transformers.__version__.split(".")[0]) < 5:
         # PaliGemma of version 4 reads an answer's later tokens before the earlier ones, and LLaVA-NeXT's pictures are uneven.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.optional_imports import needed
+from slug_lightning.utils.optional_imports import import_optional
 
 Inputs = dict[str, Tensor]
 """What a model is called with: `input_ids` and `attention_mask`, `[B, T]`, `pixel_values`, and what else its processor makes."""
@@ -140,7 +140,7 @@ class Prompts:
 
 def as_pil(images: Union[Tensor, Sequence[Tensor]]) -> list[Any]:
     """Pictures as every image processor reads them, of uint8 tensors, RGB, each `[3, H, W]`."""
-    fromarray = needed("PIL.Image", "hf").fromarray
+    fromarray = import_optional("PIL.Image", "hf").fromarray
     return [fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slug_lightning.clip.models import encode_image, encode_text, load_clip, to_hugging_face
 from slug_lightning.errors import UnlearnError
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.vlm.prompts import Prompts, as_pil
 
 FEW = 4
@@ -227,4 +227,4 @@ def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
 
 def _rounded_alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same, but that the first may have been kept in 16 bits for a while."""
-    return any(same_bits(one, other.to(kept).to(one.dtype)) for kept in (one.dtype, torch.float16, torch.bfloat16))
+    return any(bitwise_equal(one, other.to(kept).to(one.dtype)) for kept in (one.dtype, torch.float16, torch.bfloat16))

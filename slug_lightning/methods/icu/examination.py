@@ -14,7 +14,7 @@ from slug_lightning.lm.criteria import Criterion, gather
 from slug_lightning.lm.losses import log_likelihood
 from slug_lightning.lm.metrics import ngram_diversity
 from slug_lightning.lm.sequences import Sequences, targets
-from slug_lightning.objective.eval_mode import untouched
+from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.utils.progress import Progress
 
 Finding = dict[str, Any]
@@ -75,7 +75,7 @@ class Examiner:
             for start in self.progress.track(starts, f"completing {name}") if len(starts) > 1 else starts:
                 chosen = mine[start : start + self.batch_size]
                 found += zip(chosen, self._batch([passages[i] for i in chosen], prefixes), strict=True)
-        gathered = dict(pair for of_one in self.processes.exchange(f"completions of {name}", found) for pair in of_one)
+        gathered = dict(pair for of_one in self.processes.all_gather_object(f"completions of {name}", found) for pair in of_one)
         return [gathered[i] for i in range(len(passages))]
 
     def _batch(self, passages: Sequence[Tensor], prefixes: int | None) -> list[Finding]:
@@ -101,13 +101,13 @@ class Examiner:
     def perplexity(self, batches: Iterable[Sequences]) -> float:
         """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
         total, count = 0.0, 0
-        with torch.no_grad(), untouched(self.module), self.runner.forward_context():
+        with torch.no_grad(), preserve_state(self.module), self.runner.forward_context():
             for number, batch in enumerate(batches):
                 if number % self.shares == self.share:
                     on_device = {name: batch[name].to(self.module.device) for name in ("input_ids", "attention_mask")}
                     total -= log_likelihood(self.module.logits(on_device), on_device).double().sum().item()
                     count += int(targets(on_device)[1].sum())
-        sums = self.processes.exchange("the perplexity", (total, count))
+        sums = self.processes.all_gather_object("the perplexity", (total, count))
         nll = sum(total for total, _ in sums) / sum(count for _, count in sums)
         return _perplexity(nll)
 

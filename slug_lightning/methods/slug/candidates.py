@@ -63,8 +63,8 @@ def score_layers(
         (0.2, 0.7071)
     """
     processes = processes or Processes()
-    parts = [_products(layer, forget, retain, processes.count) for layer in layers]
-    everywhere = processes.exchange("products of gradients", parts)
+    parts = [_products(layer, forget, retain, processes.world_size) for layer in layers]
+    everywhere = processes.all_gather_object("products of gradients", parts)
     scores = []
     for layer, of_processes in zip(layers, zip(*everywhere, strict=True), strict=True):
         forget_square, retain_square, weight_square, dot = (math.fsum(column) for column in zip(*of_processes, strict=True))

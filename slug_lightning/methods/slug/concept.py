@@ -11,17 +11,17 @@ from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.slug.candidates import Score, score_layers
-from slug_lightning.methods.slug.layer_search import Competition
+from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.precision_check import close_calls, rounding, rounding_errors
 from slug_lightning.methods.slug.step_search import Trial, best_trial
 from slug_lightning.objective.gradients import NoLossError
-from slug_lightning.objective.metrics import damage, refuse_infinite
+from slug_lightning.objective.metrics import constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Objective
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.reports.single import UnlearnReport
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.dtensor import local, placed
 from slug_lightning.tensors.layers import Layer, plain_parameters, refuse_unmovable
 from slug_lightning.utils.modules import patch_prefix
@@ -92,7 +92,7 @@ class Request:
             target, reason = getattr(objective.module, "forget_target", None), "the module's own"
         if target is None:
             target, reason = metric.default_target(before)
-        target, reason = objective.processes.agreed("target", (target, reason))
+        target, reason = objective.processes.broadcast("target", (target, reason))
         if metric.reaches(before, target):
             why = getattr(objective.module, "nothing_to_forget", None)
             raise UnlearnError(
@@ -122,7 +122,7 @@ class Request:
             self._errors = rounding_errors(scores(exact=True), scores(exact=False))
         except Exception as error:
             # What fails in one of several processes must fail in all.
-            if objective.processes.count > 1 and not isinstance(error, NoLossError):
+            if objective.processes.world_size > 1 and not isinstance(error, NoLossError):
                 raise
             self.report.notes.append(f"precision: how much rounding matters could not be told ({error})")
 
@@ -139,7 +139,7 @@ class Request:
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         self.gradient = {name: forget[name].clone() for layer in self.front() for name in layer.parameters}
 
-    def search(self, bench: Bench) -> None:
+    def search(self, bench: TemporaryEdits) -> None:
         """Let the layers of the front compete, as if nothing else were forgotten."""
         competition = self._competition(bench)
         front = [score for score in self._scores if score.on_front]
@@ -153,7 +153,7 @@ class Request:
         self.report.notes += close_calls(precision, self._scores, self._errors, trials, self.chosen, competition.error)
         self._keep_alternatives(trials)
 
-    def search_again(self, bench: Bench, kept: dict[str, float]) -> float:
+    def search_again(self, bench: TemporaryEdits, kept: dict[str, float]) -> float:
         """Let the layers that were kept compete once more, in the presence of the other edits, which are on the bench.
 
         Args:
@@ -166,10 +166,10 @@ class Request:
         competition = self._competition(bench, kept)
         trials, without = competition.run([score for score in self._scores if score.layer in self.layers])
         self.report.trace += [asdict(trial) | {"together": True} for trial in trials]
-        able = [t for t in trials if t.forgotten and t.damage is not None and math.isfinite(t.damage)]
-        self.chosen = min(able, key=lambda t: (t.damage, t.relative_step), default=None)
-        before = damage(self.objective.metrics_of("retain"), kept, without, self.wanted.retain_tolerance)
-        return math.inf if self.chosen is None or self.chosen.damage is None else self.chosen.damage - before
+        able = [t for t in trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
+        self.chosen = min(able, key=lambda t: (t.constraint_usage, t.relative_step), default=None)
+        before = constraint_usage(self.objective.metrics_of("retain"), kept, without, self.wanted.retain_tolerance)
+        return math.inf if self.chosen is None or self.chosen.constraint_usage is None else self.chosen.constraint_usage - before
 
     def take_over(self, report: UnlearnReport, patch: UnlearnPatch) -> None:
         """Take the edit of an earlier run on the same base.
@@ -191,7 +191,7 @@ class Request:
         parameters = {}
         for short, base in patch.base.items():
             parameter = held.get(self._prefix + short)
-            if parameter is None or not same_bits(parameter, base):
+            if parameter is None or not bitwise_equal(parameter, base):
                 raise UnlearnError(
                     f"earlier: {short} is not what it was when {self.name!r} was forgotten; run on the model that the earlier "
                     "run began with"
@@ -221,10 +221,10 @@ class Request:
         assert self.chosen is not None
         return self.layers[self.chosen.layer]
 
-    def move(self, strength: float = 1.0) -> Move:
+    def move(self, strength: float = 1.0) -> EditStep:
         """The chosen step, or a multiple of it."""
         assert self.chosen is not None
-        return Move(self.layer, self.gradient, strength * self.chosen.step, self._prefix)
+        return EditStep(self.layer, self.gradient, strength * self.chosen.step, self._prefix)
 
     def set_step(self, step: float) -> None:
         """Go further, or less far, along the chosen layer."""
@@ -254,9 +254,9 @@ class Request:
         """The forget gradient where it waits for the retain gradient."""
         return {name: tensor.cpu() for name, tensor in forget.items()} if self.wanted.offload_gradient else forget
 
-    def _competition(self, bench: Bench, kept: dict[str, float] | None = None) -> Competition:
+    def _competition(self, bench: TemporaryEdits, kept: dict[str, float] | None = None) -> LayerSearch:
         bounds = self.report.bounds
-        return Competition(
+        return LayerSearch(
             self.objective,
             self.layers,
             self.gradient,
@@ -274,7 +274,7 @@ class Request:
     def _keep_alternatives(self, trials: Sequence[Trial]) -> None:
         """Let go of the layers that neither were chosen nor may be later, and of their gradients."""
         measured = [t for t in trials if t.dropped or (t.forgotten and t.retain is not None)]
-        measured.sort(key=lambda t: (t is not self.chosen, math.inf if t.damage is None else t.damage))
+        measured.sort(key=lambda t: (t is not self.chosen, math.inf if t.constraint_usage is None else t.constraint_usage))
         keep = [t.layer for t in measured[: self.wanted.alternatives + 1]] if self.chosen else []
         self.layers = {name: layer for name, layer in self.layers.items() if name in keep}
         held = {name for layer in self.layers.values() for name in layer.parameters}

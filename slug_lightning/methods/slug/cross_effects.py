@@ -8,14 +8,14 @@ from typing import Any
 from slug_lightning.methods.slug.concept import Request
 from slug_lightning.methods.slug.layer_search import recorded
 from slug_lightning.objective.objective import Objective
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.utils.progress import Progress
 
 MOST = 32
 """Concepts up to which the effect of each edit on each is measured: their number is squared."""
 
 
-def collateral(requests: Sequence[Request], bench: Bench, progress: Progress) -> dict[str, dict[str, float]]:
+def collateral(requests: Sequence[Request], bench: TemporaryEdits, progress: Progress) -> dict[str, dict[str, float]]:
     """Measure every concept under every single edit, on search data.
 
     Args:
@@ -40,7 +40,7 @@ def collateral(requests: Sequence[Request], bench: Bench, progress: Progress) ->
 
 
 def strength_curves(
-    requests: Sequence[Request], objective: Objective, bench: Bench, strengths: Sequence[float], progress: Progress
+    requests: Sequence[Request], objective: Objective, bench: TemporaryEdits, strengths: Sequence[float], progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure forget and retain metrics over the strength of each edit, on search data; all others stay at full strength.
 

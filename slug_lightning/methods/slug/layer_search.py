@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from slug_lightning.methods.slug.candidates import Score
-from slug_lightning.methods.slug.precision_check import damage_error
+from slug_lightning.methods.slug.precision_check import usage_error
 from slug_lightning.methods.slug.step_search import START, Trial, search_step
 from slug_lightning.objective.log_capture import LogReader
-from slug_lightning.objective.metrics import damage
+from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import LOSS, Kind, Objective
-from slug_lightning.patches.temporary import Bench, Move
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import Layer
 from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.progress import Progress
 
 
-class Competition:
+class LayerSearch:
     """Finds for every layer a step that just forgets, then measures what is kept, where the outcome depends on it.
 
     The forget metric comes first: it is measured on few samples and decides the step. What is kept is measured once for
@@ -59,7 +59,7 @@ class Competition:
         progress: Progress,
         unit: float = 0.0,
         margin: float = 0.0,
-        bench: Bench | None = None,
+        bench: TemporaryEdits | None = None,
         kept: Mapping[str, float] | None = None,
     ) -> None:
         self.objective = objective
@@ -72,7 +72,7 @@ class Competition:
         self.progress = progress
         self.unit = unit
         self.margin = margin
-        self.bench = bench or Bench()
+        self.bench = bench or TemporaryEdits()
         self.kept = kept
         self.error = 0.0
         """How far off rounding may put the damage of a trial; known after `run`."""
@@ -111,12 +111,12 @@ class Competition:
         best = math.inf
         with recorded(self.objective, "retain", "val", self._of(able)) as without:
             before = without if self.kept is None else self.kept
-            self.error = damage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
+            self.error = usage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
             for score in self.progress.track(able, "search, what is kept"):
                 for trial in dict.fromkeys((steps[score.layer], smallest[score.layer])):
                     whole = self._retain(trial, before, best)
                     trials[trials.index(trial)] = whole
-                    best = best if whole.damage is None else min(best, whole.damage)
+                    best = best if whole.constraint_usage is None else min(best, whole.constraint_usage)
                     if whole.dropped or whole.feasible:
                         break  # else without the margin, which is more than what is kept allows
         for score in front:
@@ -148,16 +148,16 @@ class Competition:
         def hopeless(reader: LogReader) -> bool:
             bounds = self.objective.at_best("retain", "val", reader) if best < math.inf else {}
             known = {name: metric for name, metric in metrics.items() if name in bounds}
-            return bool(known) and damage(known, before, bounds, self.tolerance) > best + self.error
+            return bool(known) and constraint_usage(known, before, bounds, self.tolerance) > best + self.error
 
         with self._step(trial.layer, trial.step):
             after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)
         if after is None:
             return replace(trial, dropped=True)
-        return replace(trial, retain=after, damage=damage(metrics, before, after, self.tolerance))
+        return replace(trial, retain=after, constraint_usage=constraint_usage(metrics, before, after, self.tolerance))
 
     def _step(self, layer: str, step: float) -> AbstractContextManager[None]:
-        return self.bench.step(Move(self.layers[layer], self.gradient, step, patch_prefix(self.objective.module)))
+        return self.bench.step(EditStep(self.layers[layer], self.gradient, step, patch_prefix(self.objective.module)))
 
     def _of(self, scores: Iterable[Score]) -> list[Layer]:
         return [self.layers[score.layer] for score in scores]

@@ -15,21 +15,21 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.slug.concept import ALTERNATIVES, Request, Wanted
 from slug_lightning.methods.slug.cross_effects import MOST, collateral, strength_curves
 from slug_lightning.methods.slug.layer_search import recorded
-from slug_lightning.methods.slug.several import Joint
-from slug_lightning.objective.eval_mode import untouched
-from slug_lightning.objective.metrics import damage
+from slug_lightning.methods.slug.several import JointSearch
+from slug_lightning.objective.eval_mode import preserve_state
+from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.objective.samples import Gallery, before_and_after
 from slug_lightning.patches.patch import UnlearnPatch
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.reports.cost import CostMeter, joined
 from slug_lightning.reports.run_files import earlier_edits
 from slug_lightning.reports.several import AnyReport, JointReport
 from slug_lightning.tensors.dtensor import whole
 from slug_lightning.tensors.layers import Granularity, find_layers
 from slug_lightning.utils.loaders import Batches, Split
-from slug_lightning.utils.modules import own_model
+from slug_lightning.utils.modules import unwrap_model
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.progress import Progress
 
@@ -86,7 +86,7 @@ class Run:
         self.runner = runner
         self.processes = runner.processes
         self.progress = progress
-        self.bench = Bench()
+        self.bench = TemporaryEdits()
         self.meter = CostMeter(module.device, options.count_cost and not runner.is_sharded)
         self.layers = find_layers(module, options.layers, options.granularity, getattr(module, "towers", None))
         self.objective = Objective(
@@ -120,7 +120,7 @@ class Run:
 
     def __call__(self) -> AnyReport:
         """Run, and give the report, with its patches."""
-        with untouched(self.module):
+        with preserve_state(self.module):
             self.runner.reshard()
             self._refuse_different()
             with self.meter.phase("validate"):
@@ -164,7 +164,7 @@ class Run:
         """Refuse what differs between the processes: later they would wait for each other."""
         own = self.options.asked() | {"metrics": self.objective.names, "concepts": [request.name for request in self.requests]}
         own["layers that may be edited"] = [layer.name for layer in self.layers]
-        asked = self.processes.exchange("the request", own)
+        asked = self.processes.all_gather_object("the request", own)
         if different := [name for name in own if any(other[name] != asked[0][name] for other in asked)]:
             raise UnlearnError(f"{', '.join(different)}: the processes were asked for different things; give the same in each")
         for objective in (self.objective, *(request.objective for request in self.requests)):
@@ -230,7 +230,7 @@ class Run:
         if self.options.on_infeasible == "stop" and len(able) < len(self.requests):
             return []
         kept = self.new[0].report.search_before["retain"]
-        joint = Joint(
+        joint = JointSearch(
             able,
             self.objective,
             self.bench,
@@ -317,8 +317,8 @@ class Run:
     def _report(self, edits: Sequence[Request], found: dict[str, dict[str, float]]) -> AnyReport:
         """Say what was found, with the patches."""
         metrics = self.objective.metrics_of("retain")
-        lost = damage(metrics, self.before["retain"], self.after["retain"], self.options.retain_tolerance)
-        active = UnlearnPatch.active(own_model(self.module))
+        lost = constraint_usage(metrics, self.before["retain"], self.after["retain"], self.options.retain_tolerance)
+        active = UnlearnPatch.active(unwrap_model(self.module))
         parents = active.as_parents() if active else []
         for request in self.requests:
             self._conclude(request, request in edits, lost <= 1, parents)
@@ -372,7 +372,7 @@ class Run:
     def _cost(self) -> tuple[dict[str, Any], list[str]]:
         """What the run cost, and what replay has to say."""
         objectives = [self.objective, *(request.objective for request in self.requests)]
-        cost = joined(self.processes.exchange("cost", self.meter.report())) | {
+        cost = joined(self.processes.all_gather_object("cost", self.meter.report())) | {
             "evaluations": sum(len(request.report.trace) for request in self.new),
             "forward_samples": sum(objective.forward_samples for objective in objectives),
             "backward_samples": sum(objective.backward_samples for objective in objectives),
@@ -382,6 +382,6 @@ class Run:
         reports, notes = zip(*self.objective.spared, strict=True)
         largest = ("budget_bytes", "most_held_bytes")
         replay = {name: (max if name in largest else sum)(report[name] for report in reports) for name in reports[0]}
-        cost["replay"] = self.processes.agreed("replay", replay)
-        said = self.processes.exchange("notes", list(itertools.chain(*notes)))
+        cost["replay"] = self.processes.broadcast("replay", replay)
+        said = self.processes.all_gather_object("notes", list(itertools.chain(*notes)))
         return cost, list(dict.fromkeys(itertools.chain(*said)))

@@ -24,11 +24,11 @@ def rounding(precision: str) -> float:
     return next((unit for name, unit in ROUNDING.items() if str(precision).startswith(name)), 0.0)
 
 
-def damage_error(metrics: Mapping[str, Metric], before: Mapping[str, float], tolerance: float, unit: float) -> float:
+def usage_error(metrics: Mapping[str, Metric], before: Mapping[str, float], tolerance: float, unit: float) -> float:
     """How far off rounding may put the damage to what is kept: that of the values before and after, as a share of tolerance.
 
     Example:
-        >>> damage_error({"acc": Metric("acc", True)}, {"acc": 0.5}, 0.01, 2.0**-8)
+        >>> usage_error({"acc": Metric("acc", True)}, {"acc": 0.5}, 0.01, 2.0**-8)
         0.390625
     """
     errors = [2 * unit * (abs(before[name]) if metric.higher_is_better else 1.0) for name, metric in metrics.items()]
@@ -70,11 +70,11 @@ def close_calls(
         errors: of the scores, as `rounding_errors` gives them.
         trials: of the search.
         best: the chosen one.
-        error: of the damage, as `damage_error` gives it.
+        error: of the damage, as `usage_error` gives it.
     """
     notes = []
     rivals = [t for t in trials if best and t.layer != best.layer and t.feasible]
-    near = list(dict.fromkeys(t.layer for t in rivals if t.damage - best.damage < error))  # type: ignore[operator,union-attr]
+    near = list(dict.fromkeys(t.layer for t in rivals if t.constraint_usage - best.constraint_usage < error))  # type: ignore[operator,union-attr]
     if near:
         notes.append(
             f"precision: in {precision}, what an edit of {some_of(near, 3)} would cost cannot be told from what this one costs"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from slug_lightning.methods.slug.concept import Request
 from slug_lightning.methods.slug.step_search import Trial
-from slug_lightning.objective.metrics import damage
+from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import Objective
-from slug_lightning.patches.temporary import Bench
+from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.progress import Progress
 
@@ -33,7 +33,7 @@ class Round:
     Attributes:
         forget: the forget metric of each concept whose edit takes part.
         retain: the retain metrics.
-        damage: the worst retain metric's loss as a share of its tolerance.
+        constraint_usage: the worst retain metric's loss as a share of its tolerance.
         steps: the relative step of each concept.
         remembered: concepts that do not meet their target.
         change: what was done about it, in words; nothing where all is well.
@@ -41,7 +41,7 @@ class Round:
 
     forget: dict[str, float]
     retain: dict[str, float]
-    damage: float
+    constraint_usage: float
     steps: dict[str, float]
     remembered: list[str]
     change: str | None = None
@@ -49,15 +49,15 @@ class Round:
     @property
     def is_broken(self) -> bool:
         """Whether the model gives no numbers any more."""
-        return not math.isfinite(self.damage) or not all(map(math.isfinite, self.forget.values()))
+        return not math.isfinite(self.constraint_usage) or not all(map(math.isfinite, self.forget.values()))
 
     @property
     def is_fine(self) -> bool:
         """Whether all bounds hold."""
-        return not self.remembered and self.damage <= 1
+        return not self.remembered and self.constraint_usage <= 1
 
 
-class Joint:
+class JointSearch:
     """Settles which edits are made together, and how far each goes.
 
     Each concept comes with a layer and a step that forget it within the bounds, alone. Together they may fail: what one
@@ -81,7 +81,7 @@ class Joint:
         self,
         requests: Sequence[Request],
         objective: Objective,
-        bench: Bench,
+        bench: TemporaryEdits,
         *,
         kept: dict[str, float],
         tolerance: float,
@@ -100,7 +100,7 @@ class Joint:
         self.rounds: list[Round] = []
         self.final: Round | None = None
         """The one whose steps are taken."""
-        self._costs = {r.name: r.chosen.damage or 0.0 for r in requests if r.chosen}
+        self._costs = {r.name: r.chosen.constraint_usage or 0.0 for r in requests if r.chosen}
         self._too_small: dict[str, float] = {}
         self._enough: dict[str, float] = {}
         """The last step of each concept that did not forget it, and that did: in the presence of steps that change, too."""
@@ -130,8 +130,8 @@ class Joint:
                 changes = max(0, changes - anew)
                 anew //= 2
             self.progress.say(
-                f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.damage:.2f} of the allowed damage; "
-                f"{found.change}"
+                f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.constraint_usage:.2f} of the "
+                f"allowed damage; {found.change}"
             )
         return self.requests
 
@@ -142,7 +142,7 @@ class Joint:
             for request in self.progress.track(self.requests, "together, what is forgotten"):
                 (forget[request.name],) = request.objective.measured("forget", "val", edited="together").values()
             retain = self.objective.measured("retain", "val", edited="together")
-        lost = damage(self.objective.metrics_of("retain"), self.kept, retain, self.tolerance)
+        lost = constraint_usage(self.objective.metrics_of("retain"), self.kept, retain, self.tolerance)
         steps = {r.name: r.chosen.relative_step for r in self.requests if r.chosen}
         return Round(forget, retain, lost, steps, [r.name for r in self.requests if not r.is_forgotten(forget[r.name])])
 
@@ -176,15 +176,15 @@ class Joint:
         larger, smaller = [], []
         # What an earlier run has forgotten has a step that stays: then the others must weaken it less.
         weakens = any(r.is_taken_over and r.name in found.remembered for r in self.requests)
-        shrink = max(SHRINK, 1 - GENTLY * (found.damage - 1)) if found.damage > 1 else SHRINK
+        shrink = max(SHRINK, 1 - GENTLY * (found.constraint_usage - 1)) if found.constraint_usage > 1 else SHRINK
         for request in self._own:
             assert request.chosen is not None
             step = request.chosen.step
             if request.name in found.remembered and not found.is_broken:
                 self._too_small[request.name] = step
-                request.set_step(self._larger(request.name, step, found.damage))
+                request.set_step(self._larger(request.name, step, found.constraint_usage))
                 larger.append(request.name)
-            elif found.is_broken or found.damage > 1 or weakens:  # a model that breaks went too far
+            elif found.is_broken or found.constraint_usage > 1 or weakens:  # a model that breaks went too far
                 if request.name not in found.remembered:
                     self._enough[request.name] = step
                 low = self._too_small.get(request.name, 0.0)
@@ -222,10 +222,10 @@ class Joint:
     def _leave_out(self, found: Round) -> str:
         """Take edits out: the one furthest from its target, or where too little is kept, the costliest."""
         # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
-        excess = 1 - 1 / found.damage if 1 < found.damage < math.inf else 0.0
+        excess = 1 - 1 / found.constraint_usage if 1 < found.constraint_usage < math.inf else 0.0
         costliest = sorted(self._own, key=lambda r: -self._costs[r.name])
         out = costliest[: max(1, round(excess * len(self.requests) / 2))]
-        if found.damage <= 1 and (remembered := [r for r in self._own if r.name in found.remembered]):
+        if found.constraint_usage <= 1 and (remembered := [r for r in self._own if r.name in found.remembered]):
             out = [max(remembered, key=lambda r: self._distance(r, found))]
         out = out or self.requests  # edits of an earlier run that do not go together any more
         for request in out:

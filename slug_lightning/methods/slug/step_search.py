@@ -24,7 +24,7 @@ class Trial:
         step: λ, the factor of the forget gradient.
         relative_step: λ‖g_f‖/‖θ‖.
         forgotten: whether the forget target is met.
-        damage: the worst retain metric's loss as a share of its tolerance: at most 1 is within bounds, below 0 is a
+        constraint_usage: the worst retain metric's loss as a share of its tolerance: at most 1 is within bounds, below 0 is a
             gain; None where it was not measured.
         forget: value of the forget metric.
         retain: values of the retain metrics by name, None where not measured.
@@ -35,7 +35,7 @@ class Trial:
     step: float
     relative_step: float
     forgotten: bool
-    damage: float | None
+    constraint_usage: float | None
     forget: float
     retain: dict[str, float] | None
     dropped: bool = False
@@ -43,7 +43,7 @@ class Trial:
     @property
     def feasible(self) -> bool:
         """Whether both bounds hold."""
-        return self.forgotten and self.damage is not None and self.damage <= 1
+        return self.forgotten and self.constraint_usage is not None and self.constraint_usage <= 1
 
 
 def search_step(
@@ -68,7 +68,7 @@ def search_step(
 
     Example:
         >>> def evaluate(r):
-        ...     return Trial("w", r, r, forgotten=r**2 >= 0.3, damage=None, forget=1 - r**2, retain=None)
+        ...     return Trial("w", r, r, forgotten=r**2 >= 0.3, constraint_usage=None, forget=1 - r**2, retain=None)
         >>> [round(trial.relative_step, 3) for trial in search_step(evaluate, lambda value: (1 - value) / 0.3)]
         [0.1, 0.2, 0.4, 0.8, 0.555]
     """
@@ -118,4 +118,4 @@ def best_trial(trials: Iterable[Trial]) -> Trial | None:
         ('b', None)
     """
     feasible = [trial for trial in trials if trial.feasible]
-    return min(feasible, key=lambda t: (t.damage, t.relative_step), default=None)
+    return min(feasible, key=lambda t: (t.constraint_usage, t.relative_step), default=None)

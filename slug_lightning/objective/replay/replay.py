@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from slug_lightning.objective.log_capture import Attempt
 from slug_lightning.objective.replay.trace import ROOT, Output, Places, Plan, Trace
-from slug_lightning.tensors.bits import same_bits
+from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.digests import UNCHANGEABLE, fingerprint
 from slug_lightning.tensors.layers import Layer
 
@@ -278,7 +278,7 @@ class Replay:
                 if self.places.parents[place] == ROOT:
                     found[place, position] = leaf
                 if unchanged is not None and (place, position) in watched:
-                    unchanged.append(same_bits(recorded.kept[place, position], leaf))
+                    unchanged.append(bitwise_equal(recorded.kept[place, position], leaf))
             return out
 
         Absent.touched = False
@@ -345,7 +345,7 @@ def _same(ours: Sequence[Any], others: Sequence[Any]) -> bool:
         return False
     for a, b in zip(ours, others, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if not same_bits(a, b):
+            if not bitwise_equal(a, b):
                 return False
         elif isinstance(a, UNCHANGEABLE) and isinstance(b, UNCHANGEABLE) and repr(a) != repr(b):
             return False
