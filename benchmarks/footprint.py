@@ -131,7 +131,7 @@ def _phases(
     samples: int,
     layers: Sequence[Layer],
 ) -> dict[str, int]:
-    """The phases of a run, as `slug_lightning.methods.slug.concept` goes through them, on one batch each."""
+    """The phases of a run, as `slug_lightning.methods.slug` goes through them, on one batch each."""
     # Not by a `CostMeter`: torch's counter of operations, which it has too, keeps tensors of every batch until it is left.
     live = {name: LiveTensors() for name in ("validate", "gradients", "search")}
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}

@@ -5,7 +5,7 @@
     python benchmarks/same_answers.py ../before --only demo cluster
 
 Both checkouts run with the packages that are installed here. Of each case the exit code, the report
-without its costs and versions, the patch's tensors and digest, the edited weights and the checkpoint's
+without its costs, versions and notes, the patch's tensors and digest, the edited weights and the checkpoint's
 state are compared. This code also reads what the other has written: its patches load, a request is
 added to its run, and a fit resumed from its checkpoint edits nothing. The exit code is 1 if anything
 differs.
@@ -48,8 +48,8 @@ CASES: dict[str, list[str]] = {
     "cluster": ["fit", "--config", "{configs}/cluster.yaml", *HOST],
     "another": ["forget-another", "--run", "{runs}/several", "--forget", ANOTHER],
 }
-UNLIKE = {"cost", "versions"}
-"""Parts of a report that no two runs have in common."""
+UNLIKE = {"cost", "versions", "notes"}
+"""Parts of a report that no two runs have in common, and its prose."""
 NOTHING = "nothing"
 
 
@@ -68,7 +68,8 @@ def run(site: Path, arguments: list[str], folder: Path) -> int:
     """One case by the code in `site`; what it prints goes to `<case>.log` next to its folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     launch = TWO if HOST[0] in arguments else []
-    filled = [one.replace("{configs}", str(HERE / "configs")).replace("{runs}", str(folder.parent)) for one in arguments]
+    configs = site / "slug_lightning" / "configs"  # each checkout's own
+    filled = [one.replace("{configs}", str(configs)).replace("{runs}", str(folder.parent)) for one in arguments]
     command = [sys.executable, *launch, "-m", "slug_lightning.cli", *filled, "--output_dir", str(folder)]
     with open(folder.parent / f"{folder.name}.log", "w") as log:
         # Not in a checkout, whose packages would come before those of the site.

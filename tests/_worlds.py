@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 
 import lightning.pytorch as pl
 import torch
+from _search import context_of
 from torch import nn
 
 from _tiny import PlainRunner
-from slug_lightning.methods.slug.concept import ALTERNATIVES, Request, Wanted
+from slug_lightning.methods.base import Context
+from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.slug.candidates import pareto
+from slug_lightning.methods.slug.choice import LeastUsage
+from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
+from slug_lightning.methods.slug.curves import line
+from slug_lightning.methods.slug.directions import ForgetGradient
 from slug_lightning.methods.slug.several import JointSearch
+from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.objective.objective import Objective
-from slug_lightning.patches.temporary import TemporaryEdits
 from slug_lightning.tensors.layers import find_layers
-from slug_lightning.utils.progress import Progress
 
 KEEPING = -1
 TOLERANCE = 0.25
@@ -74,30 +80,26 @@ def objective_of(world: Table) -> Objective:
     return Objective(world, {"retain": batches(KEEPING)}, PlainRunner())
 
 
-def searched(world: Table, objective: Objective, bench: TemporaryEdits, **wanted) -> dict[str, Request]:
-    """A request for each concept of the world, after its search alone."""
-    asked = Wanted(**{"forget_target": TARGET, "retain_tolerance": TOLERANCE, "alternatives": ALTERNATIVES, **wanted})
-    layers = find_layers(world)
-    retain = objective.gradient("retain", dict(world.named_parameters())).tensors
-    requests = {}
-    for number, concept in enumerate(world.of):
-        request = Request(concept, objective.about(batches(number)), layers, asked, Progress(None))
-        request.validate()
-        request.measure(lambda: retain)
-        request.search(bench)
-        requests[concept] = request
-    return requests
+def searched(world: Table, objective: Objective, context: Context | None = None) -> dict[str, ConceptSearch]:
+    """A search for each concept of the world, after it alone; they share a context, which is theirs afterwards."""
+    context = context or context_of(objective, TOLERANCE, layers=find_layers(world))
+    for number, name in enumerate(world.of):
+        context.concepts.append(Concept.measured(name, objective.about(batches(number)), TARGET))
+    rules = Rules(ForgetGradient(), line, pareto, LeastUsage(), interpolation, 10, 0.0, False)
+    searches = {concept.name: ConceptSearch(concept, context, rules) for concept in context.concepts}
+    for search in searches.values():
+        search.score(is_last=False)
+        search.search()
+    return searches
 
 
-def joint_of(requests: Iterable[Request], objective: Objective, bench: TemporaryEdits, max_rounds: int = 10) -> JointSearch:
-    able = [request for request in requests if request.chosen]
-    kept = {"kept_loss": 1.0}
-    return JointSearch(
-        able, objective, bench, kept=kept, tolerance=TOLERANCE, max_rounds=max_rounds, margin=0.0, progress=Progress(None)
-    )
+def joint_of(searches: Iterable[ConceptSearch], max_rounds: int = 10) -> JointSearch:
+    searches = list(searches)
+    able = [search for search in searches if search.chosen]
+    return JointSearch(able, searches[0].context, max_rounds=max_rounds, step_margin=0.0)
 
 
-def steps_of(requests: Iterable[Request], world: Table) -> dict[str, float]:
+def steps_of(requests: Iterable[ConceptSearch], world: Table) -> dict[str, float]:
     """How far each layer goes with these edits, by the edits alone."""
     steps = dict.fromkeys(world.layers, 0.0)
     for request in requests:

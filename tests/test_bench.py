@@ -43,7 +43,7 @@ def test_every_bit_comes_back_after_a_step(dtype, fail):
     before = {name: p.detach().clone() for name, p in layer.parameters.items()}
     addresses = [p.data_ptr() for p in layer.parameters.values()]
     gradient = gradient_of(layer)
-    with pytest.raises(Failure) if fail else nullcontext(), TemporaryEdits().step(EditStep(layer, gradient, 0.7)):
+    with pytest.raises(Failure) if fail else nullcontext(), TemporaryEdits().applied(EditStep(layer, gradient, 0.7)):
         for name, p in layer.parameters.items():
             assert bitwise_equal(p, edited(before[name], [(gradient[name], 0.7)]))
             assert not bitwise_equal(p, before[name])
@@ -58,21 +58,21 @@ def test_a_step_that_fails_midway_is_taken_back():
     layer = special_layer()
     before = {name: p.detach().clone() for name, p in layer.parameters.items()}
     gradient = gradient_of(layer) | {"y": torch.ones(3)}  # of another shape
-    with pytest.raises(RuntimeError, match="size"), TemporaryEdits().step(EditStep(layer, gradient, 0.7)):
+    with pytest.raises(RuntimeError, match="size"), TemporaryEdits().applied(EditStep(layer, gradient, 0.7)):
         pass
     assert all(bitwise_equal(p, before[name]) for name, p in layer.parameters.items())
 
 
 def test_a_step_climbs():
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
-    with TemporaryEdits().step(EditStep(Layer("w", {"w": weight}), {"w": torch.tensor([10.0, 20.0])}, 0.5)):
+    with TemporaryEdits().applied(EditStep(Layer("w", {"w": weight}), {"w": torch.tensor([10.0, 20.0])}, 0.5)):
         assert weight.tolist() == [6.0, 8.0]
 
 
 def test_whoever_watches_the_version_notices_step_and_return():
     layer = special_layer()
     versions = [p._version for p in layer.parameters.values()]
-    with TemporaryEdits().step(EditStep(layer, gradient_of(layer), 0.1)):
+    with TemporaryEdits().applied(EditStep(layer, gradient_of(layer), 0.1)):
         inside = [p._version for p in layer.parameters.values()]
     after = [p._version for p in layer.parameters.values()]
     assert all(a < b < c for a, b, c in zip(versions, inside, after, strict=True))
@@ -92,7 +92,8 @@ def test_steps_in_nested_contexts_make_what_a_patch_of_all_of_them_makes(steps, 
     before = weight.detach().clone()
     directions = [torch.randn(7, 5, generator=generator) for _ in steps]
     moves = [
-        EditStep(Layer("l", {"model.w": weight}), {"model.w": d}, s, "model.") for d, s in zip(directions, steps, strict=True)
+        EditStep(Layer("l", {"model.w": weight}, prefix="model."), {"model.w": d}, s)
+        for d, s in zip(directions, steps, strict=True)
     ]
     holder = nn.Module()
     holder.w = nn.Parameter(before.clone())
@@ -101,9 +102,9 @@ def test_steps_in_nested_contexts_make_what_a_patch_of_all_of_them_makes(steps, 
     random.shuffle(moves)
     bench = TemporaryEdits()
     cut = random.randint(0, len(moves))
-    with bench.step(*moves[:cut]):
+    with bench.applied(*moves[:cut]):
         inside = weight.detach().clone()
-        with bench.step(*moves[cut:]):
+        with bench.applied(*moves[cut:]):
             assert bitwise_equal(weight.detach(), holder.w.detach())
         assert bitwise_equal(weight.detach(), inside)
     assert bitwise_equal(weight.detach(), before)
@@ -112,9 +113,9 @@ def test_steps_in_nested_contexts_make_what_a_patch_of_all_of_them_makes(steps, 
 def test_a_step_writes_to_no_tensor_of_another_layer():
     first, second = (Layer(name, {name: nn.Parameter(torch.ones(2))}) for name in "ab")
     bench = TemporaryEdits()
-    with bench.step(EditStep(first, {"a": torch.ones(2)}, 1.0)):
+    with bench.applied(EditStep(first, {"a": torch.ones(2)}, 1.0)):
         version = first.parameters["a"]._version
-        with bench.step(EditStep(second, {"b": torch.ones(2)}, 1.0)):
+        with bench.applied(EditStep(second, {"b": torch.ones(2)}, 1.0)):
             assert first.parameters["a"]._version == version
             assert second.parameters["b"].tolist() == [2.0, 2.0]
 
@@ -125,5 +126,5 @@ def test_a_bench_knows_nothing_of_an_earlier_base():
     for start in (1.0, 5.0):
         with torch.no_grad():
             layer.parameters["a"].fill_(start)
-        with bench.step(EditStep(layer, {"a": torch.ones(2)}, 1.0)):
+        with bench.applied(EditStep(layer, {"a": torch.ones(2)}, 1.0)):
             assert layer.parameters["a"].tolist() == [start + 1] * 2

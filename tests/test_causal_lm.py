@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from _forgetting import Seen, icu, language_model, measured, passages, quick, trainer, weights
 from _processes import Ended, in_processes
 from _tiny_lm import RECITED, UNSEEN, reciting, rows, tokenizer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent, SimNPO
 from slug_lightning.lm.sequences import pad
@@ -260,7 +260,7 @@ def test_plain_sequences_give_their_mean_loss_whatever_the_padding():
 
 def test_one_searched_step_forgets_passages_by_one_tensor():
     module, before = language_model(), weights(language_model())
-    callback = UnlearnCallback(forget_target=0.8, retain_tolerance=5.0)
+    callback = unlearn_callback(forget_target=0.8, retain_tolerance=5.0)
     trainer(callback).fit(module, passages())
     report = callback.report
     assert report.status == "unlearned"

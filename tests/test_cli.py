@@ -81,7 +81,7 @@ def small(config: Path, folder: Path, **options) -> list[str]:
     made = yaml.safe_load(config.read_text())
     (callback,) = (c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("UnlearnCallback"))
     cache = {"retain_cache": str(folder / "retain")} if "retain_cache" in callback["init_args"] else {}
-    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "strengths": [0.5], **cache, **options}
+    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "scales": [0.5], **cache, **options}
     made["trainer"]["enable_progress_bar"] = False
     path = folder / config.name
     path.write_text(yaml.safe_dump(made))
@@ -277,7 +277,7 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "tiny_for_cli.py").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    callback = {"retain_tolerance": 1e5, "margin": 2.0, "retain_cache": str(tmp_path / "kept")}
+    callback = {"retain_tolerance": 1e5, "step_margin": 2.0, "retain_cache": str(tmp_path / "kept")}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
     config = {
         "model": {"class_path": "tiny_for_cli.Trained"},

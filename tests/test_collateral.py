@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import pytest
 from _worlds import Table, objective_of, searched, steps_of
 
-from slug_lightning.methods.slug import cross_effects as collateral_module
-from slug_lightning.methods.slug.cross_effects import collateral, strength_curves
-from slug_lightning.patches.temporary import TemporaryEdits
-from slug_lightning.utils.progress import Progress
+from slug_lightning.methods import cross_effects as collateral_module
+from slug_lightning.methods.cross_effects import collateral, strength_curves
 
 
 def share(concept, steps):
@@ -25,9 +23,10 @@ def constraint_usage(steps):
 @pytest.fixture
 def table():
     world = Table({"a": "x", "b": "x", "c": "y"}, share, constraint_usage)
-    objective, bench = objective_of(world), TemporaryEdits()
-    requests = list(searched(world, objective, bench).values())
-    return SimpleNamespace(world=world, objective=objective, bench=bench, requests=requests)
+    searches = list(searched(world, objective_of(world)).values())
+    context = searches[0].context
+    edits = {search.name: search.edit for search in searches}
+    return SimpleNamespace(world=world, context=context, concepts=context.concepts, edits=edits, requests=searches)
 
 
 def value(concept, steps):
@@ -35,7 +34,7 @@ def value(concept, steps):
 
 
 def test_each_concept_is_measured_under_each_edit_alone(table):
-    found = collateral(table.requests, table.bench, Progress(None))
+    found = collateral(table.concepts, table.edits, table.context)
     assert list(found) == ["a", "b", "c"]
     for edit in table.requests:
         steps = steps_of([edit], table.world)
@@ -44,27 +43,27 @@ def test_each_concept_is_measured_under_each_edit_alone(table):
 
 
 def test_of_many_only_the_first_are_measured(table, monkeypatch):
-    monkeypatch.setattr(collateral_module, "MOST", 2)
-    found = collateral(table.requests, table.bench, Progress(None))
+    monkeypatch.setattr(collateral_module, "MAX_CONCEPTS", 2)
+    found = collateral(table.concepts, table.edits, table.context)
     assert {edit: list(row) for edit, row in found.items()} == {"a": ["a", "b"], "b": ["a", "b"]}
 
 
 def test_without_an_edit_there_is_nothing_to_measure(table):
     before = table.world.evaluations
-    assert collateral([], table.bench, Progress(None)) == {}
+    assert collateral([], {}, table.context) == {}
     assert table.world.evaluations == before
 
 
 @pytest.mark.parametrize("strengths", [[1.0], [0.0, 0.5, 2.0, 0.5], [-1.0, 1.0]])
 def test_strength_curves_hold_the_others_at_full_strength(table, strengths):
-    curves = strength_curves(table.requests, table.objective, table.bench, strengths, Progress(None))
+    curves = strength_curves(table.concepts, table.edits, table.context, strengths)
     assert list(curves) == ["a", "b", "c"]
     for request in table.requests:
         curve = curves[request.name]
         assert [point["strength"] for point in curve] == sorted({1.0, *strengths})
         for point in curve:
             steps = steps_of([other for other in table.requests if other is not request], table.world)
-            steps[request.layer.name.removeprefix("layers.")] += point["strength"] * request.chosen.step
+            steps[request.edit.layer.name.removeprefix("layers.")] += point["strength"] * request.chosen.step
             assert point["forget"] == value(request.name, steps)
             assert point["retain"] == {"kept_loss": pytest.approx(1 + 0.25 * constraint_usage(steps), abs=1e-9)}
     assert all(p.item() == 1 for p in table.world.parameters())

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from _processes import Ended, in_processes
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from _tiny import Classifier, loader, trained, trainer
-from slug_lightning.callbacks import UnlearnCallback
 
 
 class Gathering(Classifier):
@@ -39,7 +39,7 @@ class OwnMesh(Classifier):
 
 def forget(kind: type[Classifier], sharded: bool, **options: Any) -> tuple[str, float | None, dict[str, torch.Tensor]]:
     count = int(os.environ["WORLD_SIZE"])
-    callback = UnlearnCallback(
+    callback = unlearn_callback(
         loader(True, batch_size=40),
         loader(False, batch_size=7),
         forget_metric="val_acc",

@@ -10,15 +10,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from _amounts import examples
+from _search import best_trial, context_of, smallest_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from _tiny import PlainRunner, blobs, changed, loader, snapshot, trained
-from slug_lightning.methods.slug.candidates import Score, score_layers
-from slug_lightning.methods.slug.layer_search import LayerSearch, _first_step, recorded, smallest_step
-from slug_lightning.methods.slug.step_search import START, Trial, best_trial
+from slug_lightning.methods.base import Trial, recorded
+from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.slug.choice import LeastUsage
+from slug_lightning.methods.slug.curves import Tangent, line
+from slug_lightning.methods.slug.layer_search import LayerSearch, _first_step
+from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
+from slug_lightning.methods.slug.step_search import START, interpolation
+from slug_lightning.objective.evaluators import WholeForward
 from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.objective.replay.replay import Replay
@@ -83,25 +89,27 @@ def batches_of(kind, counts):
     return [torch.full((count, 1), kind) for count in counts]
 
 
-def score_of(name, *, forget_norm=1.0, weight_norm=1.0, retain_norm=1.0, alignment=0.5) -> Score:
-    return Score(name, "model", forget_norm / weight_norm, alignment, forget_norm, weight_norm, retain_norm)
+def score_of(name, *, forget_norm=1.0, weight_norm=1.0, retain_norm=1.0, alignment=0.5) -> LayerStatistics:
+    layer = Layer(name, {name: nn.Parameter(torch.ones(1))})
+    return LayerStatistics(layer, weight_norm, forget_norm, retain_norm, alignment * forget_norm * retain_norm)
 
 
-def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[LayerSearch, list[Score]]:
+def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[LayerSearch, list[LayerStatistics]]:
     scores = scores or [score_of(name) for name in world.ways]
+    for score in scores:
+        score.layer.parameters[score.name] = world.layers[score.name]
     batches = {"forget": {"val": batches_of(FORGETTING, [2, 1])}, "retain": {"val": batches_of(KEEPING, counts)}}
     objective = Objective(world, batches, PlainRunner())
-    before = objective.measured("forget", "val")[objective.names["forget"][0]]
+    concept = Concept.measured("it", objective, 3.0 if world.forget_metric is None else 0.5)
     world.seen.clear()
+    gradients = {s.name: {s.name: torch.tensor([s.forget_norm], dtype=torch.float64)} for s in scores}
     made = LayerSearch(
-        objective,
-        {name: Layer(name, {name: p}) for name, p in world.layers.items()},
-        {s.layer: torch.tensor([s.forget_norm], dtype=torch.float64) for s in scores},
-        target=3.0 if world.forget_metric is None else 0.5,
-        before=before,
-        tolerance=TOLERANCE,
+        concept,
+        context_of(objective, TOLERANCE),
+        {s.name: line(s, lambda at=None, s=s: Tangent(gradients[s.name], s.forget_norm)) for s in scores},
+        search=interpolation,
+        choice=LeastUsage(),
         max_evaluations=max_evaluations,
-        progress=Progress(None),
     )
     return made, scores
 
@@ -125,7 +133,8 @@ def test_all_layers_forget_first_then_those_that_can_are_measured_once_the_most_
     scores = [score_of("a", retain_norm=3.0), score_of("b")]
     scores += [score_of(name, alignment=value) for name, value in (("c", 0.3), ("d", 0.9), ("e", 0.25))]
     made, _ = competition(world, scores=scores)
-    trials, before = made.run(scores)
+    _, before = made.run(scores)
+    trials = made.trials
     passes = passes_of(world)
     forgetting = [name for kind, name in passes if kind == FORGETTING]
     assert passes == [(FORGETTING, name) for name in forgetting] + [(KEEPING, name) for name in (None, "c", "d", "a", "e")]
@@ -147,7 +156,8 @@ def test_the_prediction_knows_that_a_larger_gradient_needs_a_smaller_step():
 def test_only_the_smallest_step_of_a_layer_is_measured_on_what_is_kept():
     world = World({"a": forgets_at(0.37, 3.0)}, {None: rows(1.0), "a": rows(0.875)})
     made, scores = competition(world)
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     measured = [t for t in trials if t.retain is not None]
     assert measured == [min((t for t in trials if t.forgotten), key=lambda t: t.relative_step)]
     assert measured[0].retain == {"acc": 0.875} and measured[0].constraint_usage == pytest.approx(0.5, rel=1e-6)
@@ -157,7 +167,8 @@ def test_only_the_smallest_step_of_a_layer_is_measured_on_what_is_kept():
 def test_where_no_layer_forgets_nothing_of_what_is_kept_is_measured_but_the_state_before():
     world = World({"a": never, "b": never}, {None: rows(0.5)})
     made, scores = competition(world, max_evaluations=4)
-    trials, before = made.run(scores)
+    _, before = made.run(scores)
+    trials = made.trials
     assert len(trials) == 8 and best_trial(trials) is None and before == {"acc": 0.5}
     assert [name for kind, name in passes_of(world) if kind == KEEPING] == [None]
 
@@ -166,14 +177,16 @@ def test_the_budget_is_of_each_layer():
     ways = {"a": forgets_at(1e-9, 0.1), "b": forgets_at(50.0, 8.0), "c": never}
     world = World(ways, dict.fromkeys([None, *ways], rows(1.0)))
     made, scores = competition(world, max_evaluations=5)
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     assert all(1 <= [t.layer for t in trials].count(name) <= 5 for name in ways)
 
 
 def test_steps_and_relative_steps_are_those_of_the_layers_norms():
     world = World({"a": forgets_at(0.3)}, {None: rows(1.0), "a": rows(1.0)})
     made, scores = competition(world, scores=[score_of("a", forget_norm=4.0, weight_norm=1.0)])
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     assert all(t.step == pytest.approx(t.relative_step / 4) for t in trials)
     # The number 1 moved by λ·g = relative step.
     assert [t.forget for t in trials] == pytest.approx([0.9 - 0.4 * t.relative_step / 0.3 for t in trials])
@@ -188,8 +201,9 @@ def test_a_hopeless_layer_is_broken_off_and_never_wins():
     kept = {None: rows(1.0, 1.0, 1.0, 1.0), "a": rows(1.0, 0.75, 1.0, 1.0), "b": rows(0.5, 1.0, 1.0, 1.0)}
     world = World(ways, kept)
     made, scores = competition(world, counts=(4, 4, 4, 4))
-    trials, _ = made.run(scores)
-    best, other = best_trial(trials), smallest_step(trials, "b")
+    made.run(scores)
+    trials = made.trials
+    best, other = best_trial(trials), smallest_of(trials, "b")
     assert best.layer == "a" and best.retain == {"acc": 0.9375}
     # After one batch of four samples b has lost half of them: 0.125 of all for certain, a only 0.0625.
     assert [batch for kind, name, batch in world.seen if (kind, name) == (KEEPING, "b")] == [0]
@@ -201,7 +215,8 @@ def test_a_layer_that_may_still_win_is_measured_to_the_end():
     ways = {"a": forgets_at(0.1), "b": forgets_at(0.2)}
     kept = {None: rows(1.0, 1.0), "a": rows(0.75, 1.0), "b": rows(0.75, 1.0)}
     made, scores = competition(World(ways, kept), counts=(2, 2))
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     assert not any(t.dropped for t in trials)
     assert best_trial(trials).layer == "a"  # equal damage: the smaller relative step
 
@@ -211,8 +226,9 @@ def test_each_layer_is_compared_with_the_best_so_far_and_not_with_the_last():
     # What goes below 0 has no bound, so that b is measured to the end, and c after it; d is between a and c.
     kept = {"a": rows(1.0, 1.0), "b": rows(-1.0, 1.0), "c": rows(0.0, 1.0), "d": rows(0.5, 1.0)}
     made, scores = competition(World(ways, {None: rows(1.0, 1.0)} | kept), counts=(2, 2))
-    trials, _ = made.run(scores)
-    assert smallest_step(trials, "b").constraint_usage > 1 and smallest_step(trials, "d").dropped
+    made.run(scores)
+    trials = made.trials
+    assert smallest_of(trials, "b").constraint_usage > 1 and smallest_of(trials, "d").dropped
     assert best_trial(trials).layer == "a"
 
 
@@ -220,8 +236,9 @@ def test_a_metric_without_a_bound_is_measured_to_the_end():
     ways = {"a": forgets_at(0.1), "b": forgets_at(0.2)}
     kept = {None: [{"recall": 90.0}] * 3, "a": [{"recall": 90.0}] * 3, "b": [{"recall": 10.0}] * 3}
     made, scores = competition(World(ways, kept), counts=(1, 1, 1))
-    trials, _ = made.run(scores)
-    assert smallest_step(trials, "b").retain == {"recall": 10.0} and best_trial(trials).layer == "a"
+    made.run(scores)
+    trials = made.trials
+    assert smallest_of(trials, "b").retain == {"recall": 10.0} and best_trial(trials).layer == "a"
 
 
 # Sums of a few eighths are exact, so that ties are ties.
@@ -250,12 +267,13 @@ def means(table, counts):
 def test_breaking_off_never_changes_who_wins(drawn):
     ways, kept, counts, scores = drawn
     made, _ = competition(World(ways, kept), counts, scores)
-    trials, before = made.run(scores)
+    _, before = made.run(scores)
+    trials = made.trials
     metrics = made.objective.metrics_of("retain")
     assert before == means(kept[None], counts)
     whole = []
     for t in trials:
-        if t == smallest_step(trials, t.layer):
+        if t == smallest_of(trials, t.layer):
             t = replace(t, retain=means(kept[t.layer], counts), dropped=False)
             t = replace(t, constraint_usage=constraint_usage(metrics, before, t.retain, TOLERANCE))
         whole.append(t)
@@ -287,7 +305,8 @@ def breaks_at(threshold, forgotten_at):
 def test_a_model_that_gives_nan_is_too_large_a_step_and_never_the_result():
     world = World({"a": breaks_at(0.35, forgotten_at=0.3)}, {None: rows(1.0), "a": rows(1.0)})
     made, scores = competition(world)
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     broken = [t for t in trials if math.isnan(t.forget)]
     assert broken and all(t.forgotten and t.constraint_usage == math.inf and t.retain is None and not t.feasible for t in broken)
     assert 0.3 <= best_trial(trials).relative_step < 0.35
@@ -297,9 +316,10 @@ def test_a_layer_that_only_ever_breaks_is_not_measured_on_what_is_kept():
     ways = {"a": breaks_at(0.0, 1.0), "b": forgets_at(0.1)}
     world = World(ways, dict.fromkeys([None, *ways], rows(1.0)))
     made, scores = competition(world)
-    trials, _ = made.run(scores)
+    made.run(scores)
+    trials = made.trials
     assert (KEEPING, "a") not in passes_of(world)
-    assert best_trial(trials).layer == "b" and smallest_step(trials, "a") is None
+    assert best_trial(trials).layer == "b" and smallest_of(trials, "a") is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -307,8 +327,9 @@ def test_a_layer_that_ruins_what_is_kept_is_not_feasible_and_stops_nobody_else(b
     ways = {"a": forgets_at(0.1), "b": forgets_at(0.2)}
     kept = {None: rows(1.0, 1.0), "a": rows(1.0, bad), "b": rows(1.0, 0.875)}
     made, scores = competition(World(ways, kept), counts=(1, 1))
-    trials, _ = made.run(scores)
-    assert smallest_step(trials, "a").constraint_usage == math.inf
+    made.run(scores)
+    trials = made.trials
+    assert smallest_of(trials, "a").constraint_usage == math.inf
     assert best_trial(trials).layer == "b"
 
 
@@ -337,9 +358,10 @@ def test_by_the_loss_the_first_layer_begins_at_first_order_and_the_next_where_th
     ways = {"a": forgets_at(0.3, 2.0), "b": forgets_at(0.01)}
     scores = [score_of("a", forget_norm=8.0), score_of("b", forget_norm=20.0)]
     made, _ = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0)), by_loss=True), scores=scores)
-    assert made.name == LOSS
-    trials, _ = made.run(scores)
-    found = smallest_step(trials, "a")
+    assert made.concept.metric.name == LOSS
+    made.run(scores)
+    trials = made.trials
+    found = smallest_of(trials, "a")
     # The loss is to rise by 2, and ‖θ‖ is 1; later by what the last layer's linear model says of its step.
     assert first_steps(trials) == pytest.approx({"a": 2 / 8, "b": found.step * 8**2 / 20})
 
@@ -348,8 +370,9 @@ def test_by_a_score_the_first_layer_begins_at_the_start_and_the_next_where_the_l
     ways = {"a": never, "b": forgets_at(0.3), "c": never, "d": forgets_at(0.2)}
     scores = [score_of(name, forget_norm=norm) for name, norm in (("a", 1.0), ("b", 2.0), ("c", 4.0), ("d", 3.0))]
     made, _ = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0))), scores=scores)
-    trials, _ = made.run(scores)
-    gain = smallest_step(trials, "b").step * 2**2
+    made.run(scores)
+    trials = made.trials
+    gain = smallest_of(trials, "b").step * 2**2
     assert first_steps(trials) == pytest.approx({"a": START, "b": START, "c": gain / 4, "d": gain / 3})
 
 
@@ -373,7 +396,7 @@ listed = st.lists(
 @given(listed, st.sampled_from(["a", "b", None]))
 @example([Trial("a", 1.0, 0.1, True, math.inf, math.nan, None), Trial("a", 1.0, 0.2, True, None, 0.5, None)], "a")
 def test_the_smallest_step_forgets_and_leaves_a_model_that_works(trials, layer):
-    found = smallest_step(trials, layer)
+    found = smallest_of(trials, layer)
     working = [t for t in trials if t.forgotten and t.forget == 0.5 and (layer is None or t.layer == layer)]
     assert (found is None) == (not working)
     if found is not None:
@@ -387,12 +410,9 @@ class SpyReplay:
     def __init__(self):
         self.calls = []
 
-    def record(self, where, number, batch, step, layers):
-        self.calls.append(("record", where, tuple(layers)))
-        step()
-
-    def evaluate(self, where, number, batch, step, layer):
-        self.calls.append(("evaluate", where, layer))
+    def run(self, where, number, batch, step, record=(), edited=None):
+        if record or edited:
+            self.calls.append(("record", where, tuple(record)) if record else ("evaluate", where, edited))
         step()
 
     def forget(self):
@@ -403,13 +423,13 @@ class SpyReplay:
 def test_what_is_recorded_is_let_go_at_the_end(fail):
     world = World({"a": never}, {None: rows(0.5), "a": rows(0.25)})
     made, _ = competition(world)
-    made.objective.replay = SpyReplay()
-    layers, where = [made.layers["a"]], ("retain", "val")
+    made.objective.evaluator = SpyReplay()
+    layers, where = [Layer("a", {"a": world.layers["a"]})], ("retain", "val")
     with pytest.raises(Failure) if fail else nullcontext(), recorded(made.objective, *where, layers) as before:
         assert before == {"acc": 0.5}
         if fail:
             raise Failure
-    assert made.objective.replay.calls == [("record", ("validation_step", *where), ("a",)), ("forget",)]
+    assert made.objective.evaluator.calls == [("record", ("validation_step", *where), ("a",)), ("forget",)]
 
 
 def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
@@ -425,7 +445,7 @@ def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
 def test_forgetting_is_recorded_for_the_front_and_keeping_for_those_that_forget():
     ways = {"a": forgets_at(0.1), "b": never}
     made, scores = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0))))
-    spy = made.objective.replay = SpyReplay()
+    spy = made.objective.evaluator = SpyReplay()
     made.run(scores)
     records = [call for call in dict.fromkeys(spy.calls) if call[0] != "evaluate"]
     forgetting, keeping = ("validation_step", "forget", "val"), ("validation_step", "retain", "val")
@@ -448,10 +468,10 @@ def test_whoever_watches_is_told_what_became_of_each_layer(monkeypatch):
     made.run(scores)
     endings = [line.split(", ", 1)[1] for line in said]
     assert [line.split(":")[0] for line in said] == ["a", "b", "c", "d"]
-    assert endings[0] == "forgets at step 0.1000, keeps acc 0.5000: too little"
-    assert endings[1] == "does not forget" and said[1].startswith("b: 6 evaluations")
-    assert endings[2].endswith("keeps acc 1.0000")
-    assert endings[3].endswith("and costs more than another layer")
+    assert endings[0] == "reaches the forget target at step 0.1000, acc=0.5000 (violates retain_tolerance)"
+    assert endings[1] == "does not reach the forget target" and said[1].startswith("b: 6 evaluations")
+    assert endings[2].endswith("acc=1.0000")
+    assert endings[3].endswith("retain metrics not measured to the end: it cannot win")
 
 
 # ---- with a model
@@ -464,22 +484,20 @@ def compete_for_real(replay):
     objective = Objective(module, loaders, PlainRunner(), retain_metric=["val_acc", "val_loss"])
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     gradients = {kind: objective.gradient(kind, parameters).tensors for kind in ("forget", "retain")}
-    scores = score_layers(layers, gradients["forget"], gradients["retain"])
-    if replay:
-        objective.replay = Replay(module, layers)
-    before = objective.measured("forget", "val")[LOSS]
+    scores = layer_statistics(layers, gradients["forget"], gradients["retain"])
+    objective.evaluator = Replay(module, layers) if replay else WholeForward()
+    forget = gradients["forget"]
     made = LayerSearch(
-        objective,
-        {layer.name: layer for layer in layers},
-        gradients["forget"],
-        target=4.0,
-        before=before,
-        tolerance=0.5,
+        Concept.measured("it", objective, 4.0),
+        context_of(objective, 0.5),
+        {s.name: line(s, lambda at=None, s=s: Tangent(forget, s.forget_norm)) for s in scores},
+        search=interpolation,
+        choice=LeastUsage(),
         max_evaluations=12,
-        progress=Progress(None),
     )
     kept = snapshot(module)
-    trials, retain_before = made.run(scores)
+    _, retain_before = made.run(scores)
+    trials = made.trials
     assert not changed(module, kept)
     return objective, gradients["forget"], trials, retain_before
 
@@ -514,4 +532,4 @@ def test_with_replay_the_competition_is_the_same_to_the_last_bit():
     _, _, plain, before = compete_for_real(replay=False)
     objective, _, replayed, same = compete_for_real(replay=True)
     assert plain == replayed and before == same
-    assert objective.replay.skipped_calls > 0 and not objective.replay.notes()
+    assert objective.evaluator.skipped_calls > 0 and not objective.evaluator.notes()

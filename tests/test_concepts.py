@@ -11,6 +11,7 @@ from datetime import timedelta
 import lightning.pytorch as pl
 import pytest
 import torch
+from _callback import unlearn_callback
 from _processes import in_processes
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,13 +22,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import slug_lightning.methods.slug.pipeline as run
 from _tiny import blobs, changed, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
-from slug_lightning.methods.slug.concept import ALTERNATIVES
-from slug_lightning.methods.slug.cross_effects import MOST
+from slug_lightning.methods.cross_effects import MAX_CONCEPTS
+from slug_lightning.methods.slug.concept_search import ALTERNATIVES, ConceptSearch
 from slug_lightning.objective.objective import Objective
 from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.reports.several import JointReport, report_from_json
@@ -58,7 +57,7 @@ def forget(classes, model=None, retain=None, logger=False, **options):
     """Forget in one run; gives the model and the callback."""
     model = model or trained()
     retain = retain or kept_of(classes)
-    made = UnlearnCallback(**{"forget": concepts(classes), "retain": retain, "retain_tolerance": 1e5, **options})
+    made = unlearn_callback(**{"forget": concepts(classes), "retain": retain, "retain_tolerance": 1e5, **options})
     trainer(made, logger=logger, log_every_n_steps=1).fit(model, of(0), of(0))
     return model, made
 
@@ -80,9 +79,7 @@ def parts(classes):
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     logger = TensorBoardLogger(folder, name="", version="events")
-    model, made = forget(
-        TWO, strengths=STRENGTHS, output_dir=str(folder / "run"), logger=logger, retain_cache=str(folder / "kept")
-    )
+    model, made = forget(TWO, scales=STRENGTHS, output_dir=str(folder / "run"), logger=logger, retain_cache=str(folder / "kept"))
     return model, made.report, folder
 
 
@@ -332,8 +329,8 @@ def test_concepts_that_cannot_be_told_apart_are_refused(asked, message):
 
 
 def test_an_empty_dict_of_concepts_is_refused_at_once():
-    with pytest.raises(UnlearnError, match="forget: the dict is empty"):
-        UnlearnCallback(forget={})
+    with pytest.raises(UnlearnError, match="forget must name at least one concept"):
+        unlearn_callback(forget={})
 
 
 def test_the_same_samples_under_two_names_end_in_an_error_and_change_nothing():
@@ -368,7 +365,7 @@ def later(tmp_path_factory):
     """`one` and `two`, and then `three` beside them."""
     folder = tmp_path_factory.mktemp("later")
     options = {"retain": of(0), "retain_cache": str(folder / "kept")}
-    _, first = forget(TWO, output_dir=str(folder / "first"), margin=WIDE, **options)
+    _, first = forget(TWO, output_dir=str(folder / "first"), step_margin=WIDE, **options)
     options["logger"] = TensorBoardLogger(folder, name="", version="events")
     model, made = forget(THREE, earlier=str(folder / "first"), output_dir=str(folder / "run"), **options)
     return model, made.report, folder, first.report
@@ -401,16 +398,16 @@ def test_the_retain_gradient_is_taken_from_the_folder(later):
 def test_with_the_same_layer_and_step_the_bits_are_those_of_asking_for_all_at_once(later, monkeypatch):
     model, report, *_ = later
     asked = {name: (single.layer, single.step_size) for name, single in report.concepts.items()}
-    own = run.Request.search
+    own = ConceptSearch.search
 
-    def search(self, bench):
+    def search(self):
         """As always, and then the step of the run before: which step that is, the interplay with others decides."""
-        own(self, bench)
+        own(self)
         layer, step = asked[self.name]
         assert layer == self.chosen.layer
         self.set_step(step)
 
-    monkeypatch.setattr(run.Request, "search", search)
+    monkeypatch.setattr(ConceptSearch, "search", search)
     all_at_once, made = forget(THREE)
     assert {name: (single.layer, single.step_size) for name, single in made.report.concepts.items()} == asked
     assert [found["change"] for found in made.report.rounds] == [None]
@@ -427,7 +424,7 @@ def test_the_run_after_an_earlier_one_can_be_an_earlier_one(later):
 @pytest.mark.parametrize("granularity", ["tensor", "module"])
 def test_an_earlier_run_of_one_concept_counts_too_however_it_has_grouped_tensors(granularity, tmp_path):
     where = str(tmp_path / "run")
-    _, made = forget({"one": (1,)}, retain=of(0, 3), output_dir=where, granularity=granularity, margin=WIDE)
+    _, made = forget({"one": (1,)}, retain=of(0, 3), output_dir=where, granularity=granularity, step_margin=WIDE)
     model, again = forget(TWO, earlier=where)
     report = again.report
     assert report.status == "unlearned" and len(report.patch.edits) == 2
@@ -474,7 +471,7 @@ def test_the_same_request_again_changes_nothing(tmp_path):
     trainer(made).fit(model, retain, retain)
     assert made.report is report and not changed(model, after)
     # And from the checkpoint, with a callback that knows nothing.
-    again = UnlearnCallback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5)
+    again = unlearn_callback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5)
     other = trained()
     trainer(again).fit(other, retain, retain, ckpt_path=tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert not changed(other, after) and again.report == report
@@ -509,18 +506,18 @@ def watched(monkeypatch):
 
 def test_a_request_keeps_only_the_layers_that_may_be_edited_and_the_run_none(watched, monkeypatch):
     held = []
-    own = run.Request.search
+    own = ConceptSearch.search
 
-    def search(self, bench):
-        own(self, bench)
-        assert self.chosen.layer in self.layers and len(self.layers) <= 1 + ALTERNATIVES
-        assert set(self.gradient) == {name for layer in self.layers.values() for name in layer.parameters}
+    def search(self):
+        own(self)
+        assert self.chosen.layer in {s.name for s in self.statistics} and len(self.statistics) <= 1 + ALTERNATIVES
+        assert set(self._gradient) == {name for s in self.statistics for name in s.layer.parameters}
         # Each by itself: a view would keep the whole gradient alive.
-        assert all(g.untyped_storage().nbytes() == g.nbytes for g in self.gradient.values())
+        assert all(g.untyped_storage().nbytes() == g.nbytes for g in self._gradient.values())
         # Of the concepts before nothing is left; of what is kept all, unless this is the last.
         held.append(sum(ref() is not None for ref in watched))
 
-    monkeypatch.setattr(run.Request, "search", search)
+    monkeypatch.setattr(ConceptSearch, "search", search)
     _, made = forget(THREE)
     layers = sum(p.ndim == 2 for p in trained().parameters())
     assert made.report.status == "unlearned" and len(watched) == (1 + len(THREE)) * layers
@@ -559,14 +556,14 @@ def test_two_hundred_concepts_take_bounded_memory_and_time(watched):
     seconds = {}
     for count in (19, 190):  # the machine may be slow, but the time must not grow faster than the number
         forget = {f"c{i}": samples([i] * 4, i + 1) for i in range(count)}
-        made = UnlearnCallback(forget=forget, retain=retain, retain_tolerance=5.0, forget_target=3.0)
+        made = unlearn_callback(forget=forget, retain=retain, retain_tolerance=5.0, forget_target=3.0)
         before, start = snapshot(module), time.perf_counter()
         trainer(made).fit(module, retain)
         seconds[count] = time.perf_counter() - start
         if count == 19:
             made.report.patch.revert(module)
     report = made.report
-    assert len(report.concepts) == 190 and len(report.collateral) == min(MOST, len(report.unlearned))
+    assert len(report.concepts) == 190 and len(report.collateral) == min(MAX_CONCEPTS, len(report.unlearned))
     assert all(ref() is None for ref in watched)
     assert seconds[190] < 2 * 10 * seconds[19]
     report.patch.revert(module)
@@ -579,7 +576,7 @@ def test_two_hundred_concepts_take_bounded_memory_and_time(watched):
 def in_one_of() -> tuple[dict, dict[str, torch.Tensor]]:
     """What one of several processes finds; alone where it is the only one."""
     several = int(os.environ["WORLD_SIZE"])
-    made = UnlearnCallback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5, strengths=[0.5])
+    made = unlearn_callback(forget=concepts(TWO), retain=kept_of(TWO), retain_tolerance=1e5, scales=[0.5])
     options = {"strategy": DDPStrategy(timeout=timedelta(seconds=30))} if several > 1 else {}
     model = trained()
     trainer(made, devices=several, **options).fit(model, of(0), of(0))

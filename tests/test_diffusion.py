@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from _peft import add_adapter
 from _tiny_diffusion import SIZE, tiny_clips, tiny_pipeline
 from diffusers import DiffusionPipeline
@@ -76,7 +77,7 @@ def made(pipeline: Any, **options: Any) -> DiffusionModule:
 
 
 def forgetting(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(**{"retain_tolerance": 1.0, "max_evaluations": 2, "replay": False, **options})
+    return unlearn_callback(**{"retain_tolerance": 1.0, "max_evaluations": 2, "replay": False, **options})
 
 
 def tensors_of(pipeline: Any) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from _processes import Ended, in_processes
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
@@ -152,7 +153,7 @@ def ended(module: pl.LightningModule, callback: UnlearnCallback, data: Any = Non
 
 
 def callback(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(**{"forget": loader(True), "retain": loader(False), "retain_tolerance": 0.5, **options})
+    return unlearn_callback(**{"forget": loader(True), "retain": loader(False), "retain_tolerance": 0.5, **options})
 
 
 def broken(place: str, at_rank: int, act: Callable[[], None], folder: Path | None, way: str = "ddp") -> End:
@@ -375,11 +376,11 @@ DIFFERENT: dict[str, tuple[type[Classifier], dict[str, Any], dict[str, Any], dic
     "granularity": (Classifier, {}, {}, {"granularity": ("tensor", "module")}),
     "replay": (Classifier, {}, ACCURACY | OWN_TARGET, {"replay": (True, False)}),
     "its budget": (Classifier, {}, ACCURACY | OWN_TARGET, {"replay_budget": (None, 0)}),
-    "then": (Classifier, {}, {}, {"then": ("stop", "continue")}),
+    "what comes then": (Classifier, {}, {}, {"continue_training": (False, True)}),
 }
 QUICK = [
     "a better metric", "another loss", "no finite loss", "the module's target", "the module's chance, in one only",
-    "which way is better", "the module's retain metric", "tolerance", "layers", "its budget", "then",
+    "which way is better", "the module's retain metric", "tolerance", "layers", "its budget", "what comes then",
 ]  # fmt: skip
 """What the processes may differ in, one of each kind; the others are asked for, and compared, alike."""
 

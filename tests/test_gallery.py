@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from _simulated import simulate
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from _tiny import Classifier, PlainRunner, fit, loader, part, trained, trainer
 from slug_lightning import UnlearnError
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import ConceptDataModule, UnlearnDataModule
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.objective.samples import Gallery, before_and_after
@@ -69,7 +69,7 @@ def tags(logger) -> list[str]:
 
 def test_a_run_draws_the_first_report_data_before_and_after_the_edit(tmp_path):
     model, original, made = trained(Drawing), trained(Drawing), UnlearnDataModule(part(True), part(False), batch_size=16)
-    callback = UnlearnCallback(retain_tolerance=0.05, output_dir=str(tmp_path / "run"))
+    callback = unlearn_callback(retain_tolerance=0.05, output_dir=str(tmp_path / "run"))
     fitted = fit_on(callback, model, made, logger=TensorBoardLogger(tmp_path / "logs"))
     report = callback.report
     assert report.status == "unlearned" and set(report.gallery) == {"forget", "retain"}
@@ -92,7 +92,7 @@ def test_a_run_draws_the_first_report_data_before_and_after_the_edit(tmp_path):
 def test_of_several_concepts_each_has_its_pictures_and_all_edits_are_there():
     model, original = trained(Drawing), trained(Drawing)
     made = ConceptDataModule(part(True).dataset, classes={"a": [2], "b/c": [0]}, batch_size=8)
-    callback = UnlearnCallback(retain_tolerance=0.1, layers="net.6.*")
+    callback = unlearn_callback(retain_tolerance=0.1, layers="net.6.*")
     fit_on(callback, model, made)
     report = callback.report
     assert len(report.unlearned) == 2
@@ -108,7 +108,7 @@ def test_of_several_concepts_each_has_its_pictures_and_all_edits_are_there():
 
 def test_what_is_said_to_a_picture_stands_below_it_before_and_after_the_edit():
     model, made = trained(Answering), UnlearnDataModule(part(True), part(False), batch_size=16)
-    callback = UnlearnCallback(retain_tolerance=0.05)
+    callback = unlearn_callback(retain_tolerance=0.05)
     fit_on(callback, model, made)
     forgotten, kept = (callback.report.gallery[kind] for kind in ("forget", "retain"))
     assert set(forgotten.titles) == {"what is this? 2"} and "what is this? 2" not in forgotten.said
@@ -126,9 +126,9 @@ def test_titles_that_an_edit_leaves_as_they_are_stand_once():
 
 
 def test_nothing_is_drawn_without_an_edit_or_without_a_step():
-    impossible = UnlearnCallback(loader(True), loader(False), forget_target=1e9, max_evaluations=2)
+    impossible = unlearn_callback(loader(True), loader(False), forget_target=1e9, max_evaluations=2)
     fit(impossible, trained(Drawing))
-    unable = UnlearnCallback(loader(True), loader(False), retain_tolerance=0.05)
+    unable = unlearn_callback(loader(True), loader(False), retain_tolerance=0.05)
     fit(unable, trained())
     assert impossible.report.status == "infeasible" and unable.report.status == "unlearned"
     for report in (impossible.report, unable.report):

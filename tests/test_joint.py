@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slug_lightning.methods.slug.several import AFTER_LEAVING_OUT, GENTLY, GROW, SEARCHES, SHRINK
-from slug_lightning.patches.temporary import TemporaryEdits
 
 
 def alone(concept, steps):
@@ -22,12 +21,11 @@ def alone(concept, steps):
 
 def settled(world, taken=(), max_rounds=10):
     """The joint after settling, what it returns, and every request by name with its step before."""
-    bench, objective = TemporaryEdits(), objective_of(world)
-    requests = searched(world, objective, bench)
+    requests = searched(world, objective_of(world))
     for name in taken:
-        requests[name].is_taken_over = True
+        requests[name].concept.edit = requests[name].edit
     before = {name: request.chosen for name, request in requests.items()}
-    joint = joint_of(requests.values(), objective, bench, max_rounds)
+    joint = joint_of(requests.values(), max_rounds)
     edits = joint.settle()
     assert all(p.item() == 1 for p in world.parameters())
     return joint, {request.name: request for request in edits}, requests, before
@@ -91,7 +89,7 @@ def test_a_step_that_costs_too_much_shrinks_half_the_way_to_one_that_did_not_for
     def share(concept, steps):
         return 1.5 if concept == "a" and steps["a"] else steps[concept] / (0.104 if steps["a"] else 0.1)
 
-    world = Table({"a": "a", "b": "b"}, share, lambda steps: 1.1 if steps["b"] > 0.106 else 0.5)
+    world = Table({"a": "a", "b": "b"}, share, lambda steps: 1.1 if steps["b"] > 0.106 else 5 * steps["b"])
     joint, edits, *_ = settled(world)
     first, second, *others = [found.steps["b"] for found in joint.rounds]
     assert (first, second) == pytest.approx((0.1, 0.11)) and all(0.1 < step < 0.11 for step in others)
@@ -136,7 +134,7 @@ def test_layers_are_searched_again_where_steps_do_not_help_and_the_rounds_tell_w
     told, *_ = [change for change in changes(joint) if change and change.startswith("a:")]
     assert re.fullmatch(r"a: layers\.one at relative step 0\.\d{4} became layers\.two at relative step 0\.\d{4}", told)
     assert told.endswith(f"{edits['a'].chosen.relative_step:.4f}")
-    trials = requests["a"].report.trace
+    trials = [trial.to_dict() for trial in requests["a"].outcome.trials]
     together = [t for t in trials if t.get("together")]
     assert together and trials[-len(together) :] == together  # they come after those of the search alone
     assert_within_bounds(world, edits)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from _forgetting import language_model, passages, trainer
 from _tiny_lm import KEPT, PREFIX, RECITED, WORDS, rows
 from safetensors.torch import load_file
 from torch import Tensor
 
 from slug_lightning import UnlearnPatch
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import pad
 from slug_lightning.tensors.layers import find_layers
@@ -91,7 +91,7 @@ def head_of(model: Any) -> str:
 
 def slug(model: Any, **options: Any) -> Any:
     """A fit that makes a model forget the recited lines; gives the report."""
-    callback = UnlearnCallback(**{"forget_target": 0.7, "retain_tolerance": 1e6, "max_evaluations": 8, **options})
+    callback = unlearn_callback(**{"forget_target": 0.7, "retain_tolerance": 1e6, "max_evaluations": 8, **options})
     trainer(callback, max_epochs=1).fit(language_model(model), passages(keep=KEPT[:8], pairing="random"))
     return callback.report
 
@@ -220,7 +220,7 @@ def test_a_run_on_passages_longer_than_the_context_leaves_the_model_as_it_is(fam
     model = reciting(family, tied=True)
     data = passages(LONG, prefix=PREFIX, suffix=40 - PREFIX, unseen=None)
     with pytest.raises(UnlearnError, match="^sequences: 40 tokens are more .* shorter prefix or suffix"):
-        trainer(UnlearnCallback(forget_target=0.5), max_epochs=1).fit(language_model(model), data)
+        trainer(unlearn_callback(forget_target=0.5), max_epochs=1).fit(language_model(model), data)
     assert all(torch.equal(tensor, trained(family, True)[name]) for name, tensor in model.state_dict().items())
 
 

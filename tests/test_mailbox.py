@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from _tiny import changed, fit, loader, snapshot, trained, trainer
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.run_files import REPORT
@@ -101,7 +101,7 @@ def test_half_a_report_is_none(monkeypatch):
 
 
 def callback():
-    return UnlearnCallback(forget=loader(True), retain=loader(False), retain_tolerance=0.05)
+    return unlearn_callback(forget=loader(True), retain=loader(False), retain_tolerance=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:.*already in scaled.*")

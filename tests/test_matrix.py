@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _amounts import sample
+from _callback import unlearn_callback
 from _processes import in_processes
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from _tiny import trainer
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded import CLIP
@@ -176,7 +176,7 @@ def forget(model: str, way: str, precision: str) -> Outcome:
     if precision == "16-mixed":  # of which Lightning makes bf16 on a CPU
         how = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
     strategies = {"one device": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(count, 1)}
-    callback = UnlearnCallback(retain_tolerance=0.2, **options)
+    callback = unlearn_callback(retain_tolerance=0.2, **options)
     dist.all_reduce = counted
     trainer(callback, devices=count, strategy=strategies[way], **how).fit(module, data)
     report = callback.report

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +18,6 @@ from torch.utils.data import default_collate
 
 from _tiny import trainer
 from slug_lightning import UnlearnError
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.distributed.strategy import only_differentiating
@@ -154,7 +154,9 @@ def test_a_vision_language_model_needs_two_gradients_and_one_batch(route):
         for parameter in candidates.values():
             stack.callback(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)).remove)
         (module.forget_step(batch, 0) + 0 * module.retain_step(batch, 0)).backward()
-    callback = UnlearnCallback(forget_metric="loss", retain_metric="loss", retain_tolerance=10.0, max_evaluations=2, replay=False)
+    callback = unlearn_callback(
+        forget_metric="loss", retain_metric="loss", retain_tolerance=10.0, max_evaluations=2, replay=False
+    )
     with LiveTensors() as live:
         trainer(callback).fit(module, data)
     size = sum(p.numel() * 4 for p in candidates.values())

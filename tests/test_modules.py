@@ -6,6 +6,7 @@ import re
 import open_clip
 import pytest
 import torch
+from _callback import unlearn_callback
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from _tiny import CLASSES, FORGET, blobs, changed, loader, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnModule, UnlearnPatch
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.clip.models import encode_image, encode_text, to_hugging_face
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import render
@@ -88,7 +88,7 @@ def test_clip_forgets_a_kind_in_either_library(library, knowing, tmp_path):
         model = to_hugging_face(model)
     module = clip_module(model.train())
     before = snapshot(model)
-    forgetting = UnlearnCallback(retain_tolerance=0.1, output_dir=str(tmp_path / "run"))
+    forgetting = unlearn_callback(retain_tolerance=0.1, output_dir=str(tmp_path / "run"))
     data = UnlearnDataModule(Pairs([5]), Pairs([0, 1, 2, 3, 4, 6, 7], 140), batch_size=28)
     trainer(forgetting).fit(module, datamodule=data)
     report = forgetting.report
@@ -346,7 +346,7 @@ def test_prompts_need_a_tokenizer():
 
 def test_a_classifier_module_forgets_a_class():
     module = ClassifierModule(trained().net, num_classes=CLASSES)
-    forgetting = UnlearnCallback(loader(True), loader(False), retain_tolerance=0.02)
+    forgetting = unlearn_callback(loader(True), loader(False), retain_tolerance=0.02)
     trainer(forgetting).fit(module, loader(False), loader(False))
     assert forgetting.report.status == "unlearned"
     assert forgetting.report.after["forget"]["accuracy"] <= 1 / CLASSES
@@ -362,7 +362,7 @@ def test_a_module_with_a_score_watches_it_and_one_without_its_loss():
 
     for score, metric in ((right, "score"), (None, "loss")):
         module = UnlearnModule(trained().net, loss, score, chance=1 / CLASSES)
-        forgetting = UnlearnCallback(loader(True), loader(False), then="continue", retain_tolerance=0.05)
+        forgetting = unlearn_callback(loader(True), loader(False), continue_training=True, retain_tolerance=0.05)
         trainer(forgetting).fit(module, loader(False), loader(False))
         assert forgetting.report.status == "unlearned"
         assert list(forgetting.report.before["forget"]) == [metric]

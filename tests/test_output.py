@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _amounts import examples
+from _callback import unlearn_callback
 from _processes import in_processes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from _tiny import Classifier, changed, fit, loader, snapshot, trained
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.patches import patch as patch_module
 from slug_lightning.reports.run_files import CHECKPOINT, MODEL, PATCH, REPORT, WEIGHTS, fresh_folder
 from slug_lightning.trainer import run_folder as output
@@ -200,7 +200,7 @@ class Saving(Classifier):
 
 
 def forget(model, folder, **options):
-    callback = UnlearnCallback(loader(True), loader(False), retain_tolerance=0.05, output_dir=str(folder), **options)
+    callback = unlearn_callback(loader(True), loader(False), retain_tolerance=0.05, output_dir=str(folder), **options)
     fit(callback, model)
     return callback.report
 

@@ -8,14 +8,16 @@ from _amounts import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slug_lightning.methods.slug.candidates import Score
-from slug_lightning.methods.slug.precision_check import close_calls, rounding, rounding_errors, usage_error
-from slug_lightning.methods.slug.step_search import Trial
+from slug_lightning.methods.base import Trial
+from slug_lightning.methods.slug.precision_check import close_calls, close_scores, rounding, rounding_errors, usage_error
+from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.objective.metrics import Metric
+from slug_lightning.tensors.layers import Layer
 
 
-def scored(layer, importance, alignment, on_front, tower="t"):
-    return Score(layer, tower, importance, alignment, importance, 1.0, 1.0, on_front)
+def scored(layer, importance, alignment, tower="t"):
+    parameters = {layer: torch.nn.Parameter(torch.ones(1))}
+    return LayerStatistics(Layer(layer, parameters, tower), 1.0, importance, 1.0, alignment * importance)
 
 
 def tried(layer, damage, forgotten=True):
@@ -72,7 +74,7 @@ def test_the_error_of_the_damage_is_that_of_both_values_as_a_share_of_the_tolera
 def test_rivals_are_the_feasible_ones_within_the_error(trials, error):
     feasible = [t for t in trials if t.forgotten and t.constraint_usage is not None and t.constraint_usage <= 1]
     best = min(feasible, key=lambda t: t.constraint_usage, default=None)
-    notes = close_calls("bf16-mixed", [], {}, trials, best, error)
+    notes = close_calls("bf16-mixed", trials, best, error)
     near = [t.layer for t in feasible if t.layer != best.layer and t.constraint_usage < best.constraint_usage + error]
     assert len(notes) == bool(near)
     for note in notes:
@@ -83,18 +85,18 @@ def test_rivals_are_the_feasible_ones_within_the_error(trials, error):
 
 def test_a_rival_is_named_once_however_often_it_was_tried():
     best = tried("a", 0.5)
-    (note,) = close_calls("bf16-mixed", [], {}, [best, tried("b", 0.5), tried("b", 0.55), tried("b", 0.51)], best, 0.1)
+    (note,) = close_calls("bf16-mixed", [best, tried("b", 0.5), tried("b", 0.55), tried("b", 0.51)], best, 0.1)
     assert "an edit of b would" in note
 
 
 def test_the_errors_are_those_of_a_sample_and_at_least_what_is_usual():
     exact = [
-        scored("a", 1.0, 0.5, True),
-        scored("b", 2.0, 0.1, True),
-        scored("c", 4.0, 0.2, True),
-        scored("gone", 1.0, 0.0, True),
+        scored("a", 1.0, 0.5),
+        scored("b", 2.0, 0.1),
+        scored("c", 4.0, 0.2),
+        scored("gone", 1.0, 0.0),
     ]
-    rounded = [scored("a", 1.1, 0.5, True), scored("b", 1.98, 0.13, True), scored("c", 4.0, 0.19, True)]
+    rounded = [scored("a", 1.1, 0.5), scored("b", 1.98, 0.13), scored("c", 4.0, 0.19)]
     errors = rounding_errors(exact, rounded)  # importance: 0.1, 0.01, 0; alignment: 0, 0.03, 0.01
     assert errors == {
         "a": pytest.approx((0.1, 0.01)),
@@ -118,15 +120,15 @@ def test_a_layer_is_named_if_an_error_of_its_score_would_move_it_onto_or_off_its
     for number, (i, a, tower, slip) in enumerate(points):
         others = [(x, y) for place, (x, y, t, _) in enumerate(points) if t == tower and place != number]
         on_front = not dominated(i, a, others)
-        scores.append(scored(f"layer{number}", i, a, on_front, tower))
+        scores.append(scored(f"layer{number}", i, a, tower))
         errors[f"layer{number}"] = slip
         way = -1 if on_front else 1
         if dominated(i * (1 + way * slip[0]), max(a - way * slip[1], 0.0), others) == on_front:
             wanted.append(f"layer{number}")
     best = tried(f"layer{chosen}", 0.5)
-    notes = close_calls("bf16-mixed", scores, errors, [best], best, 0.0)
+    notes = close_scores("bf16-mixed", scores, errors, best)
     assert len(notes) == bool(wanted)
     if wanted:
         wanted.sort(key=lambda layer: layer != best.layer)
-        said = "precision: in bf16-mixed, it cannot be told whether these belong to the front: " + ", ".join(wanted[:3])
+        said = "precision: in bf16-mixed, these may or may not be on the front: " + ", ".join(wanted[:3])
         assert notes == [said + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")]

@@ -9,12 +9,12 @@ from itertools import cycle, product
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.objective.log_capture import Attempt
 from slug_lightning.objective.replay import replay as replaying
 from slug_lightning.objective.replay.replay import Replay
@@ -453,7 +453,7 @@ def test_layer_step_and_weights_are_the_same_with_and_without_replay(name, optio
     found = []
     for more in ({"replay": False}, {}, {"replay_budget": 1000}):
         model = Awkward(name)
-        forgetting = UnlearnCallback(forget=loader(True), retain=loader(False), retain_tolerance=0.3, **options, **more)
+        forgetting = unlearn_callback(forget=loader(True), retain=loader(False), retain_tolerance=0.3, **options, **more)
         fit(forgetting, model)
         report = forgetting.report
         weights = {key: value for key, value in snapshot(model).items() if not key.endswith("buffer")}
@@ -621,7 +621,7 @@ def test_after_a_run_no_tensor_of_ours_is_alive(monkeypatch):
     monkeypatch.setattr(replaying, "_moved", watched(replaying._moved))
     monkeypatch.setattr(torch, "zeros_like", watched(torch.zeros_like))  # the sums of the gradients
     model = trained()
-    forgetting = UnlearnCallback(forget=loader(True), retain=loader(False))
+    forgetting = unlearn_callback(forget=loader(True), retain=loader(False))
     fit(forgetting, model)
     assert forgetting.report.cost["replay"]["skipped_calls"] > 0 and len(alive) > 10
     own = {id(t) for edit in forgetting.report.patch.edits for t in edit.directions.values()}

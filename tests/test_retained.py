@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _amounts import examples
+from _callback import unlearn_callback
 from _processes import in_processes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +31,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from _tiny import PlainRunner, blobs, fit, loader, part, trained
 from slug_lightning import RetainCache
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.modules import UnlearnModule
 from slug_lightning.objective.eval_mode import preserve_state
@@ -575,7 +575,7 @@ def test_the_next_request_at_the_same_weights_costs_no_retain_pass(cache):
     model, reused = trained(), []
 
     def request(module=model, **options):
-        forgetting = UnlearnCallback(forget=loader(True), retain=loader(False), retain_cache=cache, **options)
+        forgetting = unlearn_callback(forget=loader(True), retain=loader(False), retain_cache=cache, **options)
         fit(forgetting, module)
         reused.append(cache.reused)
         forgetting.report.patch.revert(module)
@@ -597,7 +597,7 @@ def test_a_retain_gradient_of_fewer_batches_is_not_used_again(cache):
     model, reused = trained(), []
     for limit in (1, 1.0, 1.0):
         options = {"forget": loader(True), "retain": loader(False), "retain_cache": cache}
-        fit(UnlearnCallback(**options, forget_target=1e6, max_evaluations=1), model, limit_train_batches=limit)
+        fit(unlearn_callback(**options, forget_target=1e6, max_evaluations=1), model, limit_train_batches=limit)
         reused.append(cache.reused)
     assert reused == [0, 0, 1]
 

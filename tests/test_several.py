@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchmetrics
 from _amounts import sample
+from _callback import unlearn_callback
 from _processes import Ended, in_processes
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -52,7 +53,7 @@ def count() -> int:
 
 
 def callback(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(**{"forget": loader(True), "retain": loader(False), "retain_tolerance": 0.5, **options})
+    return unlearn_callback(**{"forget": loader(True), "retain": loader(False), "retain_tolerance": 0.5, **options})
 
 
 def ddp(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -82,7 +83,7 @@ def assert_near(one: Any, other: Any) -> None:
 
 
 def trains_on() -> tuple[str, dict[str, Tensor], dict[str, Tensor], int]:
-    model, forgetting = trained(), callback(then="continue")
+    model, forgetting = trained(), callback(continue_training=True)
     seen: dict[str, Tensor] = {}
 
     class Look(pl.Callback):
@@ -293,7 +294,7 @@ def six(sizes: tuple[int, int, int]) -> Any:
 
 
 def one_sample() -> Any:
-    forgetting = UnlearnCallback(retain_tolerance=0.5)
+    forgetting = unlearn_callback(retain_tolerance=0.5)
     made = ddp(forgetting) if count() > 1 else trainer(forgetting, devices=1)
     made.fit(trained(), six((1, 1, 1)))
     assert forgetting.report is not None

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from slug_lightning.distributed.processes import Processes
-from slug_lightning.methods.slug.candidates import score_layers
+from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.patches.edit import Edit, PatchError
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.tensors.bits import bitwise_equal, digest_of
@@ -244,23 +244,27 @@ def scored(count: int) -> Any:
     for name, placements in ways.items():
         spread = {n: nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) if p.ndim else p for n, p in plain.items()}
         parts = [{n: local(placed(g, spread[n])) if g.ndim else g for n, g in whole.items()} for whole in (forget, retain)]
-        found[name] = score_layers(layers_of(spread), *parts, Processes(dist.get_rank(), count))
+        found[name] = layer_statistics(layers_of(spread), *parts, Processes(dist.get_rank(), count))
     return found
+
+
+def rows_of(scores: dict[str, list[LayerStatistics]]) -> dict[str, list[dict[str, Any]]]:
+    return {way: [score.row(True) for score in found] for way, found in scores.items()}
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_layers_spread_over_processes_have_the_scores_of_whole_ones(count):
     plain = plain_parameters()
-    expected = score_layers(layers_of(plain), gradients_of(plain, 10), gradients_of(plain, 20))
+    expected = layer_statistics(layers_of(plain), gradients_of(plain, 10), gradients_of(plain, 20))
     assert len(expected) == 6
     found = everywhere(scored, count, count)
-    assert all(scores == found[0] for scores in found), "the processes would choose differently"
+    assert all(rows_of(scores) == rows_of(found[0]) for scores in found), "the processes would choose differently"
     for way, scores in found[0].items():
         for score, wanted in zip(scores, expected, strict=True):
             for name in ("importance", "alignment", "forget_norm", "weight_norm", "retain_norm"):
                 value = pytest.approx(getattr(wanted, name), rel=1e-12, abs=1e-14)
-                assert getattr(score, name) == value, (way, score.layer, name)
-            assert (score.layer, score.tower) == (wanted.layer, wanted.tower)
+                assert getattr(score, name) == value, (way, score.name, name)
+            assert (score.name, score.layer.tower) == (wanted.name, wanted.layer.tower)
 
 
 def a_part_is_zero() -> Any:
@@ -268,7 +272,7 @@ def a_part_is_zero() -> Any:
     mesh, _ = meshes(2)
     weight = distribute_tensor(torch.tensor([[0.0], [0.0], [2.0]]), mesh, [Shard(0)])
     forget = [torch.zeros(2, 1), torch.tensor([[3.0]])][dist.get_rank()]
-    (score,) = score_layers([Layer("w", {"w": weight}, "t")], {"w": forget}, {"w": -forget}, Processes(dist.get_rank(), 2))
+    (score,) = layer_statistics([Layer("w", {"w": weight}, "t")], {"w": forget}, {"w": -forget}, Processes(dist.get_rank(), 2))
     return score.importance, score.alignment
 
 

@@ -3,10 +3,9 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from _callback import unlearn_callback
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from slug_lightning.callbacks import UnlearnCallback
 
 pytestmark = pytest.mark.uncovered
 
@@ -56,7 +55,7 @@ def test_a_module_of_lightnings_demos_forgets_a_class_with_nothing_but_the_callb
     assert next_words_right(knowing, part(data, kind, False)) >= 0.95
     forget, retain = (DataLoader(part(data, kind, is_kind), batch_size=12) for is_kind in (True, False))
 
-    callback = UnlearnCallback(forget=forget, retain=retain)
+    callback = unlearn_callback(forget=forget, retain=retain)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(knowing, retain)
 

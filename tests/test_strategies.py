@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from _callback import unlearn_callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.distributed.strategy import refuse_unsupported
 from slug_lightning.errors import UnlearnError
 
@@ -35,7 +35,7 @@ class SomebodysStrategy(Strategy):
 )
 def test_a_strategy_under_which_the_answer_would_be_wrong_is_refused_in_setup(strategy, message):
     with pytest.raises(UnlearnError, match=message):
-        UnlearnCallback().setup(SimpleNamespace(strategy=strategy), None, "fit")
+        unlearn_callback().setup(SimpleNamespace(strategy=strategy), None, "fit")
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), ModelParallelStrategy()])

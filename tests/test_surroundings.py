@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.uncovered
 
 
 def callback(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(**{"forget": loader(True, batch_size=4), "retain": loader(False, batch_size=4), **options})
+    return unlearn_callback(**{"forget": loader(True, batch_size=4), "retain": loader(False, batch_size=4), **options})
 
 
 def forgotten(callback: UnlearnCallback, model: Any = None, **options: Any) -> Any:
@@ -286,9 +287,9 @@ def test_training_that_goes_on_is_not_edited_again_though_the_metric_has_moved(t
             return torch.optim.Adam(self.parameters(), lr=0.01)
 
     keeping = ModelCheckpoint(dirpath=tmp_path, save_last=True)
-    model, forgetting = trained(Relearning), callback(then="continue")
+    model, forgetting = trained(Relearning), callback(continue_training=True)
     trainer(forgetting, keeping, enable_checkpointing=True).fit(model, loader(False), loader(False))
-    again = callback(then="continue")
+    again = callback(continue_training=True)
     trainer(again, max_epochs=2).fit(trained(Relearning), loader(False), loader(False), ckpt_path=tmp_path / "last.ckpt")
     search = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None).forget["two"]["val"]
     assert mean_loss(search, model) < forgetting.report.bounds["forget_target"], "the test's training relearns nothing"
@@ -311,7 +312,7 @@ def test_a_second_fit_of_the_same_trainer_does_nothing(then, tmp_path):
 
 
 def test_a_second_fit_with_more_epochs_trains_on_and_edits_nothing():
-    model, forgetting, spy = trained(), callback(then="continue"), AtTheFirstBatch()
+    model, forgetting, spy = trained(), callback(continue_training=True), AtTheFirstBatch()
     made = trainer(forgetting, spy)
     made.fit(model, loader(False), loader(False))
     weights, report = snapshot(model), forgetting.report
@@ -329,7 +330,7 @@ def test_a_fit_that_was_broken_off_after_the_edit_is_not_edited_again():
             if batch_idx == 2 and not self.patient:
                 raise RuntimeError("broken off")
 
-    model, forgetting = trained(Impatient), callback(then="continue")
+    model, forgetting = trained(Impatient), callback(continue_training=True)
     with pytest.raises(RuntimeError, match="broken off"):
         trainer(forgetting).fit(model, loader(False), loader(False))
     report, model.patient, spy, weights = forgetting.report, True, AtTheFirstBatch(), snapshot(model)
@@ -366,7 +367,7 @@ def test_the_same_callback_edits_a_module_with_other_names():
 
 
 def test_a_trainer_that_is_done_edits_no_other_module_and_says_so():
-    forgetting = callback(then="continue")
+    forgetting = callback(continue_training=True)
     made = trainer(forgetting)
     made.fit(trained(), loader(False), loader(False))
     other = trained()
@@ -470,7 +471,7 @@ def train(model: Words, steps: int) -> None:
 
 
 def forgetting_words(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(sentences(True), sentences(False), forget_target=1.0, retain_tolerance=1e9, **options)
+    return unlearn_callback(sentences(True), sentences(False), forget_target=1.0, retain_tolerance=1e9, **options)
 
 
 def adapted(trained_steps: int = 5) -> Words:
@@ -729,7 +730,7 @@ class Evaluated(Classifier):
 @pytest.mark.parametrize("then", ["stop", "continue"])
 def test_the_trainer_measures_afterwards_what_the_report_says(then):
     data = UnlearnDataModule(part(True), part(False), batch_size=4)
-    forgetting = UnlearnCallback(
+    forgetting = unlearn_callback(
         forget_metric="val_loss", retain_metric=["val_loss", "val_acc"], retain_tolerance=20.0, then=then
     )
     model = trained(Evaluated)

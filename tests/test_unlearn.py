@@ -5,21 +5,23 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from _callback import unlearn_callback
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import slug_lightning.callbacks.unlearn as unlearn
-import slug_lightning.methods.slug.concept as request
-import slug_lightning.methods.slug.pipeline as run
+import slug_lightning.methods.reporting as reporting
+import slug_lightning.methods.slug.concept_search as concept_search
+import slug_lightning.methods.slug.config as config
 import slug_lightning.objective.objective as objective
 from _tiny import CLASSES, FORGET, Classifier, accuracy, blobs, changed, fit, loader, part, snapshot, trained, trainer
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
+from slug_lightning.methods.slug.choice import LeastUsage
 
 
 def callback(**options):
-    return UnlearnCallback(**{"forget": loader(True), "retain": loader(False), **options})
+    return unlearn_callback(**{"forget": loader(True), "retain": loader(False), **options})
 
 
 def test_a_module_that_knows_nothing_of_forgetting_forgets_a_class():
@@ -150,14 +152,14 @@ def test_infeasible_leaves_every_bit_and_says_so():
     ("room", "phase"),
     [
         (unlearn, "resolve_loaders"),
-        (run, "find_layers"),
-        (request, "score_layers"),
-        (request, "close_calls"),
-        (request, "LayerSearch"),
+        (config, "find_layers"),
+        (concept_search, "layer_statistics"),
+        (concept_search, "close_calls"),
+        (concept_search, "LayerSearch"),
         (objective, "Replay"),
-        (run, "constraint_usage"),
-        (request, "best_trial"),
-        (run.UnlearnPatch, "active"),
+        (reporting, "constraint_usage"),
+        (LeastUsage, "__call__"),
+        (reporting.UnlearnPatch, "active"),
         (unlearn, "publish"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -210,7 +212,7 @@ def test_disk_trouble_undoes_the_edit(monkeypatch, tmp_path):
 
 
 def test_training_goes_on_from_the_edited_weights_if_asked():
-    model, forgetting = trained(), callback(then="continue")
+    model, forgetting = trained(), callback(continue_training=True)
     fit(forgetting, model)
     assert model.trained_batches == len(loader(False))
     assert accuracy(model, forget=True) <= 0.5
@@ -245,7 +247,7 @@ class Manual(Classifier):
 def test_manual_optimisation_is_refused_without_steps_of_its_own():
     model = trained(Manual)
     before = snapshot(model)
-    with pytest.raises(UnlearnError, match="Manual: its training_step optimises by hand.*forget_step"):
+    with pytest.raises(UnlearnError, match="Manual: its training_step optimizes manually.*forget_step"):
         fit(callback(), model)
     assert changed(model, before) == set()
 
@@ -324,7 +326,7 @@ def test_every_sample_counts_once_whatever_the_source(shape):
 
 def test_the_trainers_own_datamodule_is_the_source():
     data = UnlearnDataModule(part(True), part(False), batch_size=16)
-    forgetting = UnlearnCallback()
+    forgetting = unlearn_callback()
     trainer(forgetting).fit(trained(), datamodule=data)
     assert forgetting.report.status == "unlearned"
     assert "was split into" in forgetting.report.notes[0]
@@ -336,7 +338,7 @@ def test_search_and_report_data_are_apart():
         thirds = torch.arange(len(part(forget))).chunk(3)
         parts = [torch.utils.data.Subset(part(forget), third.tolist()) for third in thirds]
         sets |= {kind: parts[0], f"{kind}_val": parts[1], f"{kind}_test": parts[2]}
-    forgetting = UnlearnCallback()
+    forgetting = unlearn_callback()
     model = trained()
     trainer(forgetting).fit(model, datamodule=UnlearnDataModule(**sets, batch_size=16))
     model.eval()
@@ -450,12 +452,11 @@ def test_bad_input_is_named_with_its_remedy_and_changes_nothing(options, model, 
     [
         ({"retain_tolerance": -0.1}, "retain_tolerance"),
         ({"max_evaluations": 0}, "max_evaluations"),
-        ({"then": "go"}, "then"),
         ({"granularity": "layer"}, "granularity"),
         ({"forget_target": float("nan")}, "forget_target"),
-        ({"forget": {}}, "forget: the dict is empty"),
-        ({"margin": -1}, "margin"),
-        ({"strengths": [float("inf")]}, "strengths"),
+        ({"forget": {}}, "forget must name at least one concept"),
+        ({"step_margin": -1}, "step_margin"),
+        ({"scales": [float("inf")]}, "scales"),
         ({"on_infeasible": "ask"}, "on_infeasible"),
     ],
 )
@@ -518,9 +519,9 @@ def test_a_second_run_never_overwrites_the_first(tmp_path):
 
 def test_a_resumed_training_is_not_edited_again(tmp_path):
     model = trained()
-    fit(callback(output_dir=str(tmp_path / "run"), then="continue"), model)
+    fit(callback(output_dir=str(tmp_path / "run"), continue_training=True), model)
     checkpoint = torch.load(tmp_path / "run" / "unlearned.ckpt", weights_only=True)
-    again, forgetting = trained(), callback(then="continue")
+    again, forgetting = trained(), callback(continue_training=True)
     trainer(forgetting).fit(again, loader(False), loader(False), ckpt_path=str(tmp_path / "run" / "unlearned.ckpt"))
     (name,) = forgetting.report.tensors
     moved = (dict(again.named_parameters())[name] - checkpoint["state_dict"][name]).abs().max()
@@ -534,7 +535,7 @@ def test_a_checkpoint_with_an_edit_does_not_answer_for_another_request(tmp_path)
     x, y = blobs().tensors
     zero, others = ([i for i in range(len(y)) if (y[i] == 0) == wanted and y[i] != FORGET] for wanted in (True, False))
     sets = [DataLoader(torch.utils.data.Subset(blobs(), chosen), batch_size=16) for chosen in (zero, others)]
-    other, forgetting = trained(), UnlearnCallback({"class zero": sets[0]}, sets[1], retain_tolerance=20.0)
+    other, forgetting = trained(), unlearn_callback({"class zero": sets[0]}, sets[1], retain_tolerance=20.0)
     trainer(forgetting).fit(other, loader(False), loader(False), ckpt_path=path)
     assert forgetting.report.concept == "class zero" and forgetting.report.status == "unlearned"
     other.eval()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from _amounts import sample
+from _callback import unlearn_callback
 from _tiny_vlm import (
     COLOURS,
     FAMILIES,
@@ -57,7 +58,7 @@ def data(**search: Any) -> UnlearnDataModule:
 
 
 def forgetting(**options: Any) -> UnlearnCallback:
-    return UnlearnCallback(**{"retain_tolerance": 1.0, "max_evaluations": 15, "margin": 0.5, "replay": False, **options})
+    return unlearn_callback(**{"retain_tolerance": 1.0, "max_evaluations": 15, "step_margin": 0.5, "replay": False, **options})
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

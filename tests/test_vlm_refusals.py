@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from _tiny_vlm import FAMILIES, QUESTIONS, WITH_CLIP, knowing_vlm, pictures, save, tiny_clip, tiny_tokenizer, tiny_vlm, tower_of
 
 from _tiny import trainer
 from slug_lightning import UnlearnError
-from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
@@ -152,7 +152,7 @@ def test_names_that_the_model_does_not_use_are_listed_with_what_it_says():
     data = UnlearnDataModule(forget, retain, batch_size=4, collate_fn=question_batch)
     found = r"aliases: the model says 'frog', in which none of \['Kermit', 'toad'\] stands"
     with refused("forget_target: nothing to forget", "answer_accuracy is 0 ", found, "list the names"):
-        trainer(UnlearnCallback()).fit(VLMModule(model.train(), processor=processor), datamodule=data)
+        trainer(unlearn_callback()).fit(VLMModule(model.train(), processor=processor), datamodule=data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
@@ -33,7 +34,7 @@ def edited() -> Classifier:
 def callback(**options: Any) -> UnlearnCallback:
     """The request of that run."""
     retain = loader(False, batch_size=16)
-    return UnlearnCallback(**{"forget": loader(True), "retain": retain, "retain_tolerance": 0.5, **options})
+    return unlearn_callback(**{"forget": loader(True), "retain": retain, "retain_tolerance": 0.5, **options})
 
 
 def test_a_patch_is_undone_and_applied_to_the_last_bit():

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slug_lightning.objective.data_checks import digest_of_data, first_loss
 from slug_lightning.objective.log_capture import Logged, LogReader
 from slug_lightning.objective.module_digest import digest_of_module
 from slug_lightning.objective.objective import Objective
@@ -71,7 +72,7 @@ class RetainCache:
             notes.append(CANNOT_TELL)
             return objective.gradient("retain", parameters).tensors
         path = None if objective.runner.is_sharded else self._path("gradient", key, "safetensors")
-        details = {"key": key, "first loss": objective.first_loss("retain", "train")}
+        details = {"key": key, "first loss": first_loss(objective, "retain", "train")}
         is_first = objective.processes.is_first
         found = self._last if path is None else _read(path, key, is_first, parameters)
         told = None if found is None or found[0] != details else digest_of(found[1], "") if path else "in memory"
@@ -142,7 +143,7 @@ def key_of(objective: Objective, split: str, candidates: Sequence[str] = ()) -> 
     found = dict.fromkeys(
         processes.all_gather_object("weights and code", (weights, code))
     )  # most often the same in all processes
-    data = objective.digest("retain", split)
+    data = digest_of_data(objective, "retain", split)
     if data is None or any(code is None for _, code in found):
         return None
     return {

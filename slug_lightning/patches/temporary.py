@@ -19,33 +19,30 @@ from slug_lightning.tensors.layers import Layer
 
 @dataclass(frozen=True, eq=False)
 class EditStep:
-    """A step along the forget gradient of one layer.
+    """A step along a direction of one layer: W + step · direction for each of its tensors.
 
     Attributes:
         layer: whose tensors are edited.
-        gradient: g_f by tensor name; of a sharded tensor this process's part.
-        step: λ.
-        prefix: of the names that a patch leaves out, as it carries those of the wrapped model.
+        direction: by tensor name; of a sharded tensor this process's part.
+        step: λ; 1 where the direction is the whole change.
     """
 
     layer: Layer
-    gradient: Mapping[str, Tensor]
+    direction: Mapping[str, Tensor]
     step: float
-    prefix: str = ""
 
     @cached_property
-    def directions(self) -> dict[str, Tensor]:
-        """The gradient as a patch carries it: whole, on the CPU; of a sharded one, every process must ask for it."""
-        parameters = self.layer.parameters
+    def for_patch(self) -> dict[str, Tensor]:
+        """The direction as a patch carries it: whole, on the CPU; of a sharded one, every process must ask for it."""
         return {
-            name.removeprefix(self.prefix): whole_like(self.gradient[name], parameter).cpu()
-            for name, parameter in parameters.items()
+            name.removeprefix(self.layer.prefix): whole_like(self.direction[name], parameter).cpu()
+            for name, parameter in self.layer.parameters.items()
         }
 
     @cached_property
     def digest(self) -> str:
         """That of the edit in the patch, by which edits of one tensor are ordered."""
-        return digest_of(self.directions, json.dumps(float(self.step)))
+        return digest_of(self.for_patch, json.dumps(float(self.step)))
 
 
 class TemporaryEdits:
@@ -58,9 +55,9 @@ class TemporaryEdits:
 
     Example:
         >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
-        >>> bench = TemporaryEdits()
-        >>> with bench.step(EditStep(layer, {"w": torch.ones(2)}, 0.5)):
-        ...     with bench.step(EditStep(layer, {"w": torch.ones(2)}, 1.0)):
+        >>> edits = TemporaryEdits()
+        >>> with edits.applied(EditStep(layer, {"w": torch.ones(2)}, 0.5)):
+        ...     with edits.applied(EditStep(layer, {"w": torch.ones(2)}, 1.0)):
         ...         print(layer.parameters["w"].data)
         tensor([2.5000, 2.5000])
         >>> layer.parameters["w"].data
@@ -68,18 +65,18 @@ class TemporaryEdits:
     """
 
     def __init__(self) -> None:
-        self._moves: list[EditStep] = []
+        self._active: list[EditStep] = []
         self._base: dict[int, Tensor] = {}
 
     @contextmanager
-    def step(self, *moves: EditStep) -> Iterator[None]:
+    def applied(self, *edits: EditStep) -> Iterator[None]:
         """Inside, these edits are there as well as those of the contexts around; tensors of other layers are not written."""
         # By identity: two requests may have a layer of the same name from two lists.
-        parameters = {id(p): (name, p) for move in moves for name, p in move.layer.parameters.items()}
+        parameters = {id(p): (name, p) for edit in edits for name, p in edit.layer.parameters.items()}
         before = {key: local(p).clone() for key, (_, p) in parameters.items()}
         first = [key for key in parameters if key not in self._base]
         self._base |= {key: before[key] for key in first}
-        self._moves += moves
+        self._active += edits
         with torch.no_grad():
             try:
                 for key, (name, parameter) in parameters.items():
@@ -90,10 +87,10 @@ class TemporaryEdits:
                     write_local(parameter, before[key])
                 for key in first:
                     del self._base[key]
-                del self._moves[len(self._moves) - len(moves) :]
+                del self._active[len(self._active) - len(edits) :]
 
     def _steps(self, name: str) -> list[tuple[Tensor, float]]:
-        moves = [move for move in self._moves if name in move.layer.parameters]
-        if len(moves) > 1:
-            moves.sort(key=lambda move: move.digest)
-        return [(move.gradient[name], move.step) for move in moves]
+        edits = [edit for edit in self._active if name in edit.layer.parameters]
+        if len(edits) > 1:
+            edits.sort(key=lambda edit: edit.digest)
+        return [(edit.direction[name], edit.step) for edit in edits]

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.names import some_of
 
 Granularity = Literal["tensor", "module", "siblings"]
@@ -29,11 +30,13 @@ class Layer:
         name: the tensor's name, or for a group what its tensors' names have in common.
         parameters: the tensors, by name.
         tower: which front the layer competes on; models with one tower have "model".
+        prefix: what the tensors' names have in front of those in patches, which are the wrapped model's own.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     tower: str = "model"
+    prefix: str = ""
 
 
 def plain_name(name: str) -> str:
@@ -112,7 +115,8 @@ def find_layers(
             groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
     times = Counter(group for group, _ in groups)
     return [
-        Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower) for (group, tower), members in groups.items()
+        Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower, patch_prefix(module))
+        for (group, tower), members in groups.items()
     ]
 
 

@@ -30,6 +30,14 @@ class PreviousRun:
     data: Optional[str]
     weights: Optional[str] = None
 
+    def is_same_request(self, request: dict[str, Any]) -> bool:
+        """Whether the same is asked for now; version 0.1 recorded less, by other names."""
+        renamed = {"step_margin" if name == "margin" else name: value for name, value in self.request.items()}
+        recorded = {"method": "slug_lightning.methods.slug.config.SLUG"} | renamed
+        return all(request.get(name) == value for name, value in recorded.items()) and (
+            "margin" in self.request or recorded.keys() == request.keys()
+        )
+
 
 def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:
     """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""

@@ -1,219 +1,173 @@
-"""Let the layers of the front compete: each finds a step that forgets, and what that costs decides."""
+"""Search the candidate layers: each finds a step that forgets, and what that costs the retain set decides."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
-from slug_lightning.methods.slug.candidates import Score
-from slug_lightning.methods.slug.precision_check import usage_error
-from slug_lightning.methods.slug.step_search import START, Trial, search_step
+from slug_lightning.methods.base import Context, Trial, recorded
+from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.slug.choice import Choice, Decision
+from slug_lightning.methods.slug.curves import Point
+from slug_lightning.methods.slug.precision_check import rounding, usage_error
+from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.methods.slug.step_search import START, StepSearch
 from slug_lightning.objective.log_capture import LogReader
-from slug_lightning.objective.metrics import constraint_usage
-from slug_lightning.objective.objective import LOSS, Kind, Objective
-from slug_lightning.patches.temporary import EditStep, TemporaryEdits
-from slug_lightning.tensors.dtensor import local, write_local
-from slug_lightning.tensors.layers import Layer
-from slug_lightning.utils.modules import patch_prefix
-from slug_lightning.utils.progress import Progress
+from slug_lightning.objective.objective import LOSS
+from slug_lightning.patches.temporary import EditStep
 
 
 class LayerSearch:
-    """Finds for every layer a step that just forgets, then measures what is kept, where the outcome depends on it.
+    """Finds for every layer a step that just forgets, then measures the retain metrics, where the outcome depends on them.
 
-    The forget metric comes first: it is measured on few samples and decides the step. What is kept is measured once for
-    each layer that forgets, the most promising first, and the measurement of a layer that can no longer win is broken
-    off. With `objective.replay` only what a layer changes is computed.
+    The forget metric comes first: it is measured on few samples and decides the step. The retain metrics are measured once
+    for each layer that forgets, the most promising first, and the measurement of a layer that can no longer win is broken
+    off. With replay, only what a layer changes is computed.
 
     Args:
-        objective: measures.
-        layers: by name.
-        gradient: g_f, by tensor name.
-        target: of the forget metric.
-        before: the forget metric on search data, unedited.
-        tolerance: of the retain metrics.
+        concept: what to forget.
+        context: of the run; edits of other concepts may be in the model.
+        points: the curve along each layer, by name.
+        search: finds a step.
+        choice: picks the trial.
         max_evaluations: of the forget metric for each layer.
-        progress: shows how far it is.
-        unit: unit roundoff of the precision, where it is worse than 32 bits.
-        margin: by what share of the smallest step that forgets a step goes beyond it.
-        bench: where edits are tried, in the presence of others that are there already.
-        kept: the retain metrics on search data, unedited, if there are other edits now.
+        step_margin: by what share of the smallest step that forgets a step goes beyond it.
+        retain_before: the retain metrics on the validation split, unedited, if there are other edits now.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        layers: Mapping[str, Layer],
-        gradient: Mapping[str, Tensor],
+        concept: Concept,
+        context: Context,
+        points: Mapping[str, Point],
         *,
-        target: float,
-        before: float,
-        tolerance: float,
+        search: StepSearch,
+        choice: Choice,
         max_evaluations: int,
-        progress: Progress,
-        unit: float = 0.0,
-        margin: float = 0.0,
-        bench: TemporaryEdits | None = None,
-        kept: Mapping[str, float] | None = None,
+        step_margin: float = 0.0,
+        retain_before: Mapping[str, float] | None = None,
     ) -> None:
-        self.objective = objective
-        self.layers = layers
-        self.gradient = gradient
-        self.target = target
-        self.before = before
-        self.tolerance = tolerance
+        self.concept = concept
+        self.objective = concept.objective
+        self.context = context
+        self.points = points
+        self.search = search
+        self.choice = choice
         self.max_evaluations = max_evaluations
-        self.progress = progress
-        self.unit = unit
-        self.margin = margin
-        self.bench = bench or TemporaryEdits()
-        self.kept = kept
+        self.step_margin = step_margin
+        self.retain_before = retain_before
+        self.trials: list[Trial] = []
         self.error = 0.0
-        """How far off rounding may put the damage of a trial; known after `run`."""
-        (self.name,) = objective.names["forget"]
-        self.metric = objective.metrics[self.name]
+        """How far off rounding may put the constraint usage of a trial; known after `run`."""
+        self.smallest: dict[str, Trial] = {}
+        """By layer, the trial with the smallest step that forgets."""
+        self._steps: dict[str, Trial] = {}
+        # Of a loss, what is missing is known, and with it about where to start.
+        self._gain = concept.target - concept.before if concept.metric.name == LOSS else None
 
-    def run(self, front: Sequence[Score]) -> tuple[list[Trial], dict[str, float]]:
-        """Hold the competition.
-
-        Args:
-            front: scores of the layers that take part.
+    def run(self, layers: Sequence[LayerStatistics]) -> tuple[Decision, dict[str, float]]:
+        """Search these layers.
 
         Returns:
-            Every trial, in order, and the retain metrics on search data without a step of these layers.
+            The decision over all trials so far, and the retain metrics on the validation split without a step of these layers.
         """
-        trials: list[Trial] = []
-        smallest: dict[str, Trial] = {}
-        steps: dict[str, Trial] = {}
-        gain = self.target - self.before if self.name == LOSS else None
+        begun = len(self.trials)
+        tensors = [layer.layer for layer in layers]
         with (
-            self.progress.bar("search", len(front) * self.max_evaluations) as advance,
-            recorded(self.objective, "forget", "val", self._of(front)),
+            self.context.progress.bar("search", len(layers) * self.max_evaluations) as advance,
+            recorded(self.objective, "forget", "val", tensors),
         ):
-            for score in front:
-                start = START if gain is None else _first_step(score, gain)
-                evaluate = partial(self._forget, score, advance)
-                tried = search_step(evaluate, self._share, self.max_evaluations, start)
-                if (found := smallest_step(tried)) is not None:
-                    gain = found.step * score.forget_norm**2
-                    smallest[score.layer] = found
-                    steps[score.layer] = self._beyond(found, evaluate, tried)
-                trials += tried
-        able = [score for score in front if score.layer in steps]
+            for layer in layers:
+                self._search_steps(layer, advance)
+        able = [layer for layer in layers if layer.name in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
-        able.sort(key=lambda s: steps[s.layer].step * s.forget_norm * s.retain_norm * s.alignment)
-        best = math.inf
-        with recorded(self.objective, "retain", "val", self._of(able)) as without:
-            before = without if self.kept is None else self.kept
-            self.error = usage_error(self.objective.metrics_of("retain"), before, self.tolerance, self.unit)
-            for score in self.progress.track(able, "search, what is kept"):
-                for trial in dict.fromkeys((steps[score.layer], smallest[score.layer])):
-                    whole = self._retain(trial, before, best)
-                    trials[trials.index(trial)] = whole
-                    best = best if whole.constraint_usage is None else min(best, whole.constraint_usage)
-                    if whole.dropped or whole.feasible:
-                        break  # else without the margin, which is more than what is kept allows
-        for score in front:
-            self.progress.say(_line(score.layer, [t for t in trials if t.layer == score.layer]))
-        return trials, without
+        able.sort(key=lambda one: self._steps[one.name].step * one.forget_norm * one.retain_norm * one.alignment)
+        with recorded(self.objective, "retain", "val", [layer.layer for layer in able]) as without:
+            before = without if self.retain_before is None else self.retain_before
+            unit = rounding(self.objective.runner.precision)
+            self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
+            for layer in self.context.progress.track(able, "search, retain metrics"):
+                self._measure_retain(layer.name, before)
+        for layer in layers:
+            self.context.progress.say(_line(layer.name, [t for t in self.trials[begun:] if t.layer == layer.name]))
+        return self.choice(self.trials), without
 
-    def _beyond(self, found: Trial, evaluate: Callable[[float], Trial], tried: list[Trial]) -> Trial:
-        """The step with the margin, which is tried, too; without one, or if the model breaks there, the smallest one."""
-        if not self.margin:
-            return found
-        tried.append(evaluate(found.relative_step * (1 + self.margin)))
-        return tried[-1] if tried[-1].forgotten and math.isfinite(tried[-1].forget) else found
+    def edit(self, trial: Trial) -> EditStep:
+        """The edit of a trial."""
+        return self.points[trial.layer](trial.relative_step, straight_after=self.smallest[trial.layer].relative_step)
 
-    def _forget(self, score: Score, advance: Callable[[], None], relative_step: float) -> Trial:
+    def _search_steps(self, layer: LayerStatistics, advance: Callable[[], None]) -> None:
+        """Find the smallest step of a layer that forgets, and the one with the margin."""
+        start = START if self._gain is None else _first_step(layer, self._gain)
+        evaluate = partial(self._forget, layer.name, advance)
+        tried = self.search(evaluate, self.concept.share, self.max_evaluations, start)
+        if (found := smallest_step(tried)) is not None:
+            self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
+            self.smallest[layer.name] = self._steps[layer.name] = found
+            if self.step_margin:
+                tried.append(evaluate(found.relative_step * (1 + self.step_margin), found.relative_step))
+                if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
+                    self._steps[layer.name] = tried[-1]
+        self.trials += tried
+
+    def _forget(self, layer: str, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
         """Measure only whether a step forgets."""
-        step = relative_step * score.weight_norm / score.forget_norm
-        with self._step(score.layer, step):
-            value = self.objective.measured("forget", "val", edited=score.layer)[self.name]
+        edit = self.points[layer](distance, straight_after=straight_after)
+        with self.context.edits.applied(edit):
+            (value,) = self.objective.measured("forget", "val", edited=layer).values()
         advance()
         # A model that gives NaN is broken: too large a step, whatever else.
         broken = not math.isfinite(value)
-        forgotten = broken or self.metric.reaches(value, self.target)
-        return Trial(score.layer, step, relative_step, forgotten, math.inf if broken else None, value, None)
+        forgotten = broken or self.concept.is_forgotten(value)
+        return Trial(layer, edit.step, distance, forgotten, math.inf if broken else None, value, None)
 
-    def _retain(self, trial: Trial, before: Mapping[str, float], best: float) -> Trial:
-        """Measure what a step costs, unless it costs more than the best one for certain."""
+    def _measure_retain(self, layer: str, before: Mapping[str, float]) -> None:
+        """Measure what the step of a layer costs; if that is too much, the one without the margin."""
+        for trial in dict.fromkeys((self._steps[layer], self.smallest[layer])):
+            whole = self._retain(trial, before, self.choice.usage_limit(t for t in self.trials if t.retain is not None))
+            self.trials[self.trials.index(trial)] = whole
+            if whole.dropped or whole.feasible:
+                break
+
+    def _retain(self, trial: Trial, before: Mapping[str, float], limit: float) -> Trial:
+        """Measure what a step costs, unless it can no longer win for certain."""
         metrics = self.objective.metrics_of("retain")
 
         def hopeless(reader: LogReader) -> bool:
-            bounds = self.objective.at_best("retain", "val", reader) if best < math.inf else {}
+            bounds = self.objective.at_best("retain", "val", reader) if limit < math.inf else {}
             known = {name: metric for name, metric in metrics.items() if name in bounds}
-            return bool(known) and constraint_usage(known, before, bounds, self.tolerance) > best + self.error
+            return bool(known) and self.context.usage(bounds, before, known) > limit + self.error
 
-        with self._step(trial.layer, trial.step):
+        with self.context.edits.applied(self.edit(trial)):
             after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)
         if after is None:
             return replace(trial, dropped=True)
-        return replace(trial, retain=after, constraint_usage=constraint_usage(metrics, before, after, self.tolerance))
-
-    def _step(self, layer: str, step: float) -> AbstractContextManager[None]:
-        return self.bench.step(EditStep(self.layers[layer], self.gradient, step, patch_prefix(self.objective.module)))
-
-    def _of(self, scores: Iterable[Score]) -> list[Layer]:
-        return [self.layers[score.layer] for score in scores]
-
-    def _share(self, value: float) -> float:
-        """How much of the way from before to the target a value of the forget metric has gone.
-
-        Infinite where that cannot be told: the model is broken, or no answer is right any more, as after any larger step.
-        """
-        at_the_end = self.metric.higher_is_better and value <= 0 <= self.target
-        return (value - self.before) / (self.target - self.before) if math.isfinite(value) and not at_the_end else math.inf
+        return replace(trial, retain=after, constraint_usage=self.context.usage(after, before))
 
 
-def smallest_step(trials: Iterable[Trial], layer: str | None = None) -> Trial | None:
-    """The trial with the smallest step that forgets and leaves a model that works, of one layer or of all."""
-    found = [t for t in trials if t.forgotten and math.isfinite(t.forget) and layer in (None, t.layer)]
+def smallest_step(trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the smallest step that forgets and leaves a model that works."""
+    found = [t for t in trials if t.forgotten and math.isfinite(t.forget)]
     return min(found, key=lambda t: t.relative_step, default=None)
 
 
-def _first_step(score: Score, gain: float) -> float:
+def _first_step(layer: LayerStatistics, gain: float) -> float:
     """The relative step that raises the forget loss by `gain` at first order: a step λ raises it by λ‖g_f‖²."""
-    return min(max(gain / (score.forget_norm * score.weight_norm), START / 100), 1.0)
+    return min(max(gain / (layer.forget_norm * layer.weight_norm), START / 100), 1.0)
 
 
 def _line(layer: str, trials: Sequence[Trial]) -> str:
     """What became of a layer, for whoever watches."""
     last = next((trial for trial in trials if trial.dropped or trial.retain), None)
     if last is None:
-        found = "does not forget"
-    elif last.dropped:
-        found = f"forgets at step {last.relative_step:.4f}, and costs more than another layer"
+        found = "does not reach the forget target"
     else:
-        values = ", ".join(f"{name} {value:.4f}" for name, value in (last.retain or {}).items())
-        found = f"forgets at step {last.relative_step:.4f}, keeps {values}" + ("" if last.feasible else ": too little")
+        found = f"reaches the forget target at step {last.relative_step:.4f}"
+        if last.dropped:
+            found += ", retain metrics not measured to the end: it cannot win"
+        else:
+            found += "".join(f", {name}={value:.4f}" for name, value in (last.retain or {}).items())
+            found += "" if last.feasible else " (violates retain_tolerance)"
     return f"{layer}: {len(trials)} evaluations, {found}"
-
-
-@contextmanager
-def recorded(objective: Objective, kind: Kind, split: str, layers: Sequence[Layer]) -> Iterator[dict[str, float]]:
-    """Measure before any edit, and inside spare the evaluations of these layers what they don't change."""
-    _rewrite(layers)
-    before = objective.measured(kind, split, record=[layer.name for layer in layers])
-    try:
-        yield before
-    finally:
-        if objective.replay:
-            objective.replay.forget()
-
-
-def _rewrite(layers: Iterable[Layer]) -> None:
-    """Let the layers' tensors count as changed, though they hold the same values.
-
-    A module may remember what it computed of weights that have not changed since, by their version (`ClipModule` does so
-    with class prompts). What an edit of these layers will make it compute again must be computed while recording, too.
-    """
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters.values():
-                write_local(parameter, local(parameter).clone())

@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slug_lightning.methods.slug.concept import Request
-from slug_lightning.methods.slug.step_search import Trial
-from slug_lightning.objective.metrics import constraint_usage
-from slug_lightning.objective.objective import Objective
-from slug_lightning.patches.temporary import TemporaryEdits
+from slug_lightning.methods.base import Context, Trial
+from slug_lightning.methods.slug.concept_search import ConceptSearch
 from slug_lightning.utils.names import some_of
-from slug_lightning.utils.progress import Progress
 
 SHRINK, GROW, GENTLY = 0.85, 1.1, 0.3
 """Factors of steps that cost too much, and of one that forgets too little; the former is nearer 1 the less is too much."""
@@ -62,58 +58,39 @@ class JointSearch:
 
     Each concept comes with a layer and a step that forget it within the bounds, alone. Together they may fail: what one
     edit forgets another may bring back, and what each costs adds up, while edits also help each other to forget. So steps
-    are searched again, all at once: a step that forgets is made smaller where too little is kept, and one that does not is
-    made larger. If that does not do, the layers of the costliest concepts are searched again in the presence of the others.
-    What cannot be settled is left out, the costliest first.
+    are searched again, all at once: a step that forgets is made smaller where the retain metrics lose too much, and one that
+    does not is made larger. If that does not do, the layers of the costliest concepts are searched again in the presence of
+    the others. What cannot be settled is left out, the costliest first.
 
     Args:
-        requests: with an edit each; those of an earlier run are never changed.
-        objective: measures what is kept.
-        bench: where edits are put together.
-        kept: retain metrics on search data, unedited.
-        tolerance: of the retain metrics.
+        searches: with an edit each; those of an earlier run are never changed.
+        context: of the run.
         max_rounds: how often steps may be changed.
-        margin: by what share steps go beyond those that were found together, as far as what is kept allows.
-        progress: shows how far it is.
+        step_margin: by what share steps go beyond those that were found together, as far as the retain metrics allow.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        objective: Objective,
-        bench: TemporaryEdits,
-        *,
-        kept: dict[str, float],
-        tolerance: float,
-        max_rounds: int,
-        margin: float,
-        progress: Progress,
-    ) -> None:
-        self.requests = list(requests)
-        self.objective = objective
-        self.bench = bench
-        self.kept = kept
-        self.tolerance = tolerance
+    def __init__(self, searches: Sequence[ConceptSearch], context: Context, *, max_rounds: int, step_margin: float) -> None:
+        self.searches = list(searches)
+        self.context = context
         self.max_rounds = max_rounds
-        self.margin = margin
-        self.progress = progress
+        self.step_margin = step_margin
         self.rounds: list[Round] = []
         self.final: Round | None = None
         """The one whose steps are taken."""
-        self._costs = {r.name: r.chosen.constraint_usage or 0.0 for r in requests if r.chosen}
+        self._costs = {s.name: s.chosen.constraint_usage or 0.0 for s in searches if s.chosen}
         self._too_small: dict[str, float] = {}
         self._enough: dict[str, float] = {}
         """The last step of each concept that did not forget it, and that did: in the presence of steps that change, too."""
         self._searched: set[str] = set()
 
-    def settle(self) -> list[Request]:
+    def settle(self) -> list[ConceptSearch]:
         """Measure, change, leave out, until what is left is within all bounds.
 
         Returns:
-            The requests whose edits are made; of the others, `chosen` is None.
+            The searches whose edits are made; of the others, `chosen` is None.
         """
         changes, anew = 0, AFTER_LEAVING_OUT
-        while self.requests:
+        while self.searches:
             found = self._measure()
             self.rounds.append(found)
             if found.is_fine:
@@ -129,36 +106,36 @@ class JointSearch:
                 found.change = self._leave_out(found)
                 changes = max(0, changes - anew)
                 anew //= 2
-            self.progress.say(
+            self.context.progress.say(
                 f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.constraint_usage:.2f} of the "
                 f"allowed damage; {found.change}"
             )
-        return self.requests
+        return self.searches
 
     def _measure(self) -> Round:
         """All edits together, on search data."""
         forget: dict[str, float] = {}
-        with self.bench.step(*(r.move() for r in self.requests)):
-            for request in self.progress.track(self.requests, "together, what is forgotten"):
-                (forget[request.name],) = request.objective.measured("forget", "val", edited="together").values()
-            retain = self.objective.measured("retain", "val", edited="together")
-        lost = constraint_usage(self.objective.metrics_of("retain"), self.kept, retain, self.tolerance)
-        steps = {r.name: r.chosen.relative_step for r in self.requests if r.chosen}
-        return Round(forget, retain, lost, steps, [r.name for r in self.requests if not r.is_forgotten(forget[r.name])])
+        with self.context.edits.applied(*(s.edit for s in self.searches)):
+            for search in self.context.progress.track(self.searches, "together, forget metrics"):
+                (forget[search.name],) = search.objective.measured("forget", "val", edited="together").values()
+            retain = self.context.objective.measured("retain", "val", edited="together")
+        lost = self.context.usage(retain)
+        steps = {s.name: s.chosen.relative_step for s in self.searches if s.chosen}
+        return Round(forget, retain, lost, steps, [s.name for s in self.searches if not s.concept.is_forgotten(forget[s.name])])
 
     def _go_further(self, found: Round) -> Round:
         """Make all steps larger, up to the margin, while what is kept allows it."""
         gone = GROW
-        while self._own and gone <= 1 + self.margin:
-            before = [(request, request.chosen) for request in self._own]
-            for request, trial in before:
+        while self._own and gone <= 1 + self.step_margin:
+            before = [(search, search.chosen) for search in self._own]
+            for search, trial in before:
                 assert trial is not None
-                request.set_step(GROW * trial.step)
+                search.set_step(GROW * trial.step)
             further = self._measure()
             self.rounds.append(further)
             if not further.is_fine:
-                for request, trial in before:
-                    request.chosen = trial
+                for search, trial in before:
+                    search.chosen = trial
                 further.change = "steps as they were before"
                 break
             found.change = "all steps larger, for the margin"
@@ -167,29 +144,29 @@ class JointSearch:
         return found
 
     @property
-    def _own(self) -> list[Request]:
-        """The requests whose edits may be changed."""
-        return [request for request in self.requests if not request.is_taken_over]
+    def _own(self) -> list[ConceptSearch]:
+        """The searches whose edits may be changed."""
+        return [search for search in self.searches if not search.is_taken_over]
 
     def _change_steps(self, found: Round) -> str:
         """Larger where something is remembered, smaller where what is forgotten costs too much; says what has changed."""
         larger, smaller = [], []
         # What an earlier run has forgotten has a step that stays: then the others must weaken it less.
-        weakens = any(r.is_taken_over and r.name in found.remembered for r in self.requests)
+        weakens = any(s.is_taken_over and s.name in found.remembered for s in self.searches)
         shrink = max(SHRINK, 1 - GENTLY * (found.constraint_usage - 1)) if found.constraint_usage > 1 else SHRINK
-        for request in self._own:
-            assert request.chosen is not None
-            step = request.chosen.step
-            if request.name in found.remembered and not found.is_broken:
-                self._too_small[request.name] = step
-                request.set_step(self._larger(request.name, step, found.constraint_usage))
-                larger.append(request.name)
+        for search in self._own:
+            assert search.chosen is not None
+            step = search.chosen.step
+            if search.name in found.remembered and not found.is_broken:
+                self._too_small[search.name] = step
+                search.set_step(self._larger(search.name, step, found.constraint_usage))
+                larger.append(search.name)
             elif found.is_broken or found.constraint_usage > 1 or weakens:  # a model that breaks went too far
-                if request.name not in found.remembered:
-                    self._enough[request.name] = step
-                low = self._too_small.get(request.name, 0.0)
-                request.set_step(max(shrink * step, (low + step) / 2 if low < step else 0.0))
-                smaller.append(request.name)
+                if search.name not in found.remembered:
+                    self._enough[search.name] = step
+                low = self._too_small.get(search.name, 0.0)
+                search.set_step(max(shrink * step, (low + step) / 2 if low < step else 0.0))
+                smaller.append(search.name)
         said = {"larger": larger, "smaller": smaller}
         return "; ".join(f"steps {how}: {some_of(names)}" for how, names in said.items() if names)
 
@@ -200,43 +177,42 @@ class JointSearch:
             return GROW * step
         return enough if lost < ROOM else min(GROW * step, (step + enough) / 2)
 
-    def _costliest(self) -> Request | None:
+    def _costliest(self) -> ConceptSearch | None:
         """The concept that costs most, of those whose layers were not searched again yet; None after a few."""
-        left = [r for r in self._own if r.name not in self._searched and len(self._searched) < SEARCHES]
-        return max(left, key=lambda r: self._costs[r.name], default=None)
+        left = [s for s in self._own if s.name not in self._searched and len(self._searched) < SEARCHES]
+        return max(left, key=lambda s: self._costs[s.name], default=None)
 
-    def _search_again(self, request: Request) -> str:
+    def _search_again(self, search: ConceptSearch) -> str:
         """Search a concept's layers and steps in the presence of the others; keep what it had where there is none."""
-        self._searched.add(request.name)
-        before = request.chosen
-        with self.bench.step(*(r.move() for r in self.requests if r is not request)):
-            cost = request.search_again(self.bench, self.kept)
-        if request.chosen is None:
-            request.chosen = before
-            return f"{request.name}: no step of its layers forgets it in the presence of the others"
-        self._costs[request.name] = cost
+        self._searched.add(search.name)
+        before = search.chosen
+        with self.context.edits.applied(*(s.edit for s in self.searches if s is not search)):
+            cost = search.search_again()
+        if search.chosen is None:
+            search.chosen = before
+            return f"{search.name}: no step of its layers forgets it in the presence of the others"
+        self._costs[search.name] = cost
         for known in (self._too_small, self._enough):
-            known.pop(request.name, None)
-        return f"{request.name}: {_words(before)} became {_words(request.chosen)}"
+            known.pop(search.name, None)
+        return f"{search.name}: {_words(before)} became {_words(search.chosen)}"
 
     def _leave_out(self, found: Round) -> str:
         """Take edits out: the one furthest from its target, or where too little is kept, the costliest."""
         # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
         excess = 1 - 1 / found.constraint_usage if 1 < found.constraint_usage < math.inf else 0.0
-        costliest = sorted(self._own, key=lambda r: -self._costs[r.name])
-        out = costliest[: max(1, round(excess * len(self.requests) / 2))]
-        if found.constraint_usage <= 1 and (remembered := [r for r in self._own if r.name in found.remembered]):
-            out = [max(remembered, key=lambda r: self._distance(r, found))]
-        out = out or self.requests  # edits of an earlier run that do not go together any more
-        for request in out:
-            request.chosen = None
-        self.requests = [r for r in self.requests if r not in out]
-        return f"{', '.join(r.name for r in out)}: left out, as not all bounds hold together"
+        costliest = sorted(self._own, key=lambda s: -self._costs[s.name])
+        out = costliest[: max(1, round(excess * len(self.searches) / 2))]
+        if found.constraint_usage <= 1 and (remembered := [s for s in self._own if s.name in found.remembered]):
+            out = [max(remembered, key=lambda s: self._distance(s, found))]
+        out = out or self.searches  # edits of an earlier run that do not go together any more
+        for search in out:
+            search.chosen = None
+        self.searches = [s for s in self.searches if s not in out]
+        return f"{', '.join(s.name for s in out)}: left out, as not all bounds hold together"
 
-    def _distance(self, request: Request, found: Round) -> float:
+    def _distance(self, search: ConceptSearch, found: Round) -> float:
         """How far a concept is from its target, as a share of the whole way."""
-        target, value = request.report.bounds["forget_target"], found.forget[request.name]
-        (before,) = request.report.search_before["forget"].values()
+        target, before, value = search.concept.target, search.concept.before, found.forget[search.name]
         return (target - value) / (target - before) if math.isfinite(value) else math.inf
 
 

@@ -133,6 +133,23 @@ class Replay:
         reason = "a part of the module is compiled, and cannot be followed with the bits it has when it is not"
         self._refused: dict[str, str] = dict.fromkeys(self.layers, reason) if compiled else {}
 
+    def run(
+        self,
+        where: tuple[str, ...],
+        number: int,
+        batch: Any,
+        step: Attempt,
+        record: Sequence[str] = (),
+        edited: str | None = None,
+    ) -> None:
+        """Run a batch as an `Evaluator` does."""
+        if record:
+            self.record(where, number, batch, step, record)
+        elif edited:
+            self.evaluate(where, number, batch, step, edited)
+        else:
+            step()
+
     # ---- the original
 
     def record(self, where: tuple[str, ...], number: int, batch: Any, step: Attempt, layers: Sequence[str]) -> None:

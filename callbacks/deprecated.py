@@ -1,0 +1,62 @@
+"""Keywords of version 0.1; to be removed with 0.3."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Optional, Union
+
+import lightning.pytorch as pl
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.methods import SLUG, Method, Runtime
+from slug_lightning.objective.retain_cache import RetainCache
+
+RENAMED = {"margin": "step_margin", "strengths": "scales", "then": "continue_training"}
+OF_METHOD = ("layers", "granularity", "max_evaluations", "margin")
+OF_RUNTIME = ("replay", "replay_budget", "count_cost", "retain_cache", "offload_gradient")
+
+
+class OldKeywords(pl.Callback):
+    """Takes the keywords that have moved, so that configs and code of version 0.1 go on working."""
+
+    def __init__(
+        self,
+        *,
+        layers: Union[str, list[str], None] = None,
+        granularity: Optional[str] = None,
+        max_evaluations: Optional[int] = None,
+        margin: Optional[float] = None,
+        strengths: Optional[Sequence[float]] = None,
+        then: Optional[str] = None,
+        replay: Optional[bool] = None,
+        replay_budget: Optional[int] = None,
+        count_cost: Optional[bool] = None,
+        retain_cache: Union[str, RetainCache, None] = None,
+        offload_gradient: Optional[bool] = None,
+    ) -> None:
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__") and value is not None}
+        self._old: dict[str, Any] = given
+
+    def _moved(
+        self, method: Method, scales: Sequence[float], continue_training: bool, runtime: Runtime
+    ) -> tuple[Method, Sequence[float], bool, Runtime]:
+        """Put what was given under an old keyword where it belongs now, and say where that is."""
+        old = self._old
+        if not old:
+            return method, scales, continue_training, runtime
+        homes = dict.fromkeys(OF_METHOD, "method=SLUG({}=…)") | dict.fromkeys(OF_RUNTIME, "runtime=Runtime({}=…)")
+        places = [f"{name} is now {homes.get(name, '{}=…').format(RENAMED.get(name, name))}" for name in old]
+        warnings.warn(f"UnlearnCallback: {'; '.join(places)}", FutureWarning, stacklevel=4)
+        if then := old.get("then"):
+            if then not in ("stop", "continue"):
+                raise UnlearnError(f"then must be 'stop' or 'continue', got {then!r}")
+            continue_training = then == "continue"
+        of_method = {RENAMED.get(name, name): old[name] for name in OF_METHOD if name in old}
+        if of_method and not isinstance(method, SLUG):
+            raise UnlearnError(f"{', '.join(of_method)}: give these to {type(method).__name__} itself")
+        method = replace(method, **of_method) if isinstance(method, SLUG) else method
+        runtime = replace(runtime, **{name: old[name] for name in OF_RUNTIME if name in old})
+        return method, old.get("strengths", scales), continue_training, runtime

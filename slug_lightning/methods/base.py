@@ -1,0 +1,265 @@
+"""The seam between a way to find edits and the run around it: a `Method` gets a `Context` and gives an `Outcome` per concept."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from slug_lightning.methods.concept import Concept
+from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
+from slug_lightning.objective.objective import Kind, Objective
+from slug_lightning.objective.retain_cache import RetainCache
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
+from slug_lightning.tensors.dtensor import local, write_local
+from slug_lightning.tensors.layers import Layer, find_layers
+from slug_lightning.utils.progress import Progress
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation of one edit, on the validation split.
+
+    Attributes:
+        layer: name of the layer.
+        step: λ, the factor of the direction.
+        relative_step: λ‖D‖/‖θ‖ for a direction D; along a path, its length relative to ‖θ‖.
+        forgotten: whether the forget target is met.
+        constraint_usage: the largest loss of a retain metric as a share of its tolerance: at most 1 is within bounds,
+            below 0 is a gain; None where it was not measured.
+        forget: value of the forget metric.
+        retain: values of the retain metrics by name, None where not measured.
+        dropped: whether the measurement of the retain metrics was broken off, since the trial could no longer win.
+        together: whether the edits of other concepts were in the model as well.
+    """
+
+    layer: str
+    step: float
+    relative_step: float
+    forgotten: bool
+    constraint_usage: Optional[float]
+    forget: float
+    retain: Optional[dict[str, float]]
+    dropped: bool = False
+    together: bool = False
+
+    @property
+    def feasible(self) -> bool:
+        """Whether both bounds hold."""
+        return self.forgotten and self.constraint_usage is not None and self.constraint_usage <= 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report; `together` only where it is so."""
+        plain = asdict(self)
+        return plain if self.together else {name: value for name, value in plain.items() if name != "together"}
+
+
+@dataclass
+class Outcome:
+    """What a method has found for one concept; plain data, of which the harness makes the report.
+
+    Attributes:
+        concept: its name.
+        edit: what to do to the model, all tensors at once; None where nothing meets the bounds.
+        relative_step: of the edit, for the report.
+        trials: every evaluation.
+        layers: the table of candidate layers.
+        search_before: retain metrics on the validation split, unedited; measured by the harness where empty.
+        search_after: `{"forget": {…}, "retain": {…}}` on the validation split with all edits of the run in the model;
+            measured by the harness where empty.
+        notes: sentences for the report.
+    """
+
+    concept: str
+    edit: Optional[EditStep] = None
+    relative_step: Optional[float] = None
+    trials: list[Trial] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    search_before: dict[str, float] = field(default_factory=dict)
+    search_after: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """All that a method sees of a run: no Trainer, no callback, no report.
+
+    `gradient`, `retain_before` and what `evaluator` gives are collective: every rank must call them in the same order.
+
+    Attributes:
+        concepts: what to forget; those with an `edit` were forgotten by an earlier run, and keep it.
+        layers: what may be edited, as `Method.layers_of` gave it.
+        objective: measures the retain set; each concept has one for its forget set.
+        retain_tolerance: how much each retain metric may lose.
+        all_or_nothing: whether nothing is edited unless every concept has an edit within the bounds.
+        progress: bars and lines.
+        phase: a context manager by name, inside which the cost belongs to that phase.
+        retain_cache: where gradients of the retain set are kept between runs, or None.
+        offload_gradient: whether forget gradients are kept in the host's memory.
+        edits: puts edits into the model for a while.
+        notes: sentences about the whole run, for the report.
+        rounds: measurements of all edits together, for the report.
+    """
+
+    concepts: list[Concept]
+    layers: list[Layer]
+    objective: Objective
+    retain_tolerance: float
+    all_or_nothing: bool
+    progress: Progress
+    phase: Callable[[str], AbstractContextManager[None]]
+    retain_cache: Optional[RetainCache] = None
+    offload_gradient: bool = False
+    edits: TemporaryEdits = field(default_factory=TemporaryEdits)
+    notes: list[str] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    _retain_gradient: Optional[dict[str, Tensor]] = None
+    _retain_before: Optional[dict[str, float]] = None
+
+    def gradient(
+        self, kind: Kind, layers: Sequence[Layer], concept: Optional[Concept] = None, at: Sequence[EditStep] = ()
+    ) -> dict[str, Tensor]:
+        """Differentiate the mean loss over the gradient split.
+
+        Args:
+            kind: "forget" or "retain".
+            layers: whose tensors are differentiated.
+            concept: whose forget set, for "forget".
+            at: edits that are in the model meanwhile.
+
+        Returns:
+            By tensor name, fp32; of a sharded tensor this process's part.
+        """
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        with self.edits.applied(*at):
+            if kind == "forget":
+                assert concept is not None, "name the concept whose forget set is meant"
+                tensors = concept.objective.gradient("forget", parameters).tensors
+                return {name: tensor.cpu() for name, tensor in tensors.items()} if self.offload_gradient else tensors
+            if self.retain_cache is None or at:
+                return self.objective.gradient("retain", parameters).tensors
+            return self.retain_cache.gradient(self.objective, parameters, self.notes)
+
+    def shared_retain_gradient(self, last: bool) -> dict[str, Tensor]:
+        """The retain gradient of all layers, computed once for several concepts, and let go of after the last."""
+        tensors = self._retain_gradient or self.gradient("retain", self.layers)
+        self._retain_gradient = None if last else tensors
+        return tensors
+
+    def retain_before(self, known: Optional[dict[str, float]] = None) -> dict[str, float]:
+        """The retain metrics on the validation split, unedited; measured once, unless they are `known`."""
+        if self._retain_before is None:
+            self._retain_before = self.objective.measured("retain", "val") if known is None else known
+            refuse_infinite("retain", self._retain_before)
+        return self._retain_before
+
+    @contextmanager
+    def evaluator(
+        self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep] = ()
+    ) -> Iterator[Callable[[EditStep, float], Trial]]:
+        """Evaluate edits of these layers, computing only what they change where replay is on.
+
+        Args:
+            concept: whose forget metric is measured.
+            layers: that will be edited; edits of several of them at once need a layer of their union.
+            at: edits that are in the model meanwhile; everything is recorded anew for them.
+
+        Yields:
+            A function of an edit and its relative step that measures both bounds.
+        """
+        self.retain_before()
+        objective = concept.objective
+        with (
+            self.edits.applied(*at),
+            objective.replaying(layers),
+            recorded(objective, "forget", "val", layers),
+            recorded(objective, "retain", "val", layers),
+        ):
+            yield lambda edit, relative_step: self._evaluate(concept, edit, relative_step)
+
+    def _evaluate(self, concept: Concept, edit: EditStep, relative_step: float) -> Trial:
+        with self.edits.applied(edit):
+            (forget,) = concept.objective.measured("forget", "val", edited=edit.layer.name).values()
+            retain = concept.objective.measured("retain", "val", edited=edit.layer.name)
+        usage = self.usage(retain)
+        return Trial(edit.layer.name, edit.step, relative_step, concept.is_forgotten(forget), usage, forget, retain)
+
+    def usage(
+        self,
+        retain: Mapping[str, float],
+        before: Optional[Mapping[str, float]] = None,
+        metrics: Optional[Mapping[str, Metric]] = None,
+    ) -> float:
+        """The largest loss of a retain metric, of these or of all, as a share of the tolerance."""
+        before = self.retain_before() if before is None else before
+        return constraint_usage(metrics or self.objective.metrics_of("retain"), before, retain, self.retain_tolerance)
+
+
+class Method(ABC):
+    """A way to find edits. It is the harness around it that measures, decides, reports, and restores the model.
+
+    Example:
+        >>> class Nothing(Method):
+        ...     def run(self, context):
+        ...         return [Outcome(concept.name) for concept in context.concepts]
+        >>> Nothing().request()
+        {'method': 'slug_lightning.methods.base.Nothing'}
+    """
+
+    def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
+        """List the layers that may be edited; asked before anything is computed."""
+        return find_layers(module, towers=towers)
+
+    @abstractmethod
+    def run(self, context: Context) -> list[Outcome]:
+        """Find an edit for each concept; returns one outcome each, in their order, for those of an earlier run as well."""
+
+    def request(self) -> dict[str, Any]:
+        """What is asked for, as plain data, so that a request can be recognised in a checkpoint."""
+        return {"method": f"{type(self).__module__}.{type(self).__qualname__}"} | _options(self)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    named = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else vars(value)
+    return {name: _plain(option) for name, option in named.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Plain data as it is; a function or an object by its import path and its attributes."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return path if kind is value else {"class_path": path} | _options(value)
+
+
+@contextmanager
+def recorded(objective: Objective, kind: Kind, split: str, layers: Sequence[Layer]) -> Iterator[dict[str, float]]:
+    """Measure before any edit of these layers; inside, their evaluations are spared what they don't change."""
+    _rewrite(layers)
+    before = objective.measured(kind, split, record=[layer.name for layer in layers])
+    try:
+        yield before
+    finally:
+        objective.evaluator.forget()
+
+
+def _rewrite(layers: Sequence[Layer]) -> None:
+    """Let the layers' tensors count as changed, though they hold the same values.
+
+    A module may remember what it computed of weights that have not changed since, by their version (`ClipModule` does so
+    with class prompts). What an edit of these layers will make it compute again must be computed while recording, too.
+    """
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters.values():
+                write_local(parameter, local(parameter).clone())

@@ -1,0 +1,129 @@
+"""What a run has found becomes its report, with the patches; the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from slug_lightning.methods.base import Context, Outcome
+from slug_lightning.methods.concept import Concept
+from slug_lightning.objective.metrics import constraint_usage
+from slug_lightning.objective.samples import Gallery
+from slug_lightning.patches.edit import Edit
+from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.patches.temporary import EditStep
+from slug_lightning.reports.several import AnyReport, JointReport
+from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.tensors.dtensor import whole
+from slug_lightning.utils.modules import unwrap_model
+
+
+@dataclass
+class Findings:
+    """What a run has found.
+
+    Attributes:
+        outcomes: of the method, by concept.
+        edits: those that are made.
+        before: on the test split: forget metrics by concept, retain metrics by name.
+        after: the same with all edits.
+        collateral: by edit, then by concept.
+        curves: over the scale of each edit.
+        forget_galleries: by concept.
+        retain_gallery: pictures of the retain set.
+    """
+
+    outcomes: Mapping[str, Outcome]
+    edits: Mapping[str, EditStep]
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+    collateral: dict[str, dict[str, float]]
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    forget_galleries: dict[str, Gallery] = field(default_factory=dict)
+    retain_gallery: Gallery | None = None
+
+
+def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any], list[str]]) -> AnyReport:
+    """Make the report of a run; of a sharded model, in every process.
+
+    Args:
+        context: of the run.
+        findings: of the run.
+        cost: of the run, and sentences on it.
+    """
+    before, after, edits = findings.before, findings.after, findings.edits
+    metrics = context.objective.metrics_of("retain")
+    is_retained = constraint_usage(metrics, before["retain"], after["retain"], context.retain_tolerance) <= 1
+    reports = {concept.name: _concept_report(concept, context, findings, is_retained) for concept in context.concepts}
+    versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
+    galleries = {} if findings.retain_gallery is None else {"retain": findings.retain_gallery}
+    if len(reports) == 1:
+        (report,) = reports.values()
+        report.notes = context.notes + report.notes + cost[1]
+        report.cost, report.versions, report.gallery = cost[0], versions, report.gallery | galleries
+        return report
+    new = [concept.name for concept in context.concepts if concept.report is None]
+    joint = JointReport(
+        "infeasible" if not edits else "unlearned" if len(edits) == len(reports) else "partly",
+        reports,
+        context.rounds,
+        findings.collateral,
+        before,
+        after,
+        holds=is_retained and all(reports[name].holds for name in edits if name in new) if edits else None,
+        cost=cost[0],
+        notes=context.notes + cost[1],
+        versions=versions,
+        gallery=galleries,
+    )
+    if edits:
+        joint.patch = UnlearnPatch.combine([reports[name].patch for name in edits if reports[name].patch is not None])
+        joint.patch_digest = joint.patch.digest
+    return joint
+
+
+def _concept_report(concept: Concept, context: Context, findings: Findings, is_retained: bool) -> UnlearnReport:
+    """The report of one concept, with its patch."""
+    outcome, edit = findings.outcomes[concept.name], findings.edits.get(concept.name)
+    if concept.report is not None:
+        report = concept.report
+        if edit is not None:
+            return replace(report, search_after=outcome.search_after or report.search_after)
+        nothing = {"layer": None, "step_size": None, "relative_step": None, "patch": None, "patch_digest": None}
+        return replace(report, status="infeasible", holds=None, tensors=[], search_after=report.search_before, **nothing)
+    metric = concept.metric.name
+    search_before = {"forget": {metric: concept.before}, "retain": context.retain_before()}
+    report = UnlearnReport(
+        "infeasible",
+        concept.name,
+        bounds=concept.bounds(context.retain_tolerance),
+        scores=outcome.layers,
+        trace=[trial.to_dict() for trial in outcome.trials],
+        before={"forget": {metric: findings.before["forget"][concept.name]}, "retain": findings.before["retain"]},
+        after={"forget": {metric: findings.after["forget"][concept.name]}, "retain": findings.after["retain"]},
+        search_before=search_before,
+        search_after=search_before,
+        strengths=findings.curves.get(concept.name, []),
+        notes=outcome.notes,
+    )
+    if edit is None:
+        return report
+    report.status, report.search_after = "unlearned", outcome.search_after
+    report.holds = concept.is_forgotten(findings.after["forget"][concept.name]) and is_retained
+    report.layer, report.step_size, report.relative_step = edit.layer.name, edit.step, outcome.relative_step
+    if concept.name in findings.forget_galleries:
+        report.gallery = {"forget": findings.forget_galleries[concept.name]}
+    report.patch = _patch(concept, report, edit)
+    report.tensors, report.patch_digest = list(report.patch.base), report.patch.digest
+    return report
+
+
+def _patch(concept: Concept, report: UnlearnReport, edit: EditStep) -> UnlearnPatch:
+    """The patch of one edit; of a sharded model, every process must ask for it."""
+    active = UnlearnPatch.active(unwrap_model(concept.objective.module))
+    details = {"layer": report.layer, "relative_step": report.relative_step, "before": report.before, "after": report.after}
+    made = Edit(concept.name, edit.step, edit.for_patch, details, parents=active.as_parents() if active else [])
+    named = zip(made.directions, edit.layer.parameters.values(), strict=True)
+    return UnlearnPatch({name: whole(p).cpu().clone() for name, p in named}, [made])

@@ -1,0 +1,120 @@
+"""What a method may know of each layer before it is edited."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.tensors.dtensor import copies, local
+from slug_lightning.tensors.layers import Layer
+
+CHUNK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Weights, gradients and, where a direction needs them, further factors of one layer; a group counts as one long vector.
+
+    Attributes:
+        layer: its tensors.
+        weight_norm: ‖θ‖.
+        forget_norm: ‖g_f‖.
+        retain_norm: ‖g_r‖.
+        inner: <g_f, g_r>.
+        depth: 0 for the first layer of its tower, 1 for the last, in the order of the module's parameters.
+        factors: by what a direction `needs`, then by tensor name.
+    """
+
+    layer: Layer
+    weight_norm: float
+    forget_norm: float
+    retain_norm: float
+    inner: float
+    depth: float = 0.0
+    factors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+    @property
+    def importance(self) -> float:
+        """‖g_f‖ / ‖θ‖ (SLUG, arXiv 2407.11867)."""
+        return self.forget_norm / self.weight_norm
+
+    @property
+    def alignment(self) -> float:
+        """|cos(g_f, g_r)|, in [0, 1] (SLUG, arXiv 2407.11867)."""
+        # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
+        return min(abs(self.inner) / (self.forget_norm * self.retain_norm), 1.0) if self.retain_norm else 0.0
+
+    def row(self, is_candidate: bool) -> dict[str, Any]:
+        """The layer's row in the report's table."""
+        names = ("importance", "alignment", "forget_norm", "weight_norm", "retain_norm")
+        values = {name: getattr(self, name) for name in names}
+        return {"layer": self.name, "tower": self.layer.tower, **values, "on_front": is_candidate}
+
+
+def layer_statistics(
+    layers: Sequence[Layer], forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], processes: Processes | None = None
+) -> list[LayerStatistics]:
+    """Compute norms and products of each layer's weights and gradients, in fp64 from fp32 gradients.
+
+    Args:
+        layers: the tensors and their weights.
+        forget: g_f by tensor name; of a sharded tensor this process's part.
+        retain: g_r by tensor name, likewise.
+        processes: that hold the model; products of parts are added up, so that no tensor is gathered.
+
+    Returns:
+        Without layers whose forget gradient or weight is zero: such a layer cannot be moved by a relative step.
+
+    Example:
+        >>> import torch
+        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))})
+        >>> (one,) = layer_statistics([layer], {"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[1.0, 1.0]])})
+        >>> one.importance, round(one.alignment, 4)
+        (0.2, 0.7071)
+    """
+    processes = processes or Processes()
+    parts = []
+    for layer in layers:
+        weights = {name: local(p) for name, p in layer.parameters.items()}
+        pairs = ((forget, forget), (retain, retain), (weights, weights), (forget, retain))
+        parts.append([_product(layer, one, other, processes.world_size) for one, other in pairs])
+    everywhere = processes.all_gather_object("products of gradients", parts)
+    sizes, seen = Counter(layer.tower for layer in layers), Counter[str]()
+    found = []
+    for layer, of_processes in zip(layers, zip(*everywhere, strict=True), strict=True):
+        depth = seen[layer.tower] / max(sizes[layer.tower] - 1, 1)
+        seen[layer.tower] += 1
+        forget_square, retain_square, weight_square, inner = (math.fsum(column) for column in zip(*of_processes, strict=True))
+        if forget_square and weight_square:
+            norms = map(math.sqrt, (weight_square, forget_square, retain_square))
+            found.append(LayerStatistics(layer, *norms, inner, depth))
+    return found
+
+
+def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> float:
+    """The norm of a change of a layer; every process must ask for it."""
+    squares = processes.all_gather_object("a norm", _product(layer, tensors, tensors, processes.world_size))
+    return math.sqrt(math.fsum(squares))
+
+
+def _product(layer: Layer, one: Mapping[str, Tensor], other: Mapping[str, Tensor], world_size: int) -> float:
+    """Compute this process's share of an inner product; what several processes hold is divided among them."""
+    parts = [1 / copies(p, world_size) * _dot(one[name], other[name]) for name, p in layer.parameters.items()]
+    return sum(parts, 0.0)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product in fp64, a million elements at a time: the wider copies stay small."""
+    parts = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
+    return sum((x.double() * y.double()).sum().item() for x, y in parts)

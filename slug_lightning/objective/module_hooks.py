@@ -1,0 +1,53 @@
+"""What a LightningModule may define for unlearning, besides Lightning's own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModuleHooks:
+    """Attributes and methods that a module may define; all are optional, and looked up on the module by these names.
+
+    Attributes:
+        forget_step: `(batch, batch_idx) -> loss` of the forget set; `training_step` where it isn't defined.
+        retain_step: likewise of the retain set.
+        forget_metric: name of the value, logged by `validation_step`, that forgetting must change; the loss without one.
+        forget_target: value of it that counts as forgotten; see `slug_lightning.objective.metrics.Metric.default_target`.
+        retain_metric: name or names of the logged values that must stay within their tolerance; the loss without one.
+        higher_is_better: by metric name, where the name doesn't tell.
+        chance: what a model scores that knows nothing: a number, or one by metric name.
+        num_classes: gives `chance` where that isn't defined.
+        towers: by name, patterns of the tensors whose layers are compared with each other, such as those of an image tower.
+        nothing_to_forget: `() -> str`, a hint for the error message where the forget metric meets its target already.
+        gallery_step: `(batch, batch_idx) -> (pictures [n, 3, H, W] in [0, 1], n titles)`, shown before and after the edit.
+        save_pretrained: `(folder)`, writes the weights as the model's own library loads them.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     forget_metric = "accuracy"
+        >>> ModuleHooks.of(Net()).forget_metric, ModuleHooks.of(Net()).towers
+        ('accuracy', None)
+    """
+
+    forget_step: Callable[..., Any] | None = None
+    retain_step: Callable[..., Any] | None = None
+    forget_metric: str | None = None
+    forget_target: float | None = None
+    retain_metric: str | Sequence[str] | None = None
+    higher_is_better: Mapping[str, bool] | None = None
+    chance: float | Mapping[str, float] | None = None
+    num_classes: int | None = None
+    towers: Mapping[str, str | Sequence[str]] | None = None
+    nothing_to_forget: Callable[[], str] | None = None
+    gallery_step: Callable[..., Any] | None = None
+    save_pretrained: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ModuleHooks:
+        """Look up what a module defines."""
+        return cls(**{hook.name: getattr(module, hook.name, None) for hook in fields(cls)})
