@@ -40,6 +40,7 @@ from slug_lightning.lm.criteria import MemorizationBelow
 from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent, LMLoss, SimNPO
 from slug_lightning.lm.metrics import memorization_accuracy
 from slug_lightning.lm.sequences import pad
+from slug_lightning.methods import SLUG
 from slug_lightning.methods.icu.examination import Examiner, means_of
 from slug_lightning.modules import CausalLMModule, EmbeddedLM
 from slug_lightning.tensors.layers import Granularity
@@ -62,7 +63,7 @@ METHODS: dict[str, tuple[LMLoss, dict[str, Any], dict[str, Any]]] = {
 
 The second is that of `configs/icu.yaml`, whose settings were found on draw 100.
 """
-SLUG: dict[str, tuple[int, Granularity]] = {
+BY_SLUG: dict[str, tuple[int, Granularity]] = {
     "SLUG": (1, "tensor"),
     "SLUG, siblings": (1, "siblings"),
     "SLUG, two layers": (2, "tensor"),
@@ -86,8 +87,8 @@ QUIET: dict[str, Any] = {
 def run(method: str, make: Make, data: Callable[..., PassageDataModule], options: argparse.Namespace) -> dict:
     """Forget, by one method; gives a line of the table."""
     pl.seed_everything(0, verbose=False)
-    if method in SLUG:
-        return slug(make(), data(), options, *SLUG[method])
+    if method in BY_SLUG:
+        return slug(make(), data(), options, *BY_SLUG[method])
     loss, kept, more = METHODS[method]
     callback = ICUCallback(forgotten=[MemorizationBelow()], refine=method.startswith("ICU"), n=N)
     trainer = pl.Trainer(max_epochs=options.epochs, limit_val_batches=4, callbacks=[callback], **QUIET)
@@ -116,10 +117,9 @@ def slug(
     began = time.perf_counter()
     for stage in range(1, layers + 1):
         callback = UnlearnCallback(
-            granularity=granularity,
+            method=SLUG(granularity=granularity, max_evaluations=options.evaluations),
             forget_target=start + (end - start) * stage / layers,
             retain_tolerance=1e6,
-            max_evaluations=options.evaluations,
         )
         pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(module, data)
         report = callback.report
@@ -261,7 +261,7 @@ def table(lines: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, nargs="+", default=list(range(5)), help="seeds of the passages (default: 0 to 4)")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *SLUG], choices=[*METHODS, *SLUG], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *BY_SLUG], choices=[*METHODS, *BY_SLUG], metavar="METHOD")
     parser.add_argument("--passages", type=int, default=32, help="how many to forget (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="at most (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="of Adam (default: %(default)s)")

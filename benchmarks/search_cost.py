@@ -36,6 +36,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded.drawings import load_drawings
+from slug_lightning.methods import Runtime
 from slug_lightning.modules import ClipModule, EmbeddedClip
 from slug_lightning.reports.cost import CostMeter, flop_counter
 
@@ -171,8 +172,11 @@ def run(
 ) -> tuple[UnlearnReport, dict]:
     """Forget once; the model is as before afterwards. Gives the report and the weights."""
     options = {"retain_tolerance": 1.0} | {name: value for name, value in case.options.items() if name != "rise"}
-    options |= {"forget_target": target, "replay": replay, "replay_budget": BUDGET, "count_cost": True, "retain_cache": cache}
-    callback = UnlearnCallback(**options)
+    callback = UnlearnCallback(
+        forget_target=target,
+        runtime=Runtime(replay=replay, replay_budget=BUDGET, count_cost=True, retain_cache=cache),
+        **options,
+    )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     pl.Trainer(max_epochs=1, devices=1, num_sanity_val_steps=0, callbacks=[callback], **quiet).fit(case.module, data)
     report = callback.report

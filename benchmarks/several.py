@@ -23,6 +23,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.datamodules import EmojiDataModule
 from slug_lightning.embedded.drawings import load_drawings
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedClip
 from slug_lightning.reports.cost import flop_counter
 from slug_lightning.tensors.bits import bitwise_equal
@@ -39,10 +40,8 @@ def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Pat
         forget_metric="thing_accuracy",
         retain_metric=["style_accuracy", "thing_accuracy"],
         retain_tolerance=tolerance,
-        max_evaluations=12,
-        margin=0.2,
-        count_cost=True,
-        retain_cache=str(folder / "retain"),
+        method=SLUG(max_evaluations=12, step_margin=0.2),
+        runtime=Runtime(count_cost=True, retain_cache=str(folder / "retain")),
         output_dir=str(folder / "run"),
         **options,
     )

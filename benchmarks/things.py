@@ -25,6 +25,7 @@ from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.base import split_indices
 from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded.drawings import Drawings, load_drawings
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedClip
 from slug_lightning.reports.cost import flop_counter
 
@@ -60,9 +61,8 @@ def run(
         forget_metric="thing_accuracy",
         retain_metric=["style_accuracy", "thing_accuracy"],
         retain_tolerance=0.02,
-        max_evaluations=6,
-        count_cost=True,
-        retain_cache=cache,
+        method=SLUG(max_evaluations=6),
+        runtime=Runtime(count_cost=True, retain_cache=cache),
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, callbacks=[callback], **quiet)

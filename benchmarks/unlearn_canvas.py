@@ -32,6 +32,7 @@ from slug_lightning.datamodules import CanvasDataModule
 from slug_lightning.datamodules.demo.canvas import canvas_drawings, canvas_render
 from slug_lightning.datamodules.demo.emoji import caption_of
 from slug_lightning.errors import UnlearnError
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedCanvas
 from slug_lightning.objective.metrics import ROUNDING
 
@@ -108,13 +109,10 @@ def run(module: Watched, kind: str, concept: str, seed: int, options: argparse.N
     steps = {"search_steps": options.search_steps, "report_steps": options.report_steps}
     data = CanvasDataModule(**{kind: concept}, seed=seed, **counts, **steps)
     callback = UnlearnCallback(
-        layers=options.layers,
-        granularity=options.granularity,
+        method=SLUG(options.layers, options.granularity, max_evaluations=options.evaluations, step_margin=options.margin),
         forget_target=options.target,
         retain_tolerance=options.tolerance,
-        max_evaluations=options.evaluations,
-        margin=options.margin,
-        replay=False,  # the text encoder comes first, so that nothing that is drawn is spared
+        runtime=Runtime(replay=False),  # the text encoder comes first, so that nothing that is drawn is spared
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     module.sampling = 0.0

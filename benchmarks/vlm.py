@@ -33,6 +33,7 @@ from slug_lightning.datamodules.demo.emoji import render
 from slug_lightning.datamodules.demo.questions import QUESTIONS, answer_of
 from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
 from slug_lightning.objective.metrics import ROUNDING
 from slug_lightning.vlm.answers import names
@@ -105,13 +106,10 @@ def run(kind: str, concept: str, route: str, seed: int, options: argparse.Namesp
     data.setup("fit")
     before = measured(module, data, close)
     callback = UnlearnCallback(
-        layers=options.layers,
-        granularity=options.granularity,
+        method=SLUG(options.layers, options.granularity, max_evaluations=options.evaluations, step_margin=options.margin),
         forget_target=options.target,
         retain_tolerance=options.tolerance,
-        max_evaluations=options.evaluations,
-        margin=options.margin,
-        replay=False,
+        runtime=Runtime(replay=False),
     )
     pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, callbacks=[callback], **QUIET).fit(module, data)
     report = callback.report

@@ -33,6 +33,7 @@ from slug_lightning import UnlearnModule
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.distributed.strategy import only_differentiating
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.reports.cost import LiveTensors
 from slug_lightning.tensors.layers import find_layers
 
@@ -123,8 +124,8 @@ def forget(config: LlavaConfig, batch_size: int, words: int) -> dict[str, Any]:
     with torch.no_grad():
         target = answer_loss(model, next(iter(DataLoader(sets["forget_val"], 2 * batch_size)))).item() + 0.05
     budget = expected.gradient
-    options = {"layers": f"model.{TOWER}", "forget_target": target, "retain_tolerance": 1.0, "replay_budget": budget}
-    callback = UnlearnCallback(**options)
+    method, runtime = SLUG(layers=f"model.{TOWER}"), Runtime(replay_budget=budget)
+    callback = UnlearnCallback(forget_target=target, retain_tolerance=1.0, method=method, runtime=runtime)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, callbacks=[callback], **quiet)
     with LiveTensors() as live:

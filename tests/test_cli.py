@@ -80,8 +80,12 @@ def small(config: Path, folder: Path, **options) -> list[str]:
     """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations, one strength."""
     made = yaml.safe_load(config.read_text())
     (callback,) = (c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("UnlearnCallback"))
-    cache = {"retain_cache": str(folder / "retain")} if "retain_cache" in callback["init_args"] else {}
-    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "scales": [0.5], **cache, **options}
+    given = callback["init_args"]
+    if "retain_cache" in given.get("runtime", {}):
+        given["runtime"]["retain_cache"] = str(folder / "retain")
+    method = {"class_path": "slug_lightning.methods.SLUG", "init_args": {}} | given.get("method", {})
+    method["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2}
+    given |= {"method": method, "scales": [0.5], **options}
     made["trainer"]["enable_progress_bar"] = False
     path = folder / config.name
     path.write_text(yaml.safe_dump(made))
@@ -277,7 +281,8 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "tiny_for_cli.py").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    callback = {"retain_tolerance": 1e5, "step_margin": 2.0, "retain_cache": str(tmp_path / "kept")}
+    method = {"class_path": "slug_lightning.methods.SLUG", "init_args": {"step_margin": 2.0}}
+    callback = {"retain_tolerance": 1e5, "method": method, "runtime": {"retain_cache": str(tmp_path / "kept")}}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
     config = {
         "model": {"class_path": "tiny_for_cli.Trained"},
@@ -303,10 +308,10 @@ def earlier(tiny):
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_infeasible_exits_with_3_and_a_bad_argument_with_2(tiny, capsys):
     callback = "--trainer.callbacks.init_args."
-    assert run("fit", "--config", tiny, f"{callback}forget_target", "1e9", f"{callback}max_evaluations", "1") == 3
+    assert run("fit", "--config", tiny, f"{callback}forget_target", "1e9", f"{callback}method.max_evaluations", "1") == 3
     assert json.loads((tiny.parent / "run" / "report.json").read_text())["status"] == "infeasible"
     assert not (tiny.parent / "run" / "patch.safetensors").exists()
-    assert run("fit", "--config", tiny, f"{callback}layers", "nothing.*") == 2
+    assert run("fit", "--config", tiny, f"{callback}method.layers", "nothing.*") == 2
     assert "layers: 'nothing.*' matches no parameter" in capsys.readouterr().err
 
 
@@ -329,7 +334,7 @@ def test_one_more_concept_is_forgotten_beside_those_of_an_earlier_run_or_exits_w
     new.apply(model)
     assert not changed(model, load_file(beside / "weights.safetensors"))
     assert list(beside.glob("events.out.tfevents.*")) and (beside / "config.yaml").exists()
-    too_much = ("--trainer.callbacks.max_evaluations", "1", "--trainer.callbacks.forget_target", "1e6")
+    too_much = ("--trainer.callbacks.method.max_evaluations", "1", "--trainer.callbacks.forget_target", "1e6")
     assert another(earlier, "three", 3, *too_much) == 4
     report = json.loads((earlier.with_name("run-3") / "report.json").read_text())
     assert report["status"] == "partly" and report["concepts"]["three"]["status"] == "infeasible"

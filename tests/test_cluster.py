@@ -61,6 +61,11 @@ def tiny(tmp_path):
     return tmp_path
 
 
+def slug(**options: Any) -> dict[str, Any]:
+    """The method of a config."""
+    return {"class_path": "slug_lightning.methods.SLUG", "init_args": options}
+
+
 def command(folder: Path, *args: str) -> tuple[int, str, str]:
     """Run the command in this process: exit code, what it printed, and its messages."""
     os.chdir(folder)
@@ -106,7 +111,7 @@ def test_two_processes_leave_one_folder_and_say_one_line(tiny):
 
 def test_infeasible_is_3_in_both(tiny):
     config = yaml.safe_load((tiny / "tiny.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"] |= {"forget_target": 1e9, "max_evaluations": 1}
+    config["trainer"]["callbacks"][0]["init_args"] |= {"forget_target": 1e9, "method": slug(max_evaluations=1)}
     (tiny / "tiny.yaml").write_text(yaml.safe_dump(config))
     (first, out, _), (second, other, _) = fit(tiny / "tiny.yaml", "--output_dir", "run")
     assert (first, second) == (3, 3)
@@ -116,7 +121,7 @@ def test_infeasible_is_3_in_both(tiny):
 
 def test_usage_is_2_in_both(tiny):
     config = yaml.safe_load((tiny / "tiny.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"] |= {"layers": "nothing.*"}
+    config["trainer"]["callbacks"][0]["init_args"] |= {"method": slug(layers="nothing.*")}
     (tiny / "tiny.yaml").write_text(yaml.safe_dump(config))
     for code, out, messages in fit(tiny / "tiny.yaml", "--output_dir", "run"):
         assert code == 2
@@ -139,7 +144,8 @@ def test_machines_with_disks_of_their_own_leave_the_folder_of_the_first(tiny):
 def test_the_config_for_clusters_forgets_in_two_processes(tmp_path):
     made = yaml.safe_load(CONFIG.read_text())
     (callback,) = made["trainer"]["callbacks"]
-    callback["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2, "retain_tolerance": 2.0}
+    method = slug(layers="model.text_projection", max_evaluations=2)
+    callback["init_args"] |= {"method": method, "retain_tolerance": 2.0}
     made["trainer"]["enable_progress_bar"] = False
     (tmp_path / CONFIG.name).write_text(yaml.safe_dump(made))
     (first, out, _), (second, other, _) = fit(tmp_path / CONFIG.name, "--output_dir", "run", timeout=280)
@@ -162,7 +168,7 @@ def test_torchrun_lets_success_through_and_names_the_exit_code_of_infeasible(tin
     assert done.returncode == 0, done.stderr
     assert lines(done.stdout) == [f"unlearned: {tiny / 'run'}"]
     config = yaml.safe_load((tiny / "tiny.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"] |= {"forget_target": 1e9, "max_evaluations": 1}
+    config["trainer"]["callbacks"][0]["init_args"] |= {"forget_target": 1e9, "method": slug(max_evaluations=1)}
     (tiny / "tiny.yaml").write_text(yaml.safe_dump(config))
     done = torchrun(tiny, *args)
     assert done.returncode == 1 and "exitcode  : 3" in done.stderr

@@ -78,7 +78,7 @@ def arguments(folder: Path) -> list[Any]:
     given = {"model.pipeline": folder / "pipeline", "model.clip": f"hf:{folder / 'clip'}", "data.data": folder / "captions.csv"}
     small = {"data.size": SIZE, "data.search_seeds": 1, "data.report_seeds": 1, "data.search_steps": 2, "data.report_steps": 2}
     small |= {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
-    loose = {"retain_tolerance": 1.0, "max_evaluations": 4, "layers": "*mlp.fc1.weight"}
+    loose = {"retain_tolerance": 1.0, "method.max_evaluations": 4, "method.layers": "*mlp.fc1.weight"}
     small |= {f"trainer.callbacks.{name}": value for name, value in loose.items()}
     options = [part for name, value in {**given, **small}.items() for part in (f"--{name}", value)]
     return ["fit", "--config", CONFIG, "--output_dir", folder / "run", *options]

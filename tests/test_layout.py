@@ -24,3 +24,18 @@ def test_no_trainer_is_known_below_the_package_for_it(package):
             if imported or (isinstance(node, ast.Attribute) and node.attr in ("trainer", "Trainer")):
                 found.append(f"{path.name}:{node.lineno}")
     assert found == []
+
+
+def sources() -> list[Path]:
+    root = PACKAGE.parent
+    return [path for folder in (PACKAGE, root / "callbacks", root / "datamodules") for path in sorted(folder.rglob("*.py"))]
+
+
+def test_functions_have_at_most_60_lines_and_classes_300():
+    long = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            most = {ast.FunctionDef: 60, ast.ClassDef: 300}.get(type(node))
+            if most and node.end_lineno - node.lineno + 1 > most:
+                long.append(f"{path.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines, {most} are enough")
+    assert long == []

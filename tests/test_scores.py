@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slug_lightning.methods.slug import statistics as scores
+from slug_lightning.methods import norms as scores
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.reports.cost import CostMeter
 from slug_lightning.tensors.layers import Layer

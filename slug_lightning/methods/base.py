@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.norms import norm
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
@@ -89,7 +91,7 @@ class Outcome:
 class Context:
     """All that a method sees of a run: no Trainer, no callback, no report.
 
-    `gradient`, `retain_before` and what `evaluator` gives are collective: every rank must call them in the same order.
+    Its methods are collective, and so is what `evaluator` gives: every rank must call them in the same order.
 
     Attributes:
         concepts: what to forget; those with an `edit` were forgotten by an earlier run, and keep it.
@@ -145,6 +147,12 @@ class Context:
                 return self.objective.gradient("retain", parameters).tensors
             return self.retain_cache.gradient(self.objective, parameters, self.notes)
 
+    def unit_step(self, layer: Layer, direction: Mapping[str, Tensor]) -> float:
+        """The step λ along a direction that is as long as the layer's weights; collective."""
+        weights = {name: local(p) for name, p in layer.parameters.items()}
+        processes = self.objective.processes
+        return norm(layer, weights, processes) / norm(layer, direction, processes)
+
     def shared_retain_gradient(self, last: bool) -> dict[str, Tensor]:
         """The retain gradient of all layers, computed once for several concepts, and let go of after the last."""
         tensors = self._retain_gradient or self.gradient("retain", self.layers)
@@ -180,7 +188,7 @@ class Context:
             recorded(objective, "forget", "val", layers),
             recorded(objective, "retain", "val", layers),
         ):
-            yield lambda edit, relative_step: self._evaluate(concept, edit, relative_step)
+            yield partial(self._evaluate, concept)
 
     def _evaluate(self, concept: Concept, edit: EditStep, relative_step: float) -> Trial:
         with self.edits.applied(edit):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +43,14 @@ class EditStep:
     def digest(self) -> str:
         """That of the edit in the patch, by which edits of one tensor are ordered."""
         return digest_of(self.for_patch, json.dumps(float(self.step)))
+
+
+def merged(edits: Sequence[EditStep]) -> EditStep:
+    """Make one edit of edits of different layers, with all their tensors and a step of 1."""
+    parameters = {name: p for edit in edits for name, p in edit.layer.parameters.items()}
+    direction = {name: edit.step * tensor for edit in edits for name, tensor in edit.direction.items()}
+    name = " + ".join(edit.layer.name for edit in edits)
+    return EditStep(Layer(name, parameters, edits[0].layer.tower, edits[0].layer.prefix), direction, 1.0)
 
 
 class TemporaryEdits:

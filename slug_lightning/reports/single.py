@@ -149,22 +149,20 @@ class UnlearnReport(JsonFile):
         return strength_figure(curves, self.bounds["forget_metric"], self.bounds["forget_target"], self.limits())
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures of the run: "pareto", the layers with the front; "trade_off", the search with the chosen point.
+        """Pictures of the run: "pareto", the layers with the front, if any were scored; "trade_off", the search with the chosen point.
 
         And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
         "samples/retain": what it draws before and after.
         """
-        figures = {
-            "pareto": pareto_figure(self.concept, self.scores, self.layer),
-            "trade_off": trade_off_figure(
-                self.trace,
-                self.search_before,
-                self.search_after,
-                None if self.layer is None else (self.layer, self.relative_step),
-                self.bounds["forget_target"],
-                self.limits(),
-            ),
-        }
+        figures = {"pareto": pareto_figure(self.concept, self.scores, self.layer)} if self.scores else {}
+        figures["trade_off"] = trade_off_figure(
+            self.trace,
+            self.search_before,
+            self.search_after,
+            None if self.layer is None else (self.layer, self.relative_step),
+            self.bounds["forget_target"],
+            self.limits(),
+        )
         if self.strengths:
             figures["strength"] = self.strength_figure({self.concept: self.strengths})
         return figures | sample_figures(self.gallery, self.concept)

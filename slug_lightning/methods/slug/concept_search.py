@@ -11,13 +11,14 @@ from torch import Tensor
 
 from slug_lightning.methods.base import Context, Outcome, Trial
 from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.candidates import Candidate, LayerScore
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve, Point, Tangent
 from slug_lightning.methods.slug.directions import Direction
 from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.precision_check import Errors, close_calls, close_scores, score_errors
-from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics, norm
+from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import StepSearch
 from slug_lightning.objective.curvature import input_covariance
 from slug_lightning.objective.objective import Kind

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from slug_lightning.distributed.processes import Processes
-from slug_lightning.tensors.dtensor import copies, local
+from slug_lightning.methods.norms import product_share
+from slug_lightning.tensors.dtensor import local
 from slug_lightning.tensors.layers import Layer
-
-CHUNK = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def layer_statistics(
     for layer in layers:
         weights = {name: local(p) for name, p in layer.parameters.items()}
         pairs = ((forget, forget), (retain, retain), (weights, weights), (forget, retain))
-        parts.append([_product(layer, one, other, processes.world_size) for one, other in pairs])
+        parts.append([product_share(layer, one, other, processes.world_size) for one, other in pairs])
     everywhere = processes.all_gather_object("products of gradients", parts)
     sizes, seen = Counter(layer.tower for layer in layers), Counter[str]()
     found = []
@@ -100,21 +99,3 @@ def layer_statistics(
             norms = map(math.sqrt, (weight_square, forget_square, retain_square))
             found.append(LayerStatistics(layer, *norms, inner, depth))
     return found
-
-
-def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> float:
-    """The norm of a change of a layer; every process must ask for it."""
-    squares = processes.all_gather_object("a norm", _product(layer, tensors, tensors, processes.world_size))
-    return math.sqrt(math.fsum(squares))
-
-
-def _product(layer: Layer, one: Mapping[str, Tensor], other: Mapping[str, Tensor], world_size: int) -> float:
-    """Compute this process's share of an inner product; what several processes hold is divided among them."""
-    parts = [1 / copies(p, world_size) * _dot(one[name], other[name]) for name, p in layer.parameters.items()]
-    return sum(parts, 0.0)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Inner product in fp64, a million elements at a time: the wider copies stay small."""
-    parts = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
-    return sum((x.double() * y.double()).sum().item() for x, y in parts)

@@ -1,0 +1,38 @@
+"""Norms and inner products of a layer's tensors, whole or spread over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from slug_lightning.distributed.processes import Processes
+from slug_lightning.tensors.dtensor import copies
+from slug_lightning.tensors.layers import Layer
+
+CHUNK = 2**20
+
+
+def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> float:
+    """Compute the norm of a layer's weights, of a gradient or of a change; collective.
+
+    Args:
+        layer: whose tensors they are; a group counts as one long vector.
+        tensors: by name; of a sharded tensor this process's part.
+        processes: that hold the model.
+    """
+    squares = processes.all_gather_object("a norm", product_share(layer, tensors, tensors, processes.world_size))
+    return math.sqrt(math.fsum(squares))
+
+
+def product_share(layer: Layer, one: Mapping[str, Tensor], other: Mapping[str, Tensor], world_size: int) -> float:
+    """Compute this process's share of an inner product; what several processes hold is divided among them."""
+    parts = [1 / copies(p, world_size) * _dot(one[name], other[name]) for name, p in layer.parameters.items()]
+    return sum(parts, 0.0)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product in fp64, a million elements at a time: the wider copies stay small."""
+    parts = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
+    return sum((x.double() * y.double()).sum().item() for x, y in parts)
