@@ -79,15 +79,15 @@ def verdict(report) -> str:
 
 
 def test_the_last_line_says_how_it_ended():
-    assert verdict(joint("a", "b")) == "All bounds hold on report data as well."
-    assert verdict(joint("a", "b", left=("b",))) == "Left as they were: b. All bounds hold on report data as well."
+    assert verdict(joint("a", "b")) == "All bounds hold on the test split as well."
+    assert verdict(joint("a", "b", left=("b",))) == "Left as they were: b. All bounds hold on the test split as well."
     report = joint("a", "b", left=("a", "b"))
     assert verdict(report) == "Left as they were: a, b. Nothing was edited; the weights are as they were."
     report = joint("a", "b")
     report.holds = False
-    assert verdict(report) == "On report data the bound of what is kept does not hold."
+    assert verdict(report) == "A retain bound does not hold on the test split."
     report.after["forget"]["b"] = 0.9
-    assert verdict(report) == "On report data a bound does not hold for: b."
+    assert verdict(report) == "The forget bound does not hold on the test split for: b."
 
 
 def test_what_was_unlearned_is_told_apart():

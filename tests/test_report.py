@@ -141,10 +141,10 @@ def test_the_bound_of_a_loss_to_forget_is_from_below():
 
 
 def test_the_verdict_says_what_happened():
-    assert unlearned().to_text().endswith("Both bounds hold on report data as well.")
-    assert unlearned(holds=False).to_text().endswith("On report data a bound does not hold.")
+    assert unlearned().to_text().endswith("Both bounds hold on the test split as well.")
+    assert unlearned(holds=False).to_text().endswith("A bound does not hold on the test split.")
     text = " ".join(replace(infeasible(), trace=[]).to_text().split())
-    assert "the weights are as they were. None forgets" in text
+    assert "the weights are as they were. None reaches the forget target" in text
     assert "edited" not in text
 
 
@@ -156,7 +156,10 @@ def test_an_infeasible_run_says_how_near_it_came():
         trial | {"constraint_usage": None, "forgotten": False},
     ]
     text = " ".join(replace(infeasible(), trace=trace).to_text(width=300).split())
-    assert "Nearest: a.weight forgets at relative step 0.1250, but keeps only acc 0.5000 (bound ≥ 0.8800)." in text
+    assert (
+        "Nearest: a.weight reaches the forget target at relative step 0.1250, but violates retain_tolerance: acc=0.5000 (bound ≥ 0.8800)."
+        in text
+    )
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

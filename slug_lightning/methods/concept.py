@@ -61,8 +61,8 @@ class Concept:
         if metric.reaches(before, target):
             hint = hooks.nothing_to_forget and hooks.nothing_to_forget()
             raise UnlearnError(
-                f"forget_target: nothing to forget of {name!r}, {metric_name} is {before:.4g} on the search data and meets the "
-                f"target of {target:.4g} ({reason}) already; "
+                f"forget_target: nothing to forget of {name!r}, {metric_name} is {before:.4g} on the validation split and "
+                f"meets the target of {target:.4g} ({reason}) already; "
                 + (hint or "look at the forget data, or give a stricter forget_target")
             )
         return cls(name, objective, metric, target, reason, before)

@@ -196,8 +196,8 @@ class Harness:
             raise UnlearnError(f"earlier: {self.earlier} has also forgotten {some_of(missing)}; give its data in forget, too")
         if earlier:
             self.notes.append(
-                "earlier: what was forgotten before was checked together with the new edits on search data; on report data, and "
-                "for collateral and strength, only what is new was measured"
+                "earlier: what was forgotten before was checked together with the new edits on the validation split; on the test "
+                "split, and for collateral and scales, only what is new was measured"
             )
         self._refuse_twice()
         for name, objective in self.objectives.items():

@@ -33,13 +33,13 @@ class JointReport(JsonFile):
     Attributes:
         status: "unlearned", "partly" where some concepts had to be left out, or "infeasible" where nothing was edited.
         concepts: the report of each, by name; `before` and `after` are measured with all edits together.
-        rounds: every measurement of all edits together on search data: `forget` by concept, `retain`, `constraint_usage` (1 is
-            the tolerance), `remembered`, and the `change` that was made: what was traded for what.
-        collateral: by edit, then by concept, the concept's forget metric on search data under that edit alone.
-        before: on report data, `{"forget": {concept: value}, "retain": {metric: value}}`.
+        rounds: every measurement of all edits together on the validation split: `forget` by concept, `retain`,
+            `constraint_usage` (1 is the tolerance), `remembered`, and the `change` that was made: what was traded for what.
+        collateral: by edit, then by concept, the concept's forget metric on the validation split under that edit alone.
+        before: on the test split, `{"forget": {concept: value}, "retain": {metric: value}}`.
         after: the same with all edits; without the concepts that an earlier run has forgotten: of these, `concepts` has what
-            was measured there on report data, and now on search data (`search_after`).
-        holds: whether all bounds of what was forgotten hold on report data as well; None where nothing was edited.
+            was measured there on the test split, and now on the validation split (`search_after`).
+        holds: whether all bounds of what was forgotten hold on the test split as well; None where nothing was edited.
         cost: as in `UnlearnReport`, of the whole run.
         notes: what was decided on the way.
         versions: of the libraries.
@@ -110,7 +110,7 @@ class JointReport(JsonFile):
             console.print(self._collateral_table())
         for found in self.rounds:
             if found["change"]:
-                console.print(f"together, damage {number(found['constraint_usage'])} of what is allowed: {found['change']}")
+                console.print(f"together, constraint usage {number(found['constraint_usage'])}: {found['change']}")
         closing_lines(console, self.cost.get("evaluations", 0), self.cost, self.notes, width)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")
@@ -120,8 +120,8 @@ class JointReport(JsonFile):
 
         title = f"{len(self.unlearned)} of {len(self.concepts)} concepts unlearned: {self.status}"
         table = Table(title=title, title_justify="left", title_style="bold")
-        for column in ("report data", "layer", "step", "before", "after", "bound", "holds"):
-            table.add_column(column, justify="left" if column in ("report data", "layer") else "right", overflow="fold")
+        for column in ("test split", "layer", "step", "before", "after", "bound", "holds"):
+            table.add_column(column, justify="left" if column in ("test split", "layer") else "right", overflow="fold")
         for name, report in self.concepts.items():
             edited = report.status == "unlearned"
             table.add_row(
@@ -138,9 +138,9 @@ class JointReport(JsonFile):
     def _retain_table(self) -> Any:
         from rich.table import Table
 
-        table = Table(title="what is kept, all edits together", title_justify="left")
-        for column in ("report data", "before", "after", "bound"):
-            table.add_column(column, justify="left" if column == "report data" else "right")
+        table = Table(title="retain metrics, all edits together", title_justify="left")
+        for column in ("test split", "before", "after", "bound"):
+            table.add_column(column, justify="left" if column == "test split" else "right")
         some = next(iter(self.concepts.values()))
         for name, value in self.before["retain"].items():
             after = self.after["retain"][name]
@@ -150,7 +150,7 @@ class JointReport(JsonFile):
     def _collateral_table(self) -> Any:
         from rich.table import Table
 
-        table = Table(title="each concept (column) under each edit alone (row), search data", title_justify="left")
+        table = Table(title="each concept (column) under each edit alone (row), validation split", title_justify="left")
         table.add_column("edit")
         for concept in self.collateral:
             table.add_column(concept, justify="right", overflow="fold")
@@ -160,12 +160,12 @@ class JointReport(JsonFile):
         return table
 
     def _search(self, when: str) -> Values:
-        """The forget metric of every concept on search data, before or after all edits."""
+        """The forget metric of every concept on the validation split, before or after all edits."""
         measured = {name: getattr(report, f"search_{when}").get("forget", {}) for name, report in self.concepts.items()}
         return {name: next(iter(values.values())) for name, values in measured.items() if values}
 
     def _is_forgotten(self, name: str) -> bool | None:
-        """Whether a concept's forget bound holds on report data; None where that was not measured, or nothing edited."""
+        """Whether a concept's forget bound holds on the test split; None where that was not measured, or nothing edited."""
         report, value = self.concepts[name], self.after["forget"].get(name)
         if value is None or report.status != "unlearned":
             return None
@@ -181,10 +181,10 @@ class JointReport(JsonFile):
             return f"{said}Nothing was edited; the weights are as they were."
         failing = [name for name in self.unlearned if self._is_forgotten(name) is False]
         if self.holds:
-            return f"{said}All bounds hold on report data as well."
+            return f"{said}All bounds hold on the test split as well."
         if failing:
-            return f"{said}On report data a bound does not hold for: {', '.join(failing)}."
-        return f"{said}On report data the bound of what is kept does not hold."
+            return f"{said}The forget bound does not hold on the test split for: {', '.join(failing)}."
+        return f"{said}A retain bound does not hold on the test split."
 
     def figures(self) -> dict[str, Figure]:
         """Pictures: "collateral", a matrix; "strength", curves; "pareto/…" and "trade_off/…" of up to `SHOWN` concepts.

@@ -22,11 +22,11 @@ NOT_PLAIN = {"patch", "gallery"}
 
 @dataclass
 class UnlearnReport(JsonFile):
-    """Everything a run found out.
+    """What a run over one concept has found.
 
     Attributes:
         status: "unlearned", or "infeasible" where no step met both bounds and the weights are as they were.
-        concept: what was to be forgotten, in words.
+        concept: what the request asks to forget, in words.
         layer: the edited layer, or None.
         tensors: names of the edited tensors.
         step_size: λ, or None.
@@ -35,13 +35,13 @@ class UnlearnReport(JsonFile):
         scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
         trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, constraint_usage (the largest loss of
             a retain metric as a share of its tolerance); `together` where the edits of other concepts were there, too.
-        before: metrics on report data, which the search never saw: `{"forget": {...}, "retain": {...}}`.
+        before: metrics on the test split, which the search never saw: `{"forget": {...}, "retain": {...}}`.
         after: the same after the edit.
-        search_before: the same on search data.
-        search_after: the same on search data.
-        strengths: where asked for, the metrics on search data over the edit's strength, of which 1 is the whole edit:
+        search_before: the same on the validation split.
+        search_after: the same on the validation split.
+        strengths: where asked for, the metrics on the validation split over the edit's strength, of which 1 is the whole edit:
             `[{"strength": …, "forget": {…}, "retain": {…}}, …]`.
-        holds: whether both bounds hold on report data as well; None if infeasible.
+        holds: whether both bounds hold on the test split as well; None if infeasible.
         cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
             `ratio` to it; evaluations, samples forward and backward; what `replay` held and spared.
         notes: what was decided on the way, such as how a single set was split.
@@ -95,8 +95,8 @@ class UnlearnReport(JsonFile):
         from rich.table import Table
 
         table = Table(title=f"{self.concept}: {self.status}", title_justify="left", title_style="bold")
-        for column in ("report data", "before", "after", "bound"):
-            table.add_column(column, justify="left" if column == "report data" else "right")
+        for column in ("test split", "before", "after", "bound"):
+            table.add_column(column, justify="left" if column == "test split" else "right")
         for kind in ("forget", "retain"):
             for name, value in self.before.get(kind, {}).items():
                 table.add_row(f"{kind}: {name}", number(value), number(self.after[kind][name]), self.bound(kind, name, value))
@@ -112,19 +112,20 @@ class UnlearnReport(JsonFile):
     def _verdict(self) -> str:
         """One sentence on how it ended; where it failed, with how near the nearest trial came."""
         if self.status == "unlearned":
-            return "Both bounds hold on report data as well." if self.holds else "On report data a bound does not hold."
+            return "Both bounds hold on the test split as well." if self.holds else "A bound does not hold on the test split."
         verdict = "No step along a front layer meets both bounds; the weights are as they were."
         forgot = [t for t in self.trace if t.get("constraint_usage") is not None]  # measured only where the step forgets
         if forgot:
             near = min(forgot, key=lambda t: t["constraint_usage"])
             kept = ", ".join(
-                f"{name} {number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
+                f"{name}={number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
                 for name, value in (near["retain"] or {}).items()
             )
             return (
-                f"{verdict} Nearest: {near['layer']} forgets at relative step {near['relative_step']:.4f}, but keeps only {kept}."
+                f"{verdict} Nearest: {near['layer']} reaches the forget target at relative step {near['relative_step']:.4f}, "
+                f"but violates retain_tolerance: {kept}."
             )
-        return f"{verdict} None forgets: raise max_evaluations, or give a forget_target that can be reached."
+        return f"{verdict} None reaches the forget target: raise max_evaluations, or give a forget_target that can be reached."
 
     def bound(self, kind: str, name: str, before: float | None) -> str:
         """What a metric must meet, in words."""
@@ -141,7 +142,7 @@ class UnlearnReport(JsonFile):
         return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
 
     def limits(self) -> Values:
-        """What each retain metric may be at worst, on search data."""
+        """What each retain metric may be at worst, on the validation split."""
         return {name: self.limit(name, value) for name, value in self.search_before["retain"].items()}
 
     def strength_figure(self, curves: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -149,7 +150,7 @@ class UnlearnReport(JsonFile):
         return strength_figure(curves, self.bounds["forget_metric"], self.bounds["forget_target"], self.limits())
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures of the run: "pareto", the layers with the front, if any were scored; "trade_off", the search with the chosen point.
+        """Pictures of the run: "pareto", the layers with the front, where scored; "trade_off", the search and the choice.
 
         And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
         "samples/retain": what it draws before and after.

@@ -13,7 +13,7 @@ from slug_lightning.utils.names import some_of
 SHRINK, GROW, GENTLY = 0.85, 1.1, 0.3
 """Factors of steps that cost too much, and of one that forgets too little; the former is nearer 1 the less is too much."""
 ROOM = 0.7
-"""Share of the allowed damage below which a step may grow at once to one that was enough."""
+"""Constraint usage below which a step may grow at once to one that was enough."""
 NEAR = 1.02
 """Steps nearer to each other than this factor tell nothing: what matters there is what other edits have become."""
 SEARCHES = 2
@@ -24,7 +24,7 @@ AFTER_LEAVING_OUT = 6
 
 @dataclass
 class Round:
-    """One measurement of all edits together, on search data.
+    """One measurement of all edits together, on the validation split.
 
     Attributes:
         forget: the forget metric of each concept whose edit takes part.
@@ -107,13 +107,13 @@ class JointSearch:
                 changes = max(0, changes - anew)
                 anew //= 2
             self.context.progress.say(
-                f"together: {len(found.remembered)} of {len(found.forget)} remembered, {found.constraint_usage:.2f} of the "
-                f"allowed damage; {found.change}"
+                f"together: {len(found.remembered)} of {len(found.forget)} remembered, constraint usage "
+                f"{found.constraint_usage:.2f}; {found.change}"
             )
         return self.searches
 
     def _measure(self) -> Round:
-        """All edits together, on search data."""
+        """All edits together, on the validation split."""
         forget: dict[str, float] = {}
         with self.context.edits.applied(*(s.edit for s in self.searches)):
             for search in self.context.progress.track(self.searches, "together, forget metrics"):
@@ -124,7 +124,7 @@ class JointSearch:
         return Round(forget, retain, lost, steps, [s.name for s in self.searches if not s.concept.is_forgotten(forget[s.name])])
 
     def _go_further(self, found: Round) -> Round:
-        """Make all steps larger, up to the margin, while what is kept allows it."""
+        """Make all steps larger, up to the margin, while the retain metrics allow it."""
         gone = GROW
         while self._own and gone <= 1 + self.step_margin:
             before = [(search, search.chosen) for search in self._own]
@@ -197,7 +197,7 @@ class JointSearch:
         return f"{search.name}: {_words(before)} became {_words(search.chosen)}"
 
     def _leave_out(self, found: Round) -> str:
-        """Take edits out: the one furthest from its target, or where too little is kept, the costliest."""
+        """Take edits out: the one furthest from its target, or where the retain metrics lose too much, the costliest."""
         # Half as many as would do if all cost alike, as what they cost together grows faster than their number.
         excess = 1 - 1 / found.constraint_usage if 1 < found.constraint_usage < math.inf else 0.0
         costliest = sorted(self._own, key=lambda s: -self._costs[s.name])
