@@ -15,16 +15,7 @@ MAX_CONCEPTS = 32
 
 
 def collateral(concepts: Sequence[Concept], edits: Mapping[str, EditStep], context: Context) -> dict[str, dict[str, float]]:
-    """Measure every concept under every single edit, on the validation split.
-
-    Args:
-        concepts: at most `MAX_CONCEPTS` of them are looked at.
-        edits: by concept.
-        context: of the run, without any edit in the model.
-
-    Returns:
-        By edit, then by concept, the concept's forget metric.
-    """
+    """Measure the forget metric of at most `MAX_CONCEPTS` concepts under every single edit, on the validation split."""
     concepts = concepts[:MAX_CONCEPTS]
     found: dict[str, dict[str, float]] = {concept.name: {} for concept in concepts}
     layers = list({edits[c.name].layer.name: edits[c.name].layer for c in concepts}.values())
@@ -41,16 +32,10 @@ def collateral(concepts: Sequence[Concept], edits: Mapping[str, EditStep], conte
 def strength_curves(
     concepts: Sequence[Concept], edits: Mapping[str, EditStep], context: Context, scales: Sequence[float]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure both metrics over the scale of each edit, on the validation split; all others stay as they are.
-
-    Args:
-        concepts: whose edits are scaled; those of an earlier run have their curves.
-        edits: all that will be made, by concept.
-        context: of the run, without any edit in the model.
-        scales: 1 is added.
+    """Measure both metrics over the scale of each concept's edit, on the validation split, while all other edits stay.
 
     Returns:
-        By concept, a list of `{"strength": …, "forget": {…}, "retain": {…}}`, weakest first.
+        By concept, a list of `{"strength": …, "forget": {…}, "retain": {…}}`, weakest first; 1 is always among them.
     """
     others = sorted(set(scales) - {1.0})
     curves: dict[str, list[dict[str, Any]]] = {}

@@ -83,19 +83,8 @@ OWN_TO_A_RANK = {"retain_cache", "replay_budget"}
 class Harness:
     """What happens between the callback's hook and its report; the weights are as before when it has ended.
 
-    Args:
-        method: finds the edits.
-        request: the bounds.
-        runtime: how to compute.
-        module: the owner's.
-        runner: knows the strategy.
-        forget: batches of each concept, by split.
-        retain: batches of the retain set, by split.
-        notes: on these data, for the report.
-        progress: shows how far the run is.
-        earlier: folder of an earlier run, whose edits are taken over.
-        scales: at which each edit is measured as well.
-        more_asked: what else every rank must have been asked.
+    `forget` has batches by concept, then by split, `retain` by split; `notes` are on these data; `more_asked` is what else
+    every rank must have been given.
     """
 
     def __init__(

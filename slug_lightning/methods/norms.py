@@ -15,13 +15,7 @@ CHUNK = 2**20
 
 
 def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> float:
-    """Compute the norm of a layer's weights, of a gradient or of a change; collective.
-
-    Args:
-        layer: whose tensors they are; a group counts as one long vector.
-        tensors: by name; of a sharded tensor this process's part.
-        processes: that hold the model.
-    """
+    """Compute the norm of a layer's weights, gradient or change, as one long vector; collective."""
     squares = processes.all_gather_object("a norm", product_share(layer, tensors, tensors, processes.world_size))
     return math.sqrt(math.fsum(squares))
 

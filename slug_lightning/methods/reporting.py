@@ -22,18 +22,7 @@ from slug_lightning.utils.modules import unwrap_model
 
 @dataclass
 class Findings:
-    """What a run has found.
-
-    Attributes:
-        outcomes: of the method, by concept.
-        edits: those that are made.
-        before: on the test split: forget metrics by concept, retain metrics by name.
-        after: the same with all edits.
-        collateral: by edit, then by concept.
-        curves: over the scale of each edit.
-        forget_galleries: by concept.
-        retain_gallery: pictures of the retain set.
-    """
+    """What a run has found; `before` and `after` all edits, on the test split, forget metrics go by concept."""
 
     outcomes: Mapping[str, Outcome]
     edits: Mapping[str, EditStep]
@@ -46,13 +35,7 @@ class Findings:
 
 
 def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any], list[str]]) -> AnyReport:
-    """Make the report of a run; of a sharded model, in every process.
-
-    Args:
-        context: of the run.
-        findings: of the run.
-        cost: of the run, and sentences on it.
-    """
+    """Make the report of a run, with its cost and sentences on that; for a sharded model, in every process."""
     before, after, edits = findings.before, findings.after, findings.edits
     metrics = context.objective.metrics_of("retain")
     is_retained = constraint_usage(metrics, before["retain"], after["retain"], context.retain_tolerance) <= 1

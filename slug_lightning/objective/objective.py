@@ -40,15 +40,7 @@ class Objective:
 
     The loss is `forget_step` or `retain_step` where the module defines it, else `training_step`. The metrics are
     what `validation_step` logs under the names given, by argument or by the module (`ModuleHooks`); without a name, the loss.
-
-    Args:
-        module: the model, in evaluation mode.
-        loaders: batches by kind and split.
-        runner: moves batches, sets the precision.
-        forget_metric: name, or None for the module's own choice.
-        retain_metric: name or names, or None.
-        progress: wraps an iterable of batches to show how far it is; takes it and a description.
-        replay_budget: bytes for `replaying`.
+    The module is in evaluation mode; `loaders` has batches by kind and split.
     """
 
     def __init__(
@@ -111,13 +103,7 @@ class Objective:
         return self._differentiated(kind, parameters, batches, self.runner.forward_context)
 
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
-        """Differentiate the mean loss of half a batch, which in 32 bits needs no more memory than a whole one in 16.
-
-        Args:
-            kind: "forget" or "retain".
-            parameters: by name.
-            exact: without the autocasting of the trainer's precision.
-        """
+        """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
         first = itertools.islice(self._batches(kind, "train"), 1)
         halves = (IndexedBatch(one.number, _first_half(one.batch), counts=one.number == 0) for one in first)
         return self._differentiated(kind, parameters, halves, nullcontext if exact else self.runner.forward_context).tensors

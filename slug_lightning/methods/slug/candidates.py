@@ -46,13 +46,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Say of each (importance, alignment) whether it is on the Pareto front.
 
     A point is off the front if another is at least as good on both (importance no lower, alignment no higher) and
-    strictly better on one. Equal points stand or fall together.
-
-    Args:
-        points: importance (higher is better) and alignment (lower is better) of each layer.
-
-    Returns:
-        One bool a point, in the order given (SLUG, arXiv 2407.11867).
+    strictly better on one. Equal points stand or fall together (SLUG, arXiv 2407.11867).
 
     Example:
         >>> pareto_front([(1.0, 0.5), (2.0, 0.5), (0.5, 0.1), (2.0, 0.9)])

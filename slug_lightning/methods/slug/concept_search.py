@@ -44,13 +44,7 @@ class Rules:
 
 
 class ConceptSearch:
-    """Finds the edit of one concept.
-
-    Args:
-        concept: what to forget.
-        context: of the run.
-        rules: how.
-    """
+    """Finds the edit of one concept."""
 
     def __init__(self, concept: Concept, context: Context, rules: Rules) -> None:
         self.concept = concept

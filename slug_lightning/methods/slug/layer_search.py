@@ -24,17 +24,8 @@ class LayerSearch:
 
     The forget metric comes first: it is measured on few samples and decides the step. The retain metrics are measured once
     for each layer that forgets, the most promising first, and the measurement of a layer that can no longer win is broken
-    off. With replay, only what a layer changes is computed.
-
-    Args:
-        concept: what to forget.
-        context: of the run; edits of other concepts may be in the model.
-        points: the curve along each layer, by name.
-        search: finds a step.
-        choice: picks the trial.
-        max_evaluations: of the forget metric for each layer.
-        step_margin: by what share of the smallest step that forgets a step goes beyond it.
-        retain_before: the retain metrics on the validation split, unedited, if there are other edits now.
+    off. With replay, only what a layer changes is computed. If edits of other concepts are in the model, `retain_before` has
+    the retain metrics on the validation split without any.
     """
 
     def __init__(

@@ -63,12 +63,7 @@ def score_errors(objective: Objective, layers: Sequence[Layer], notes: list[str]
 
 
 def rounding_errors(exact: Sequence[LayerStatistics], rounded: Sequence[LayerStatistics]) -> Errors:
-    """Compare scores in 32 bits with the same ones in the trainer's precision.
-
-    Returns:
-        By layer the relative error of the importance and the error of the alignment: its own, or the median of all if that
-        is larger, as one sample may be right by luck.
-    """
+    """Compare scores; a layer's error is its own, or the median of all if that is larger, as one sample may be right by luck."""
     before = {one.name: one for one in exact}
     pairs = [(before[one.name], one) for one in rounded if one.name in before]
     importance = {old.name: abs(new.importance / old.importance - 1) for old, new in pairs}

@@ -24,16 +24,7 @@ AFTER_LEAVING_OUT = 6
 
 @dataclass
 class Round:
-    """One measurement of all edits together, on the validation split.
-
-    Attributes:
-        forget: the forget metric of each concept whose edit takes part.
-        retain: the retain metrics.
-        constraint_usage: the worst retain metric's loss as a share of its tolerance.
-        steps: the relative step of each concept.
-        remembered: concepts that do not meet their target.
-        change: what was done about it, in words; nothing where all is well.
-    """
+    """One measurement of all edits together, on the validation split; `change` says what was done about what failed."""
 
     forget: dict[str, float]
     retain: dict[str, float]
@@ -60,13 +51,7 @@ class JointSearch:
     edit forgets another may bring back, and what each costs adds up, while edits also help each other to forget. So steps
     are searched again, all at once: a step that forgets is made smaller where the retain metrics lose too much, and one that
     does not is made larger. If that does not do, the layers of the costliest concepts are searched again in the presence of
-    the others. What cannot be settled is left out, the costliest first.
-
-    Args:
-        searches: with an edit each; those of an earlier run are never changed.
-        context: of the run.
-        max_rounds: how often steps may be changed.
-        step_margin: by what share steps go beyond those that were found together, as far as the retain metrics allow.
+    the others. What cannot be settled is left out, the costliest first. Edits of an earlier run are never changed.
     """
 
     def __init__(self, searches: Sequence[ConceptSearch], context: Context, *, max_rounds: int, step_margin: float) -> None:

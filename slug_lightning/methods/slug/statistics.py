@@ -66,21 +66,8 @@ def layer_statistics(
 ) -> list[LayerStatistics]:
     """Compute norms and products of each layer's weights and gradients, in fp64 from fp32 gradients.
 
-    Args:
-        layers: the tensors and their weights.
-        forget: g_f by tensor name; of a sharded tensor this process's part.
-        retain: g_r by tensor name, likewise.
-        processes: that hold the model; products of parts are added up, so that no tensor is gathered.
-
-    Returns:
-        Without layers whose forget gradient or weight is zero: such a layer cannot be moved by a relative step.
-
-    Example:
-        >>> import torch
-        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))})
-        >>> (one,) = layer_statistics([layer], {"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[1.0, 1.0]])})
-        >>> one.importance, round(one.alignment, 4)
-        (0.2, 0.7071)
+    Products of the parts that processes hold are added up, so that no tensor is gathered. Layers whose forget gradient or
+    weight is zero are left out: a relative step can't move them.
     """
     processes = processes or Processes()
     parts = []
