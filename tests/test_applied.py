@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slug_lightning import PatchError, UnlearnPatch
 from slug_lightning.patches.edit import Edit
-from slug_lightning.patches.state import History, held_by
+from slug_lightning.patches.state import History, model_tensors
 from slug_lightning.tensors.dtensor import whole
 
 DTYPES = {"wide": torch.float32, "brain": torch.bfloat16, "short": torch.float16, "pair.weight": torch.bfloat16}
@@ -291,7 +291,7 @@ def test_of_an_edit_whose_other_tensors_were_trained_the_rest_is_active_and_can_
 def test_a_model_that_is_gone_takes_along_what_was_known_of_it():
     net = model()
     patch_of(net, ["wide"], 0).apply(net)
-    known = weakref.ref(held_by(net)["wide"].history())
+    known = weakref.ref(model_tensors(net)["wide"].history())
     assert isinstance(known(), History)
     del net
     gc.collect()
@@ -395,13 +395,13 @@ def test_only_what_the_model_holds_to_the_bit_is_recognised():
     for patch in patches:
         patch.apply(net, 0.5)
     kept, copied = UnlearnPatch.active(net), copy.deepcopy(net)
-    refused(patches[0].recognise, copied, "not what the patch makes of its base")
-    refused(kept.recognise, model(), "not what the patch makes of its base")
+    refused(patches[0].recognise, copied, "the model does not hold what the patch makes of its base")
+    refused(kept.recognise, model(), "the model does not hold what the patch makes of its base")
     kept.recognise(copied)
     kept.recognise(copied)
     with torch.no_grad():
         copied.short[1, 1] += 1
-    refused(kept.recognise, copied, "short: the model is not what the patch makes")
+    refused(kept.recognise, copied, "short: the model does not hold what the patch makes")
 
 
 def test_recognising_writes_nothing_and_takes_nothing_back_that_is_known():
@@ -490,7 +490,7 @@ def test_siblings_of_an_edit_that_changes_no_bit_are_siblings_in_every_order():
     for net, order in ((one, (invisible, cats)), (other, (cats, invisible))):
         for patch in order:
             patch.apply(net)
-        assert len(list(held_by(net)["brain"].history().levels())) == 1
+        assert len(list(model_tensors(net)["brain"].history().levels())) == 1
     for net in (one, other):
         invisible.revert(net)
     assert bits(one) == bits(other)

@@ -230,7 +230,10 @@ def test_combine_and_show(files, capsys):
         (["apply", "a.safetensors", "none.safetensors", "new.safetensors"], "no weights at"),
         (["apply", "base.safetensors", "base.safetensors", "new.safetensors"], "not a patch"),
         (["apply", "a.safetensors", "base.safetensors", "old.safetensors"], "old.patches.safetensors exists"),
-        (["apply", "a.safetensors", "base.safetensors", "new.safetensors", "--strength", "nan"], "strength: "),
+        (
+            ["apply", "a.safetensors", "base.safetensors", "new.safetensors", "--strength", "nan"],
+            "strength must be finite, got nan",
+        ),
         (["revert", "a.safetensors", "base.safetensors", "new.safetensors"], "not applied"),
         (["adjust", "a.safetensors", "base.safetensors", "new.safetensors", "--strength", "2"], "not applied"),
         (["combine", "a.safetensors", "a.safetensors", "-o", "new.safetensors"], "occurs twice"),

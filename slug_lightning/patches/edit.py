@@ -1,4 +1,4 @@
-"""One concept's edit, and what edits make of a tensor."""
+"""One concept's edit, and how edits change a tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from slug_lightning.tensors.bits import digest_of
 
 
 class PatchError(UnlearnError):
-    """A patch that is damaged, or does not belong to this model; the model is as it was."""
+    """Raised where a patch is damaged or does not fit the model; the model is left as it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,9 @@ class Edit:
         step: λ, the factor of the directions.
         directions: the forget gradient by tensor name, fp32.
         details: facts for whoever reads the patch later: layer, relative step, metrics before and after.
-        strength: how strongly the edit acts where its patch is applied at strength 1: a further factor of the step.
-        parents: the edits that were active on the model when this one was made, as plain data: concept, digest, strength.
-        origin: the digest of the edit that this one is, where it names its tensors otherwise than it was made with, or
-            covers only some of them; "" where it is as it was made.
+        strength: factor of the step, multiplied by the strength at which the patch is applied.
+        parents: the edits that were active on the model when this one was made: concept, digest and strength of each.
+        origin: the digest of the edit that this one was derived from by renaming or leaving out tensors; "" if it is as made.
     """
 
     concept: str
@@ -44,39 +43,26 @@ class Edit:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the directions and the step as it was made: what it does, whatever it is called and how strongly."""
+        """SHA-256 over directions and step as they were made; does not depend on the concept's name or the strength."""
         return self.origin or digest_of(self.directions, json.dumps(float(self.step)))
 
 
-class HoldsEdits(Protocol):
-    """A dataclass of tensors as they were before, and edits of them, as `UnlearnPatch` is."""
+@dataclass(frozen=True, eq=False)
+class PatchContent:
+    """What a patch holds: every edited tensor as it was before, by name, and the edits."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def base(self) -> dict[str, Tensor]:
-        """Every edited tensor as it was before, by name."""
-
-    @property
-    def edits(self) -> Sequence[Edit]:
-        """Of these tensors."""
+    base: dict[str, Tensor]
+    edits: Sequence[Edit]
 
 
-P = TypeVar("P", bound=HoldsEdits)
+P = TypeVar("P", bound=PatchContent)
 
 
 def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """Add scaled directions to a tensor, in the order given.
+    """Add scaled directions to a tensor, in the order given; gives a new tensor of `base`'s shape, dtype and device.
 
-    Computed in fp32 (fp64 for fp64 tensors) by one product and one sum a direction, each rounded once, so that the
+    Computed in fp32 (fp64 for fp64 tensors) by one product and one sum per direction, each rounded once, so that the
     result has the same bits on every device. A factor of 0 leaves every bit as it is, also of a negative zero.
-
-    Args:
-        base: the tensor before.
-        steps: directions and their factors.
-
-    Returns:
-        A new tensor of `base`'s shape, dtype and device.
 
     Example:
         >>> edited(torch.ones(2), [(torch.tensor([1.0, -1.0]), 0.5)])
@@ -84,7 +70,7 @@ def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:
     """
     steps = [(direction, factor) for direction, factor in steps if factor]
     if not steps:
-        return base.clone()  # not by way of fp32, which keeps no NaN's bits
+        return base.clone()  # not through fp32, which does not keep the bits of NaNs
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     for direction, factor in steps:
         wide = wide + direction.to(wide) * factor

@@ -1,4 +1,4 @@
-"""What was done to a model, as a small file: checked, applied, weakened, undone, combined."""
+"""A patch: the edits of a model as a small file that can be checked, applied, weakened, undone and combined."""
 
 from __future__ import annotations
 
@@ -15,45 +15,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slug_lightning.patches.edit import Edit, PatchError
-from slug_lightning.patches.matching import places
-from slug_lightning.patches.state import (
-    Active,
-    AppliedAlready,
-    Held,
-    Model,
-    Plan,
-    added,
-    adjusted,
-    carry_out,
-    held_by,
-    recognised,
-    removed,
-    spots,
-)
+from slug_lightning.patches import state
+from slug_lightning.patches.edit import Edit, PatchContent, PatchError
+from slug_lightning.patches.matching import matches
+from slug_lightning.patches.state import Active, AppliedAlready, Model, ModelTensor
 from slug_lightning.tensors.bits import bitwise_equal, digest_of
 from slug_lightning.utils.files import atomic_write
 
-FORMAT = "slug-lightning patch 2"
+PATCH_FORMAT = "slug-lightning patch 2"
 
 
 @dataclass(frozen=True, eq=False)
-class UnlearnPatch:
+class UnlearnPatch(PatchContent):
     """The edits of one or more concepts on one base.
 
-    Several patches may be applied to a model, each at its own strength. Whatever the order in which they are applied,
-    adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make: edited tensors
-    are rebuilt from the base, never added to. What is applied is remembered with the model (`slug_lightning.patches.state`) in
-    this process. A copy of the model, another state dict of it, or weights from a file are known by their content, which
-    tells one patch at full strength from its base, and no more; for that there is `active`, saved beside the weights, and
-    `recognise`.
+    Several patches may be applied to a model, each at its own strength. In whatever order they are applied, adjusted and
+    reverted, the weights are bit for bit those that the base and the remaining patches make: edited tensors are rebuilt from
+    the base, never added to. This process remembers what is applied to a model (`slug_lightning.patches.state`). Of a copy of
+    the model, another state dict of it, or weights from a file it knows the values only, which tell one patch at full strength
+    from its base, and no more; save `active` next to the weights, and call `recognise` on it.
 
     Args:
         base: every edited tensor as it was before, by name.
-        edits: at least one; they are kept in the order of their digests.
+        edits: at least one; sorted by their digests.
 
     Raises:
-        PatchError: if an edit occurs twice, or the base is not what the edits name.
+        PatchError: if an edit occurs twice, or base and edits name different tensors.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -73,9 +60,6 @@ class UnlearnPatch:
         True
     """
 
-    base: dict[str, Tensor]
-    edits: Sequence[Edit]
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", sorted(self.edits, key=lambda edit: (edit.digest, sorted(edit.directions))))
         shapes = {name: tensor.shape for name, tensor in self.base.items()}
@@ -85,10 +69,10 @@ class UnlearnPatch:
                 if (edit.digest, name) in seen:
                     raise PatchError(f"{name}: the edit for {edit.concept!r} occurs twice")
                 if shapes.get(name) != direction.shape:
-                    raise PatchError(f"{name}: the edit for {edit.concept!r} has a direction of another shape than the base")
+                    raise PatchError(f"{name}: the direction for {edit.concept!r} has another shape than the base")
                 seen.add((edit.digest, name))
         if not shapes or shapes.keys() != {name for _, name in seen}:
-            raise PatchError("base: it must hold the tensors that edits name, at least one, and no others")
+            raise PatchError("base: must hold exactly the tensors that the edits name, at least one")
 
     def __repr__(self) -> str:
         concepts = ", ".join(edit.concept for edit in self.edits)
@@ -100,35 +84,34 @@ class UnlearnPatch:
         return digest_of(*self._content())
 
     def apply(self, model: Model, strength: float = 1.0) -> None:
-        """Edit the model in place, besides the patches that are applied already.
+        """Edit the model in place, in addition to the patches that are applied already.
 
         Args:
             model: the model the patch was made on, a model that holds it (`model.visual.proj` for `visual.proj`), the
                 part of it that holds the edited tensors, the same model in another library (`slug_lightning.patches.clip_names`),
-                a pipeline of diffusers of which it is a component, each of these with PEFT's adapters or without, or a state
-                dict of one. Other patches on the same base may be applied to it. A patch whose base is the model as patches
+                a diffusers pipeline of which it is a component, each of these with or without PEFT adapters, or a state dict
+                of one. Other patches on the same base may be applied to it. A patch whose base is the model as patches
                 have made it goes on top of these.
             strength: factor of the step, finite; 1 is what was measured, 0 the base.
 
         Raises:
             PatchError: if a tensor is missing or differs from the patch's base, an edit is active already, or the strength is
-                no number. The model is as it was.
+                not finite. The model is left as it was.
         """
-        self._act(model, strength, added)
+        self._act(model, strength, state.added)
 
     def revert(self, model: Model, strength: float | None = None) -> None:
-        """Take the patch out, whatever else is applied; where nothing else is, the tensors are as they were, bit for bit.
+        """Take the patch out, whatever else is applied; if nothing else is, the tensors are as they were, bit for bit.
 
         Args:
             model: as in `apply`.
-            strength: the one with which the patch was applied. It is needed only if that was not 1 and this process does not
-                know of it.
+            strength: the one at which the patch was applied. Needed only if that was not 1 and this process does not know it.
 
         Raises:
             PatchError: if the patch is not applied, something else has changed a tensor since, or another patch was made on
-                top of it. The model is as it was.
+                top of it. The model is left as it was.
         """
-        self._act(model, 1.0 if strength is None else strength, removed)
+        self._act(model, 1.0 if strength is None else strength, state.removed)
 
     def adjust(self, model: Model, strength: float) -> None:
         """Change the strength of the patch where it is applied.
@@ -138,26 +121,17 @@ class UnlearnPatch:
             strength: the new one, finite.
 
         Raises:
-            PatchError: as `revert` does, or if the strength is no number. The model is as it was.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1, bias=False)
-            >>> before = model.weight.detach().clone()
-            >>> patch = UnlearnPatch({"weight": before}, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
-            >>> patch.apply(model)
-            >>> patch.adjust(model, 0.0)
-            >>> torch.equal(model.weight, before)
-            True
+            PatchError: as `revert` does, or if the strength is not finite. The model is left as it was.
         """
         _refuse_infinite(strength)
-        self._act(model, 1.0, partial(adjusted, strength=strength))
+        self._act(model, 1.0, partial(state.adjusted, strength=strength))
 
     def recognise(self, model: Model) -> None:
-        """Remember that the model holds this patch at its own strengths: what `active` gave in another process, and a file kept.
+        """Remember that the model holds this patch, at its own strengths: for what `active` gave in another process.
 
         The weights cannot say so themselves. An extra buffer or an extra state would change the keys of the state dict, which
-        other libraries then refuse to load; the metadata of a safetensors file do not come through `from_pretrained` and
-        `save_pretrained`. So it is a file beside the weights, which is good for as long as they are these, bit for bit.
+        other libraries then refuse to load; safetensors metadata does not survive `from_pretrained` and `save_pretrained`. So
+        it is a file next to the weights, which counts as long as they are these, bit for bit.
 
         Args:
             model: as in `apply`. Nothing is written to it.
@@ -178,26 +152,26 @@ class UnlearnPatch:
             >>> torch.equal(copy.weight, base["weight"])
             True
         """
-        self._act(model, 1.0, recognised)
+        self._act(model, 1.0, state.recognised)
 
     @staticmethod
     def active(model: Model) -> UnlearnPatch | None:
-        """What is applied to a model, as one patch whose edits carry their strengths; None if this process knows of nothing.
+        """Return what is applied to a model, as one patch whose edits carry their strengths; None if nothing is known to be.
 
         Where patches lie on top of others, it is the uppermost on each tensor, and its base is what those below have made;
-        what these were, `parents` of the edits say if their makers did. An edit of which only some tensors are left, as the
-        others were trained since or lie below another patch, is given with these. Tensors have the names that they have in
-        `model`. Of a sharded model every process must ask.
+        `parents` of the edits say what these were, if their makers did. If only some tensors of an edit are left, since the
+        others were trained or lie below another patch, the edit covers only these. Tensors have the names that they have in
+        `model`. Collective where the model is sharded.
 
         Args:
             model: as in `apply`.
         """
         base: dict[str, Tensor] = {}
         found: dict[tuple[str, float], dict[str, Active]] = {}
-        seen: set[Held] = set()
-        for name, held in held_by(model).items():
-            known = held.history() if held not in seen else None  # tied weights: once, by the first name
-            seen.add(held)
+        seen: set[ModelTensor] = set()
+        for name, entry in state.model_tensors(model).items():
+            known = entry.history() if entry not in seen else None  # tied weights: once, by the first name
+            seen.add(entry)
             if known is not None:
                 base[name] = known.base
                 for digest, active in known.active.items():
@@ -205,24 +179,18 @@ class UnlearnPatch:
         return UnlearnPatch(base, [_named_as_here(active) for active in found.values()]) if base else None
 
     def as_parents(self) -> list[dict[str, Any]]:
-        """What an edit that is made on top of this patch keeps as its `parents`: its edits, and the parents of these.
-
-        Example:
-            >>> patch = UnlearnPatch({"w": torch.ones(1)}, [Edit("cats", 0.5, {"w": torch.ones(1)}, strength=0.25)])
-            >>> [(parent["concept"], parent["strength"]) for parent in patch.as_parents()]
-            [('cats', 0.25)]
-        """
+        """Return the `parents` of an edit that is made on top of this patch: the edits of this patch, and their parents."""
         own = [{"concept": edit.concept, "digest": edit.digest, "strength": edit.strength} for edit in self.edits]
         return list({p["digest"]: p for p in [*(p for edit in self.edits for p in edit.parents), *own]}.values())
 
     @staticmethod
     def combine(patches: Sequence[UnlearnPatch]) -> UnlearnPatch:
-        """Make one patch of several that were made on the same base; edits of one tensor add up, each at its strength.
+        """Make one patch of several that were made on the same base, whatever their order.
 
-        The order of `patches` does not matter: edits are put in the order of their digests.
+        Edits of one tensor add up, each at its strength.
 
         Raises:
-            PatchError: if there is none, two bases differ, or an edit occurs twice.
+            PatchError: if `patches` is empty, two bases differ, or an edit occurs twice.
         """
         if not patches:
             raise PatchError("combine: no patch was given")
@@ -230,12 +198,12 @@ class UnlearnPatch:
         for patch in patches:
             for name, tensor in patch.base.items():
                 if name in base and not bitwise_equal(base[name], tensor):
-                    raise PatchError(f"{name}: the patches were made on different bases; make them anew on one model")
+                    raise PatchError(f"{name}: the patches were made on different bases; make them again on one model")
                 base[name] = tensor
         return UnlearnPatch(dict(sorted(base.items())), [edit for patch in patches for edit in patch.edits])
 
     def describe(self) -> dict[str, Any]:
-        """Plain data on what the patch does: digest, tensors, and of each edit all but the directions."""
+        """Return what the patch does as plain data: its digest, its tensors, and its edits without the directions."""
         return {
             "digest": self.digest,
             "tensors": {
@@ -246,11 +214,11 @@ class UnlearnPatch:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the patch as safetensors, whole or not at all."""
+        """Write the patch as safetensors, atomically."""
         tensors, text = self._content()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "patch": text, "sha256": digest_of(tensors, text)}
+        metadata = {"format": PATCH_FORMAT, "patch": text, "sha256": digest_of(tensors, text)}
         # Copies: safetensors refuses tensors that share memory.
         tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         with atomic_write(path) as part:
@@ -261,7 +229,7 @@ class UnlearnPatch:
         """Read a patch; nothing in it is executed.
 
         Raises:
-            PatchError: if the file is no patch, is truncated, or was altered since it was written.
+            PatchError: if the file is not a patch, is truncated, or was altered since it was written.
             FileNotFoundError: if there is no such file.
         """
         if not Path(path).is_file():
@@ -271,9 +239,9 @@ class UnlearnPatch:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, ValueError, OSError) as error:
-            raise PatchError(f"{path}: not a whole safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise PatchError(f"{path}: not a patch, or one of another version ({metadata.get('format')!r}, not {FORMAT!r})")
+            raise PatchError(f"{path}: not a complete safetensors file ({error})") from error
+        if metadata.get("format") != PATCH_FORMAT:
+            raise PatchError(f"{path}: not a patch, or one of another version ({metadata.get('format')!r}, not {PATCH_FORMAT!r})")
         text = metadata.get("patch", "")
         if metadata.get("sha256") != digest_of(tensors, text):
             raise PatchError(f"{path}: the content does not match its digest; the file was altered or damaged")
@@ -282,27 +250,30 @@ class UnlearnPatch:
             base = {n: tensors[f"base/{n}"] for n in sorted({n for e in edits for n in e.directions})}
             return cls(base, edits)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise PatchError(f"{path}: the content is not that of a patch ({error!r})") from error
+            raise PatchError(f"{path}: the content is not valid for a patch ({error!r})") from error
 
-    def _act(self, model: Model, strength: float, plan: Plan) -> None:
-        """Carry out a plan where it can be: on the part nearest the model's root, if several fit the patch by name."""
+    def _act(self, model: Model, strength: float, operation: state.Operation) -> None:
+        """Operate on the part of the model that takes the patch: the one nearest the root, if several fit by name."""
         _refuse_infinite(strength)
         refused: PatchError | None = None
-        held = held_by(model)
-        for patch, targets in places(self, held):
+        tensors = state.model_tensors(model)
+        for patch, found in matches(self, tensors):
             try:
-                changes = plan(spots(patch.base, patch.edits, targets, strength))
+                targets = state.targets_of(patch, found, strength)
+                histories = operation(targets)
             except AppliedAlready:
                 raise  # not also to a copy of the same part
             except PatchError as error:
                 refused = refused or error
             else:
-                return carry_out(changes)
-        missing = next((name for name in self.base if name not in held), "the patch")
+                for target, history in zip(targets, histories, strict=True):
+                    target.become(history)
+                return
+        missing = next((name for name in self.base if name not in tensors), "the patch")
         raise refused or PatchError(f"{missing}: the model has no such tensor; the patch was made on another model")
 
     def _content(self) -> tuple[dict[str, Tensor], str]:
-        """What the file holds: tensors, and as JSON everything else."""
+        """What the file holds: tensors, and everything else as JSON."""
         tensors = {f"base/{name}": tensor for name, tensor in self.base.items()}
         tensors |= {f"{i}/{name}": t for i, edit in enumerate(self.edits) for name, t in edit.directions.items()}
         return tensors, json.dumps([{**_plain(edit), "origin": edit.origin} for edit in self.edits], sort_keys=True)
@@ -310,31 +281,31 @@ class UnlearnPatch:
 
 def _plain(edit: Edit) -> dict[str, Any]:
     """An edit without its directions, as plain data."""
-    kept = {name: getattr(edit, name) for name in ("concept", "step", "strength", "details", "parents")}
-    return {**kept, "tensors": sorted(edit.directions)}
+    fields = {name: getattr(edit, name) for name in ("concept", "step", "strength", "details", "parents")}
+    return {**fields, "tensors": sorted(edit.directions)}
 
 
 def _edit(plain: Mapping[str, Any], directions: dict[str, Tensor]) -> Edit:
-    """An edit from a file, of which nothing is believed."""
-    kept = {name: plain[name] for name in ("concept", "details", "parents", "origin")}
-    edit = Edit(step=float(plain["step"]), strength=float(plain["strength"]), directions=directions, **kept)
+    """An edit from a file, which is not trusted."""
+    fields = {name: plain[name] for name in ("concept", "details", "parents", "origin")}
+    edit = Edit(step=float(plain["step"]), strength=float(plain["strength"]), directions=directions, **fields)
     texts = [edit.concept, edit.origin, *(parent[key] for parent in edit.parents for key in ("concept", "digest"))]
     numbers = [edit.step, edit.strength, *(parent["strength"] for parent in edit.parents)]
     if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(number) for number in numbers):
-        raise ValueError("a concept that is no text, or a step that is no number")
+        raise ValueError("a concept or a digest is not a string, or a step or a strength is not finite")
     return edit
 
 
 def _named_as_here(active: Mapping[str, Active]) -> Edit:
-    """The edit that acts on some tensors of a model, by their names there: another one only where these differ."""
+    """The edit that acts on some tensors of a model, by their names there; derived from the original only where these differ."""
     one = next(iter(active.values()))
     edit = replace(one.edit, strength=one.strength)
-    directions = {name: held.edit.directions[held.name] for name, held in active.items()}
-    if {name: held.name for name, held in active.items()} == {name: name for name in edit.directions}:
+    if {name: own.name for name, own in active.items()} == {name: name for name in edit.directions}:
         return edit
+    directions = {name: own.edit.directions[own.name] for name, own in active.items()}
     return replace(edit, directions=directions, origin=edit.digest)
 
 
 def _refuse_infinite(strength: float) -> None:
     if not math.isfinite(strength):
-        raise PatchError(f"strength: {strength} is no strength; give a finite number")
+        raise PatchError(f"strength must be finite, got {strength}")
