@@ -33,7 +33,7 @@ def test_names_have_files_of_their_own_or_are_refused(names):
     if len(files) == len(names):
         check_names("forget", names)
     else:
-        with pytest.raises(UnlearnError, match=r"^forget: (the concepts .* would have the same files, |.* is no name)"):
+        with pytest.raises(UnlearnError, match=r"^forget: (the concepts .* would have the same files, |.* not a concept name)"):
             check_names("forget", names)
 
 
@@ -71,10 +71,10 @@ def test_a_file_name_can_be_read(concept, name):
     ("names", "message"),
     [
         ([], "forget: no concept is given; name at least one"),
-        (["cat", ""], "forget: '' is no name of a concept"),
-        ([" \n"], "is no name of a concept"),
-        ([3], "forget: 3 is no name"),
-        ([None], "forget: None is no name"),
+        (["cat", ""], "forget: '' is not a concept name"),
+        ([" \n"], "is not a concept name"),
+        ([3], "forget: 3 is not a concept name"),
+        ([None], "forget: None is not a concept name"),
     ],
 )
 def test_what_is_no_name_is_refused(names, message):

@@ -118,7 +118,7 @@ def test_a_datamodule_with_one_concept_serves_it_under_any_name():
     ("forget", "message"),
     [
         ({}, "forget: no concept is given"),
-        ({"": loader(range(8))}, "forget: '' is no name of a concept"),
+        ({"": loader(range(8))}, "forget: '' is not a concept name"),
         ({1: loader(range(8))}, "forget: 1 is no name"),
         ({"Cat": loader(range(8)), "cat!": loader(range(8))}, "forget: the concepts 'Cat' and 'cat!' would have the same files"),
         ({"cat": loader(range(8)), "dog": loader([])}, "forget 'dog': the set is empty"),

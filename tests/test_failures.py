@@ -32,7 +32,7 @@ from slug_lightning.objective.objective import Objective
 from slug_lightning.reports.cost import CostMeter
 from slug_lightning.reports.run_files import CHECKPOINT, PATCH, REPORT, WEIGHTS
 from slug_lightning.tensors.bits import bitwise_equal
-from slug_lightning.tensors.dtensor import local, placed, whole
+from slug_lightning.tensors.dtensor import local, shard_like, whole
 
 pytestmark = pytest.mark.uncovered
 
@@ -147,7 +147,10 @@ def ended(module: pl.LightningModule, callback: UnlearnCallback, data: Any = Non
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     if error:  # the others may be gone, so that nothing can be gathered: each looks at its part
         return End(
-            error, {key for key in held if not bitwise_equal(local(held[key]), local(placed(before[key], held[key])))}, report, {}
+            error,
+            {key for key in held if not bitwise_equal(local(held[key]), local(shard_like(before[key], held[key])))},
+            report,
+            {},
         )
     return End(error, set(), report, {name: whole(tensor).clone() for name, tensor in held.items()})
 

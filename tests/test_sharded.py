@@ -20,7 +20,7 @@ from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statis
 from slug_lightning.patches.edit import Edit, PatchError
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.tensors.bits import bitwise_equal, digest_of
-from slug_lightning.tensors.dtensor import copies, local, placed, shard, whole, whole_like, write_local
+from slug_lightning.tensors.dtensor import copies, local, shard, shard_like, whole, whole_like, write_local
 from slug_lightning.tensors.layers import Layer
 
 LINE = {"rows": [Shard(0)], "columns": [Shard(1)], "everywhere": [Replicate()]}
@@ -63,7 +63,7 @@ def test_whole_tensors_are_themselves():
     assert local(w).data_ptr() == whole(w).data_ptr() == w.data_ptr()
     assert not local(w).requires_grad and not whole(w).requires_grad
     new = torch.ones(2, 3)
-    assert placed(new, w) is new and whole_like(new, w) is new
+    assert shard_like(new, w) is new and whole_like(new, w) is new
     assert [copies(w, count) for count in (1, 2, 5)] == [1, 2, 5]
     version = w._version
     with torch.no_grad():
@@ -84,14 +84,16 @@ def moved_about(count: int) -> list[str]:
                 "local is no graph's": not part.requires_grad and not isinstance(part, DTensor),
                 "whole": torch.equal(whole(sharded), full) and not isinstance(whole(sharded), DTensor),
                 "whole of a part": torch.equal(whole_like(part.double(), sharded), full.double()),
-                "placed": torch.equal(placed(other, sharded).to_local(), distribute_tensor(other, mesh, placements).to_local()),
-                "placed as": placed(other, sharded).placements == sharded.placements,
-                "placed keeps its dtype": placed(other.double(), sharded).dtype == torch.float64,
+                "placed": torch.equal(
+                    shard_like(other, sharded).to_local(), distribute_tensor(other, mesh, placements).to_local()
+                ),
+                "placed as": shard_like(other, sharded).placements == sharded.placements,
+                "placed keeps its dtype": shard_like(other.double(), sharded).dtype == torch.float64,
                 "placed values stay": torch.equal(other, values(shape, seed=1)),
             }
             found["copies"] = _summed(part.numel()) == copies(sharded, count) * full.numel()
             with torch.no_grad():
-                write_local(sharded, local(placed(other, sharded)) * 2)
+                write_local(sharded, local(shard_like(other, sharded)) * 2)
             found["write"] = torch.equal(whole(sharded), other * 2)
             found["same memory"] = local(sharded).data_ptr() == part.data_ptr()
             problems += [f"{shape}, {name}: {what}" for what, well in found.items() if not well]
@@ -107,7 +109,7 @@ def without_communication() -> Any:
     """Only one process places a tensor: it must not wait for the other."""
     mesh, _ = meshes(2)
     like = distribute_tensor(values((5, 3)), mesh, [Shard(0)])
-    found = placed(values((5, 3)), like).to_local().shape if dist.get_rank() == 0 else None
+    found = shard_like(values((5, 3)), like).to_local().shape if dist.get_rank() == 0 else None
     dist.barrier()
     return found
 
@@ -149,8 +151,8 @@ def over_tensor_parallelism() -> list[str]:
         found = {
             "whole": lambda p=parameter, f=full: torch.equal(whole(p), f),
             "whole of a part": lambda p=parameter, f=full, part=part: torch.equal(whole_like(part, p), f),
-            "placed": lambda p=parameter, f=full, part=part: torch.equal(local(placed(f, p)), part),
-            "placed as": lambda p=parameter, f=full: placed(f, p).placements == p.placements,
+            "placed": lambda p=parameter, f=full, part=part: torch.equal(local(shard_like(f, p)), part),
+            "placed as": lambda p=parameter, f=full: shard_like(f, p).placements == p.placements,
             "copies": lambda p=parameter, f=full, part=part: _summed(part.numel()) == copies(p, 4) * f.numel(),
             "written": lambda p=parameter, new=new: _written(p, new),
         }
@@ -170,7 +172,7 @@ def _summed(number: int) -> float:
 
 def _written(parameter: Tensor, new: Tensor) -> bool:
     with torch.no_grad():
-        parameter.copy_(placed(new, parameter))
+        parameter.copy_(shard_like(new, parameter))
     return torch.equal(whole(parameter), new)
 
 
@@ -243,7 +245,7 @@ def scored(count: int) -> Any:
     found = {}
     for name, placements in ways.items():
         spread = {n: nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) if p.ndim else p for n, p in plain.items()}
-        parts = [{n: local(placed(g, spread[n])) if g.ndim else g for n, g in whole.items()} for whole in (forget, retain)]
+        parts = [{n: local(shard_like(g, spread[n])) if g.ndim else g for n, g in whole.items()} for whole in (forget, retain)]
         found[name] = layer_statistics(layers_of(spread), *parts, Processes(dist.get_rank(), count))
     return found
 

@@ -13,7 +13,7 @@ from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import bitwise_equal
-from slug_lightning.tensors.dtensor import local, placed
+from slug_lightning.tensors.dtensor import local, shard_like
 from slug_lightning.tensors.layers import Layer, plain_parameters
 from slug_lightning.utils.modules import patch_prefix
 
@@ -95,7 +95,7 @@ class Concept:
                     "run began with"
                 )
             parameters[prefix + short] = parameter
-            direction[prefix + short] = local(placed(edit.directions[short].to(parameter.device), parameter))
+            direction[prefix + short] = local(shard_like(edit.directions[short].to(parameter.device), parameter))
         # By the patch, as layers may be grouped otherwise now.
         layer = Layer(str(report.layer), parameters, prefix=prefix)
         higher = bounds["higher_is_better"][bounds["forget_metric"]]

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slug_lightning.patches.edit import Edit, PatchContent, PatchError, edited
 from slug_lightning.tensors.bits import bitwise_equal
-from slug_lightning.tensors.dtensor import placed, whole
+from slug_lightning.tensors.dtensor import shard_like, whole
 from slug_lightning.tensors.layers import plain_name
 from slug_lightning.utils.model_parts import Pipeline, parts_of
 
@@ -167,7 +167,7 @@ class Target:
         if not bitwise_equal(self.now, content):
             with torch.no_grad():
                 tensor = self.entry.tensor
-                tensor.copy_(placed(content, tensor))  # not by `.data`: whoever watches the version must notice
+                tensor.copy_(shard_like(content, tensor))  # not by `.data`: whoever watches the version must notice
         self.entry.remember(history if history.active else history.below)
 
 

@@ -1,1 +1,1 @@
-"""One tensor, whole or sharded: which may be edited, how it is read and written, what tells its content."""
+"""One tensor, whole or sharded: which may be edited, how it is read and written, and its digests."""

@@ -1,4 +1,4 @@
-"""A tensor's content to the last bit: a digest of it, and whether two are the same."""
+"""Digests and equality of tensors, to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slug_lightning.tensors.dtensor import whole
 
 
 def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text; collective where one is sharded."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
@@ -21,7 +21,7 @@ def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality, also of NaNs and of signed zeros, whatever the device."""
+    """Compare bit for bit, also NaNs and signed zeros, whatever the device; collective where one is sharded."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
 
 

@@ -1,4 +1,4 @@
-"""Tensors of which every process holds a part (DTensor), beside those that every process holds whole."""
+"""Tensors of which every rank holds a part (DTensor), and those that every rank holds whole, by the same functions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory.
-
-    Example:
-        >>> local(torch.ones(2))
-        tensor([1., 1.])
-    """
+    """Return the part of a tensor that this rank holds, detached, sharing its memory."""
     with torch.no_grad():  # else it would be a node of a graph
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def write_local(tensor: Tensor, values: Tensor) -> None:
-    """Write the part of a tensor that this process holds, in place."""
+    """Write the part of a tensor that this rank holds, in place."""
     if isinstance(tensor, DTensor):
         local(tensor).copy_(values)
     else:
@@ -32,39 +27,28 @@ def write_local(tensor: Tensor, values: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered where it is sharded; then every process must call this."""
+    """Return all of a tensor, detached; collective where it is sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole_like(part: Tensor, like: Tensor) -> Tensor:
-    """All of a tensor of which `part` is what this process holds, sharded as `like` is."""
+    """Return all of a tensor that is sharded as `like` is, of which this rank holds `part`; collective."""
     if not isinstance(like, DTensor):
         return part
-    parts = DTensor.from_local(
-        part.to(like.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=torch.empty(like.shape, device="meta").stride(),
-    )
-    return whole(parts)
+    stride = torch.empty(like.shape, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements
+    return whole(DTensor.from_local(part.to(like.device), mesh, placements, run_check=False, shape=like.shape, stride=stride))
 
 
-def placed(values: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every process has, sharded as `like` is; without communication."""
+def shard_like(values: Tensor, like: Tensor) -> Tensor:
+    """Shard a tensor that every rank has whole as `like` is sharded, without communication."""
     if not isinstance(like, DTensor):
         return values
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def copies(tensor: Tensor, processes: int) -> int:
-    """How many of the processes hold each element.
-
-    Example:
-        >>> copies(torch.ones(2), processes=3)
-        3
-    """
+    """Count the ranks, of `processes`, that hold each element."""
     if not isinstance(tensor, DTensor):
         return processes
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
@@ -72,12 +56,12 @@ def copies(tensor: Tensor, processes: int) -> int:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ()) -> None:
-    """Shard a model by FSDP2, block by block, unless it is sharded already.
+    """Shard a model by FSDP2 unless it is sharded already, each block (what its `nn.ModuleList`s hold) by itself.
 
     Args:
-        model: its blocks are what its `nn.ModuleList`s hold.
-        mesh: over which the data are shared.
-        methods: by which it is called, besides `forward`.
+        model: edited in place.
+        mesh: over which the data are sharded.
+        methods: by which the model is called, besides `forward`.
     """
     if isinstance(model, FSDPModule):
         return

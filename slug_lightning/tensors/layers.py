@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NoReturn
@@ -19,7 +19,7 @@ from slug_lightning.utils.names import some_of
 Granularity = Literal["tensor", "module", "siblings"]
 
 NOT_A_LAYER = re.compile(r"(^|[._])(logit_scale|logit_bias|class_emb|cls_token|pos_emb|position|token_emb|relative_pos)")
-"""Names of tensors that place or scale things and know nothing about a concept (SLUG, arXiv 2407.11867)."""
+"""Names of tensors that hold positions or scales and nothing about a concept (SLUG, arXiv 2407.11867)."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Layer:
     """Parameters that are scored and edited together.
 
     Attributes:
-        name: the tensor's name, or for a group what its tensors' names have in common.
+        name: the tensor's name; of a group, what the names of its tensors have in common.
         parameters: the tensors, by name.
-        tower: which front the layer competes on; models with one tower have "model".
+        tower: on whose front the layer competes; "model" where the model has one tower.
         prefix: what the tensors' names have in front of those in patches, which are the wrapped model's own.
     """
 
@@ -40,7 +40,7 @@ class Layer:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name as it is without `torch.compile`, which puts a module of its own around the one that it compiles.
+    """Return a tensor's name without what `torch.compile` inserts, which wraps a module in one of its own.
 
     Example:
         >>> plain_name("net._orig_mod.0.weight")
@@ -50,7 +50,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters by the names that layers and patches use."""
+    """Return a module's parameters by the names that layers and patches use."""
     return {plain_name(name): p for name, p in module.named_parameters()}
 
 
@@ -62,10 +62,10 @@ def find_layers(
 ) -> list[Layer]:
     """List the layers of `module` that may be edited.
 
-    Left out are vectors (biases, norms), embeddings and logit scales, unless `layers` names one exactly, without a
-    wildcard; integers, as quantised weights are; and what is frozen, so that of a model with adapters these are the layers.
-    A pattern other than "*" that matches nothing but frozen tensors means these: the base below the adapters. A tensor that
-    stands under several names (tied weights) counts once, under the first.
+    Vectors (biases, norms), embeddings and logit scales are left out unless `layers` names one exactly, without a wildcard;
+    so are integers, as in quantised weights, and frozen tensors: of a model with adapters these are the layers.
+    A pattern other than "*" that matches only frozen tensors selects them: the base below the adapters. A tensor with
+    several names (tied weights) counts once, under the first.
 
     Args:
         module: any model.
@@ -81,37 +81,18 @@ def find_layers(
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> [layer.name for layer in find_layers(net)]
         ['0.weight', '2.weight']
-        >>> [layer.name for layer in find_layers(net, "2.*")]
-        ['2.weight']
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    named = plain_parameters(module)
-    for pattern in patterns:
-        _refuse_unmatched(pattern, named)
-    embeddings = {
-        id(p) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters(recurse=False)
-    }
-    chosen = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    editable = {
-        name: p
-        for name, p in chosen.items()
-        if p.is_floating_point()
-        and (name in patterns or (p.ndim >= 2 and id(p) not in embeddings and not NOT_A_LAYER.search(name)))
-    }
-    if not editable:
-        raise UnlearnError(
-            f"layers: {patterns} matches only vectors, embeddings, scales or integers, which are left out; "
-            f"name one exactly to edit it all the same: {some_of(chosen)}"
-        )
-    meant = {name for pattern in patterns for name in _meant(pattern, editable)}
-    if not meant:
+    editable = _editable(module, patterns)
+    selected = {name for pattern in patterns for name in _selected(pattern, editable)}
+    if not selected:
         raise UnlearnError(
             f"layers: all {len(editable)} candidates are frozen; set requires_grad=True on those that may be edited, or name "
             f"them by a pattern: {some_of(editable)}"
         )
     groups: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     for name, parameter in editable.items():
-        if name in meant:
+        if name in selected:
             groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
     times = Counter(group for group, _ in groups)
     return [
@@ -120,8 +101,33 @@ def find_layers(
     ]
 
 
-def _meant(pattern: str, editable: Mapping[str, nn.Parameter]) -> list[str]:
-    """What a pattern matches: what is trainable of it, or if nothing is, and it was asked for by name, what is frozen."""
+def _editable(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Find the tensors that match a pattern and are not left out for what they are, frozen ones included."""
+    named = plain_parameters(module)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            near = difflib.get_close_matches(pattern.replace("*", ""), named, n=5, cutoff=0.3) or named
+            raise UnlearnError(f"layers: {pattern!r} matches no parameter; near misses: {some_of(list(near)[:5])}")
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters(recurse=False)
+    }
+    matched = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    editable = {
+        name: p
+        for name, p in matched.items()
+        if p.is_floating_point()
+        and (name in patterns or (p.ndim >= 2 and id(p) not in embeddings and not NOT_A_LAYER.search(name)))
+    }
+    if not editable:
+        raise UnlearnError(
+            f"layers: {patterns} matches only vectors, embeddings, scales or integers, which are left out; "
+            f"name one exactly to edit it anyway: {some_of(matched)}"
+        )
+    return editable
+
+
+def _selected(pattern: str, editable: Mapping[str, nn.Parameter]) -> list[str]:
+    """Select what is trainable among the matches; if nothing is, and the pattern is not "*", what is frozen."""
     matched = [name for name in editable if fnmatchcase(name, pattern)]
     return [name for name in matched if editable[name].requires_grad] or (matched if pattern != "*" else [])
 
@@ -139,23 +145,12 @@ def _tower(name: str, towers: Mapping[str, str | Sequence[str]]) -> str:
     return "model"
 
 
-def _refuse_unmatched(pattern: str, names: Iterable[str]) -> None:
-    names = list(names)
-    if not any(fnmatchcase(name, pattern) for name in names):
-        near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
-        raise UnlearnError(f"layers: {pattern!r} matches no parameter; near misses: {some_of(near)}")
-
-
 def refuse_unmovable(layers: Sequence[Layer]) -> NoReturn:
-    """Say why none of these layers can be moved.
-
-    Raises:
-        UnlearnError: always.
-    """
+    """Raise an UnlearnError that says why no step along the forget gradient can change any of these layers."""
     zero = [layer.name for layer in layers if not any(p.any() for p in layer.parameters.values())]
     if zero:
         raise UnlearnError(
             f"layers: {some_of(zero)} {'hold' if len(zero) > 1 else 'holds'} only zeros, as an adapter does before it is "
-            "trained, so that there is nothing that a relative step could move; train it first, or name other layers"
+            "trained, so that a step relative to the norm is zero; train it first, or name other layers"
         )
-    raise UnlearnError("forget: its loss has no gradient in any candidate layer; look at layers=… and at the loss")
+    raise UnlearnError("forget: the loss has no gradient in any candidate layer; check layers=… and the loss")

@@ -28,31 +28,26 @@ class Chained:
 
 
 class EveryFourth:
-    """The batches of a stream whose number, modulo 4, is one of `turns`: how a stream without indices is split."""
+    """The batches of a stream whose number modulo 4 is in `remainders`: how a stream without indices is split."""
 
-    def __init__(self, loader: Batches, turns: set[int]) -> None:
+    def __init__(self, loader: Batches, remainders: set[int]) -> None:
         self.loader = loader
-        self.turns = turns
+        self.remainders = remainders
 
     def __iter__(self) -> Iterator[Any]:
         number = -1
         for number, batch in enumerate(self.loader):
-            if number % 4 in self.turns:
+            if number % 4 in self.remainders:
                 yield batch
-        if number < min(self.turns):
+        if number < min(self.remainders):
             raise UnlearnError(f"a stream has only {number + 1} batches; give at least 4, or a loader for each split")
 
     def __len__(self) -> int:
-        return sum(number % 4 in self.turns for number in range(len(cast(Sized, self.loader))))
+        return sum(number % 4 in self.remainders for number in range(len(cast(Sized, self.loader))))
 
 
 class First:
-    """The first so many batches of a loader.
-
-    Example:
-        >>> list(First([1, 2, 3], 2)), len(First([1], 2))
-        ([1, 2], 1)
-    """
+    """The first `count` batches of a loader."""
 
     def __init__(self, loader: Batches, count: int) -> None:
         self.loader = loader

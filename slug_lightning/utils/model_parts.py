@@ -1,4 +1,4 @@
-"""A pipeline of several models as one module, and what of it are adapters. Nothing here needs diffusers."""
+"""Pipelines of several models, and adapters. Needs neither diffusers nor PEFT."""
 
 from __future__ import annotations
 
@@ -11,31 +11,22 @@ from slug_lightning.errors import UnlearnError
 
 
 class Pipeline(Protocol):
-    """What has models among its components, as a `diffusers.DiffusionPipeline`."""
+    """Whatever has models among its components, as a `diffusers.DiffusionPipeline`."""
 
     @property
     def components(self) -> Mapping[str, Any]:
-        """Models, tokenizers, schedulers and whatever else it is made of, by name."""
+        """Models, tokenizers, schedulers and others, by name."""
 
 
 def parts_of(pipeline: Pipeline) -> nn.ModuleDict:
-    """The models of a pipeline, themselves and no copies, by their names there: so tensors are called `unet.conv_in.weight`.
-
-    Args:
-        pipeline: that of diffusers, or anything else with a dict `components`.
+    """Return the models of a pipeline, not copied, by their names there: so tensors are called `unet.conv_in.weight`.
 
     Raises:
-        UnlearnError: if it is none, or holds no model.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> parts = parts_of(SimpleNamespace(components={"unet": nn.Linear(1, 1), "scheduler": None}))
-        >>> [name for name, _ in parts.named_parameters()]
-        ['unet.weight', 'unet.bias']
+        UnlearnError: if it has no `components`, or no model among them.
     """
     components = getattr(pipeline, "components", None)
     if not isinstance(components, Mapping):
-        raise UnlearnError(f"model: {type(pipeline).__name__} is no module, no state dict, and no pipeline with components")
+        raise UnlearnError(f"model: must be a module, a state dict or a pipeline with components, got {type(pipeline).__name__}")
     parts = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     if not parts:
         raise UnlearnError(f"model: {type(pipeline).__name__} has no module among its components: {', '.join(components)}")
@@ -43,24 +34,19 @@ def parts_of(pipeline: Pipeline) -> nn.ModuleDict:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The modules that PEFT has wrapped with adapters: what holds each, under which name, and itself.
+    """Find the modules that PEFT has wrapped with adapters: the parent, the name there, and the wrapper.
 
-    Its `base_layer` is the one that was there before.
+    The wrapper's `base_layer` is the module that was there before.
     """
     for holder in model.modules():
         for name, module in holder.named_children():
-            # By what they have: whoever has loaded no adapters need not have PEFT.
+            # By their attributes, as PEFT need not be installed.
             if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
                 yield holder, name, module
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters without those of adapters, by name: what an edit of the base may touch.
-
-    Example:
-        >>> list(base_parameters(nn.Linear(2, 1)))
-        ['weight', 'bias']
-    """
+    """Return a model's parameters by name without those of adapters: what an edit of the base may touch."""
     adapters = {
         id(p) for _, _, module in adapted(model) for name, p in module.named_parameters() if not name.startswith("base_layer.")
     }

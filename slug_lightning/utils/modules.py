@@ -1,4 +1,4 @@
-"""Which model the names in patches and plain weights speak of."""
+"""Which model the tensor names in patches and plain weights belong to."""
 
 from __future__ import annotations
 
@@ -12,20 +12,10 @@ class WrapsModel:
 
 
 def unwrap_model(module: nn.Module) -> nn.Module:
-    """The model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module.
-
-    Example:
-        >>> class Wrapper(nn.Module, WrapsModel):
-        ...     def __init__(self, model):
-        ...         super().__init__()
-        ...         self.model = model
-        >>> net = nn.Linear(2, 1)
-        >>> unwrap_model(Wrapper(net)) is net, unwrap_model(net) is net
-        (True, True)
-    """
+    """Return the model whose tensor names patches and plain weights carry: what an `UnlearnModule` wraps, else the module."""
     return module.model if isinstance(module, WrapsModel) else module
 
 
 def patch_prefix(module: nn.Module) -> str:
-    """What the names of a module's tensors have in front of those that patches and plain weights carry."""
+    """Return what a module's tensor names have in front of those that patches and plain weights carry."""
     return "" if unwrap_model(module) is module else "model."

@@ -9,11 +9,7 @@ from slug_lightning.errors import UnlearnError
 
 
 def import_optional(name: str, extra: str) -> Any:
-    """Import a module of one of the package's extras, or say how to install it.
-
-    Raises:
-        UnlearnError: if it cannot be imported.
-    """
+    """Import a module that one of the package's extras installs; the UnlearnError says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Load what `save_pretrained` wrote, by folder or name, and say what is wrong where that fails."""
+"""Load what `save_pretrained` wrote, by folder or name, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from packaging.version import Version
 from slug_lightning.errors import UnlearnError
 
 WITH_ADAPTERS = "_hf_peft_config_loaded"
-"""Where transformers and diffusers note that a model has adapters; transformers then writes nothing but these."""
+"""Set by transformers and diffusers on a model with adapters; transformers then saves only these."""
 
 
 def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options: Any) -> Any:
-    """Call `kind.from_pretrained(name, **options)`.
-
-    Args:
-        argument: what the user calls this; an error names it.
-        kind: a class of transformers or diffusers.
-        name: a folder, or a name on the hub.
-        options: passed on.
+    """Call `kind.from_pretrained(name, **options)`; `kind` is a class of transformers or diffusers.
 
     Raises:
-        UnlearnError: if nothing of that name can be loaded, or if it has adapters and transformers refuses the installed PEFT.
+        UnlearnError: naming `argument`, if nothing of that name can be loaded, or if it has adapters and transformers refuses
+            the installed PEFT.
     """
     try:
         loaded = kind.from_pretrained(str(name), **options)
@@ -37,16 +32,10 @@ def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options:
 
 
 def refuse_adapters(argument: str, model: Any) -> None:
-    """Refuse a transformers model with adapters where transformers refuses the installed PEFT.
-
-    Such a model can be loaded and edited, but not saved afterwards.
-
-    Args:
-        argument: what the user calls this; an error names it.
-        model: any object.
+    """Refuse a model with adapters if transformers refuses the installed PEFT: it could be edited, but not saved.
 
     Raises:
-        UnlearnError: with both versions and what to install.
+        UnlearnError: naming `argument`, with both versions and what to install.
     """
     if getattr(model, WITH_ADAPTERS, False) and (refusal := peft_refusal()):
         raise UnlearnError(f"{argument}: {type(model).__name__} has adapters, but {refusal}")
@@ -55,7 +44,7 @@ def refuse_adapters(argument: str, model: Any) -> None:
 def peft_refusal() -> str:
     """Say why the installed transformers refuses the installed PEFT, and what to install; "" if it does not, or without PEFT.
 
-    Each release of transformers names the lowest PEFT that its methods for adapters take; 5.24 named one that was not out yet.
+    Each release of transformers names the lowest PEFT that it works with; 5.24 named one that was not out yet.
     """
     try:
         installed = version("peft")

@@ -10,22 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class Progress:
-    """Bars and lines, through rich, tqdm, or the log where bars are off.
-
-    Args:
-        bar: the trainer's progress bar callback, or None.
-
-    Example:
-        >>> list(Progress(None).track([1, 2], "reading"))
-        [1, 2]
-    """
+    """Show bars and lines as `bar`, the trainer's progress bar callback, does: by rich, by tqdm, or in the log without a bar."""
 
     def __init__(self, bar: Any) -> None:
         self.kind = None if bar is None or bar.is_disabled else "rich" if "Rich" in type(bar).__name__ else "tqdm"
 
     @contextmanager
     def bar(self, description: str, total: int | None) -> Iterator[Callable[[], None]]:
-        """A bar of `total` units (None: unknown); gives the function that advances it by one."""
+        """Show a bar of `total` units (None: unknown); gives the function that advances it by one."""
         if self.kind == "rich":
             from rich.progress import Progress as Bar
 
@@ -48,12 +40,12 @@ class Progress:
                 advance()
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self.kind == "tqdm":
             from tqdm.auto import tqdm
 
             tqdm.write(text)
         elif self.kind == "rich":
-            print(text)  # rich redirects what is printed while a bar is shown to above it
+            print(text)  # rich redirects what is printed to above the bar
         else:
             rank_zero_info(text)
