@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slug_lightning.reports.cost import UNAVOIDABLE, CostMeter, flop_counter
+from slug_lightning.reports.cost import UNAVOIDABLE, CostMeter, flop_counter, joined
 
 FLOAT = 4
 lengths = st.integers(1, 50)
@@ -109,6 +109,12 @@ def test_what_was_not_counted_is_not_reported():
         _ = torch.ones(2, 2) @ torch.ones(2, 2)
     report = made.report()
     assert "flops" not in report and list(report["ratio"]) == ["seconds"]
+
+
+def test_of_several_ranks_operations_add_up_and_memory_is_the_largest():
+    one = {"seconds": {"search": 1.0}, "flops": {"search": 8}, "peak_bytes": {"search": 5}}
+    both = joined([one, {**one, "peak_bytes": {"search": 7}}])
+    assert both == one | {"flops": {"search": 16}, "peak_bytes": {"search": 7}, "lower_bound": {}, "ratio": {}}
 
 
 # ---- operations

@@ -84,12 +84,12 @@ def moved_about(count: int) -> list[str]:
                 "local is no graph's": not part.requires_grad and not isinstance(part, DTensor),
                 "whole": torch.equal(whole(sharded), full) and not isinstance(whole(sharded), DTensor),
                 "whole of a part": torch.equal(whole_like(part.double(), sharded), full.double()),
-                "placed": torch.equal(
+                "sharded": torch.equal(
                     shard_like(other, sharded).to_local(), distribute_tensor(other, mesh, placements).to_local()
                 ),
-                "placed as": shard_like(other, sharded).placements == sharded.placements,
-                "placed keeps its dtype": shard_like(other.double(), sharded).dtype == torch.float64,
-                "placed values stay": torch.equal(other, values(shape, seed=1)),
+                "sharded as": shard_like(other, sharded).placements == sharded.placements,
+                "sharded keeps its dtype": shard_like(other.double(), sharded).dtype == torch.float64,
+                "sharded values stay": torch.equal(other, values(shape, seed=1)),
             }
             found["copies"] = _summed(part.numel()) == copies(sharded, count) * full.numel()
             with torch.no_grad():
@@ -106,7 +106,7 @@ def test_parts_make_the_whole_and_the_whole_makes_the_parts(count):
 
 
 def without_communication() -> Any:
-    """Only one process places a tensor: it must not wait for the other."""
+    """Only one process shards a tensor: it must not wait for the other."""
     mesh, _ = meshes(2)
     like = distribute_tensor(values((5, 3)), mesh, [Shard(0)])
     found = shard_like(values((5, 3)), like).to_local().shape if dist.get_rank() == 0 else None
@@ -114,7 +114,7 @@ def without_communication() -> Any:
     return found
 
 
-def test_a_whole_tensor_is_placed_without_communication():
+def test_a_whole_tensor_is_sharded_without_communication():
     assert everywhere(without_communication, 2) == [(3, 3), None]
 
 
@@ -151,8 +151,8 @@ def over_tensor_parallelism() -> list[str]:
         found = {
             "whole": lambda p=parameter, f=full: torch.equal(whole(p), f),
             "whole of a part": lambda p=parameter, f=full, part=part: torch.equal(whole_like(part, p), f),
-            "placed": lambda p=parameter, f=full, part=part: torch.equal(local(shard_like(f, p)), part),
-            "placed as": lambda p=parameter, f=full: shard_like(f, p).placements == p.placements,
+            "sharded": lambda p=parameter, f=full, part=part: torch.equal(local(shard_like(f, p)), part),
+            "sharded as": lambda p=parameter, f=full: shard_like(f, p).placements == p.placements,
             "copies": lambda p=parameter, f=full, part=part: _summed(part.numel()) == copies(p, 4) * f.numel(),
             "written": lambda p=parameter, new=new: _written(p, new),
         }

@@ -1,4 +1,4 @@
-"""The command `slug-lightning`: collect what to forget, forget from a YAML file, and handle patch files."""
+"""The command `slug-lightning`: gather data, forget as a YAML file says, and handle patch files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 from slug_lightning.cli.collect import add_collect
 from slug_lightning.cli.patch import add_patch
+from slug_lightning.errors import UnlearnError
 
 UNLEARNED, FAILURE, USAGE, INFEASIBLE, PARTLY = 0, 1, 2, 3, 4
 
@@ -18,26 +18,26 @@ EPILOG = """Options of a callback: slug-lightning fit --trainer.callbacks.help s
 (or slug_lightning.callbacks.ICUCallback, for passages that a language model recites)
 
 exit codes:
-  0  unlearned (fit, forget-another), done (collect, patch); whether the bounds hold on report data too, the report says ("holds")
+  0  unlearned (fit, forget-another), done (collect, patch); "holds" in the report says whether the bounds hold on the test split
   1  failure
-  2  usage: an argument, a config or a file is not what it should be
-  3  infeasible: no step meets both bounds, the weights are untouched; of ICU: passages are remembered after the last epoch
-  4  partly: of several concepts some were left as they were
+  2  usage: a wrong argument, config or file
+  3  infeasible: no step meets both bounds, the weights are untouched; with ICU: passages are remembered after the last epoch
+  4  partly: only some of several concepts were unlearned
 """
 
 
-ANOTHER = """Forget one more concept beside those of an earlier run, on the same model: its config, its edits and its data to
-keep are used again, and its gradient of these, if the callback's retain_cache names a folder. The edits of that run stay as
-they are; they are checked together with the new one. The result goes to a folder of its own.
+ANOTHER = """Forget one more concept in addition to those of an earlier run, on the same model. Its config, edits and retain
+set are used again, and its retain gradient if the callback's retain_cache names a folder. The earlier edits stay as they
+are and are checked together with the new one. The result goes to a folder of its own.
 
   slug-lightning forget-another --run runs/several --forget EmojiDataModule --forget.thing dog
 
---forget names a datamodule as --data does in fit; it is asked for what is to be forgotten only. All options of fit change
-the earlier run's config, such as --output_dir.
+--forget names a datamodule as --data does in fit; only its forget set is used. All options of fit change the earlier run's
+config, such as --output_dir.
 """
 
 
-def main(args: Optional[Sequence[str]] = None) -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; torch and Lightning are imported only by what needs them.
 
     Args:
@@ -55,8 +55,6 @@ def main(args: Optional[Sequence[str]] = None) -> int:
         return fit(rest, earlier=options.run_folder)
     if rest:
         _parser().parse_args(given)  # says what is wrong
-    from slug_lightning.errors import UnlearnError
-
     try:
         options.run(options)
     except (UnlearnError, OSError) as error:
@@ -65,31 +63,23 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     return UNLEARNED
 
 
-def fit(args: Optional[Sequence[str]] = None, earlier: Optional[Path] = None) -> int:
-    """Run one config with LightningCLI, that of an earlier run if it is given, and say by the exit code how it ended."""
+def fit(args: Sequence[str] | None = None, earlier: Path | None = None) -> int:
+    """Run one config with LightningCLI, that of an earlier run if given, and return the exit code."""
     sys.path.append(str(Path.cwd()))  # a config may name classes of a module in the working folder
     from slug_lightning.cli.lightning import AnotherCLI, UnlearnCLI
     from slug_lightning.distributed.processes import OtherProcessError
-    from slug_lightning.errors import UnlearnError
 
     try:
-        report = UnlearnCLI.run(args) if earlier is None else AnotherCLI.beside(earlier, args or ())
+        report = UnlearnCLI.run(args) if earlier is None else AnotherCLI.run_after(earlier, args or ())
     except (ValueError, FileNotFoundError) as error:
-        if not isinstance(behind := _behind(error), (UnlearnError, FileNotFoundError)):
+        cause: BaseException | None = error  # jsonargparse wraps what a class of the config raises when it is made
+        while cause is not None and not isinstance(cause, UnlearnError):
+            cause = cause.__cause__
+        if not isinstance(cause := cause or error, (UnlearnError, FileNotFoundError)):
             raise
-        print(f"slug-lightning: {behind}", file=sys.stderr)
-        return FAILURE if isinstance(behind, OtherProcessError) else USAGE  # what it was, the other process says
+        print(f"slug-lightning: {cause}", file=sys.stderr)
+        return FAILURE if isinstance(cause, OtherProcessError) else USAGE  # the other process says which it was
     return {"unlearned": UNLEARNED, "partly": PARTLY, "infeasible": INFEASIBLE, "unfinished": INFEASIBLE}[report.status]
-
-
-def _behind(error: BaseException) -> BaseException:
-    """The error that can be mended: what a class of the config raises when it is made, jsonargparse wraps in its own."""
-    from slug_lightning.errors import UnlearnError
-
-    behind: Optional[BaseException] = error
-    while behind is not None and not isinstance(behind, UnlearnError):
-        behind = behind.__cause__
-    return behind or error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     another = verbs.add_parser(
         "forget-another",
-        help="forget one more concept beside those of an earlier run, whose gradients are not computed again",
+        help="forget one more concept in addition to those of an earlier run",
         description=ANOTHER,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
 import slug_lightning.callbacks
 import slug_lightning.datamodules
@@ -24,13 +23,13 @@ from slug_lightning.utils.names import concept_of
 
 CONFIG = "config.yaml"
 OURS = (UnlearnCallback, ICUCallback)
-# Lightning reads a torch class that torch has renamed, and wonders at pretrained models in evaluation mode, where forgetting puts
-# them anyway; nobody who runs this command can mend either.
+# Lightning reads a torch class that torch has renamed, and warns of pretrained models in evaluation mode, where forgetting puts
+# them anyway; whoever runs this command can change neither.
 NOISE = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"Found \d+ module\(s\) in eval mode")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config to the folder of the run, whatever logger there is; of several processes, the first does."""
+    """Write the resolved config to the folder of the run, whatever logger there is; rank 0 does."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
@@ -41,10 +40,10 @@ class SaveConfig(SaveConfigCallback):
 
 
 class UnlearnCLI(LightningCLI):
-    """LightningCLI for one run: `output_dir` is where report, patch, weights, events and config go.
+    """LightningCLI for one run, with everything that it writes in `output_dir`.
 
-    Of several processes each settles the folder for itself, and perhaps on another one, as when each machine has disks of
-    its own; only the first writes (the callback asks it where), so that its folder is that of the run.
+    Each rank chooses the folder for itself, and perhaps another one, as when each machine has its own disks; only rank 0
+    writes (the callback asks it where), so that its folder is that of the run.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -58,7 +57,7 @@ class UnlearnCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Settle the folder, and let the logger and the callback write there."""
+        """Choose the folder, and let the logger and the callback write there."""
         config = self.config.fit
         folder = fresh_folder(config.output_dir, CONFIG)
         config.output_dir = str(folder)
@@ -70,18 +69,18 @@ class UnlearnCLI(LightningCLI):
         ours = _of_ours(config)
         if not ours:
             names = " or ".join(f"slug_lightning.callbacks.{kind.__name__}" for kind in OURS)
-            raise UnlearnError(f"trainer.callbacks: none of them forgets; add one with class_path: {names}")
+            raise UnlearnError(f"trainer.callbacks: none of them unlearns; add one with class_path: {names}")
         for callback in ours:
             callback.init_args.output_dir = str(folder)
 
     @property
     def callback(self) -> Any:
-        """The one that forgets."""
+        """The callback that unlearns."""
         return next(c for c in self.trainer.callbacks if isinstance(c, OURS))  # type: ignore[attr-defined]
 
     @classmethod
-    def run(cls, args: Optional[Sequence[str]]) -> Union[AnyReport, PassagesReport]:
-        """Parse (None: what the process was started with), forget, and give the report."""
+    def run(cls, args: Sequence[str] | None) -> AnyReport | PassagesReport:
+        """Parse `args` (None: those of the process), fit, and return the report."""
         for message in NOISE:
             warnings.filterwarnings("ignore", message)
         cli = cls(
@@ -97,16 +96,15 @@ class UnlearnCLI(LightningCLI):
         assert report is not None
         if cli.trainer.is_global_zero:
             print(f"{report.status}: {Path(cli.config.fit.output_dir).resolve()}", flush=True)
-        # A launcher ends all processes as soon as one has ended with an exit code that isn't 0.
+        # A launcher ends all processes as soon as one has exited with a code that isn't 0.
         cli.trainer.strategy.barrier("the result is printed")
         return report
 
 
 class AnotherCLI(UnlearnCLI):
-    """One more concept, for the model of an earlier run: its config, its edits, its data to keep.
+    """Forget another concept on the model of an earlier run: with its config, its edits and its retain set.
 
-    `earlier` is the folder of that run, `forget` a datamodule whose concepts are to be forgotten, too. What `forget` has to
-    keep is not used: it is kept what the earlier run has kept.
+    `earlier` is the folder of that run, `forget` a datamodule of which only the forget set is used.
     """
 
     earlier: Path
@@ -114,23 +112,21 @@ class AnotherCLI(UnlearnCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where the new concept comes from."""
         super().add_arguments_to_parser(parser)
-        parser.add_subclass_arguments(
-            LightningDataModule, "forget", required=True, help="Datamodule of what is to be forgotten, too."
-        )
+        parser.add_subclass_arguments(LightningDataModule, "forget", required=True, help="Datamodule of the new forget set.")
 
     def before_instantiate_classes(self) -> None:
-        """Give the events a folder of their own, beside those of the earlier run, and let the config say which that is."""
+        """Give the events a folder of their own, and name the earlier run to the callback."""
         logger = self.config.fit.trainer.logger
         if logger and logger.get("init_args", {}).get("version") == self.earlier.name:
             self.config.fit.trainer.logger = None
         super().before_instantiate_classes()
         for callback in _of_ours(self.config.fit):
             if str(callback.class_path).rpartition(".")[2] != UnlearnCallback.__name__:
-                raise UnlearnError(f"run: {self.earlier} forgot passages by ICU, beside which nothing is added; fit anew")
+                raise UnlearnError(f"run: {self.earlier} is a run of ICU, to which no concept can be added; use fit")
             callback.init_args.earlier = str(self.earlier)
 
     def before_fit(self) -> None:
-        """Ask for what the earlier run has forgotten, which it tells how, and for the new concepts."""
+        """Pass the callback the concepts of the earlier run and the new ones."""
         added = [self.config_init.fit.forget, *_added(self.earlier)]
         for datamodule in added:
             if self.trainer.is_global_zero:
@@ -139,15 +135,15 @@ class AnotherCLI(UnlearnCLI):
             datamodule.setup("fit")
         names = [_names(datamodule) for datamodule in added]
         forget = dict.fromkeys(earlier_edits(self.earlier), self.datamodule)
-        # The first that was forgotten of the folder's own data, later ones of what was named then.
+        # Those of the first run come from the config's own data, later ones from what was named in --forget then.
         for datamodule, own in zip(added[1:], names[1:], strict=True):
             forget |= {name: datamodule for name in own if name in forget}
         self.callback.forget = forget | dict.fromkeys(names[0], added[0])
         self.callback.retain = self.callback.retain or self.datamodule
 
     @classmethod
-    def beside(cls, earlier: Path, args: Sequence[str]) -> Union[AnyReport, PassagesReport]:
-        """Forget another concept beside those of an earlier run, and give the report.
+    def run_after(cls, earlier: Path, args: Sequence[str]) -> AnyReport | PassagesReport:
+        """Run with the config of an earlier run, changed by `args`.
 
         Raises:
             FileNotFoundError: if that run's folder holds no config.
@@ -155,20 +151,20 @@ class AnotherCLI(UnlearnCLI):
         if not (earlier / CONFIG).is_file():
             raise FileNotFoundError(f"run: no {CONFIG} in {earlier}; name the folder of a run of slug-lightning fit")
         cls.earlier = earlier
-        # Lightning expects what it is told to stand on the command line; some of it stands in RUN instead.
+        # Lightning expects all arguments on the command line; some of these come from RUN instead.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         return cls.run(["fit", "--config", str(earlier / CONFIG), *args])
 
 
 def _of_ours(config: Any) -> list[Any]:
-    """The configs of the callbacks that forget."""
+    """The configs of the callbacks that unlearn."""
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     return [c for c in callbacks if str(c.class_path).rpartition(".")[2] in {kind.__name__ for kind in OURS}]
 
 
 def _names(datamodule: LightningDataModule) -> list[str]:
-    """What a datamodule that is set up has to forget."""
+    """The concepts of a datamodule that is set up."""
     return getattr(datamodule, "concepts", None) or [concept_of(datamodule)]
 
 
@@ -177,7 +173,5 @@ def _added(folder: Path) -> list[LightningDataModule]:
     config = yaml.safe_load((folder / CONFIG).read_text())
     if "forget" not in config:
         return []
-    home, _, name = config["forget"]["class_path"].rpartition(".")
-    made = getattr(import_module(home), name)(**config["forget"].get("init_args") or {})
     callbacks = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(UnlearnCallback.__name__)]
-    return [made, *_added(Path(callbacks[0]["init_args"]["earlier"]))]
+    return [instantiate_class((), config["forget"]), *_added(Path(callbacks[0]["init_args"]["earlier"]))]

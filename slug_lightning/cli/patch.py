@@ -10,17 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slug_lightning.errors import UnlearnError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-BESIDE = """Several patches may be applied to the same weights, each at its own strength; in whatever order they are applied,
-adjusted and reverted, the weights are bit for bit those that the base and the patches that are left make.
+EPILOG = """Several patches may be applied to the same weights, each at its own strength; in whatever order they are applied,
+adjusted and reverted, the weights are bit for bit those that the base and the remaining patches make.
 
-What is applied to WEIGHTS is read from the file NAME.patches.safetensors beside NAME.safetensors or NAME.ckpt; without
-it, from a patch.safetensors in the same folder, if the weights are what that makes. What is applied to OUTPUT is written
-beside it likewise, unless it is nothing: move the two together. One patch at full strength is known by the weights alone;
-to revert it from another strength without such a file, give --strength.
+What is applied to WEIGHTS is read from NAME.patches.safetensors next to NAME.safetensors or NAME.ckpt; without it, from a
+patch.safetensors in the same folder, if that makes these weights. What is applied to OUTPUT is written next to it likewise,
+unless it is nothing: move the two together. One patch at full strength is known by the weights alone; to revert it from
+another strength without such a file, give --strength.
 """
 
 
@@ -34,20 +36,20 @@ def add_patch(verbs: Any) -> None:
         added.set_defaults(run=run)
         return added
 
-    show = verb("show", _show, "print what a patch does, as JSON, after checking that it is whole")
+    show = verb("show", _show, "check that a patch is complete, and print what it does as JSON")
     show.add_argument("patch", type=Path, help="patch file")
     for name, text, strength, options in (
-        ("apply", "edit weights by a patch, into a new file", "factor of the step: 1 is what was measured", {"default": 1.0}),
-        ("revert", "take a patch out of weights, bit for bit, into a new file", "the one with which it was applied", {}),
-        ("adjust", "give a patch in weights another strength, into a new file", "the new one", {"required": True}),
+        ("apply", "apply a patch to weights, into a new file", "factor of the step: 1 is what was measured", {"default": 1.0}),
+        ("revert", "take a patch out of weights, bit for bit, into a new file", "the one at which it was applied", {}),
+        ("adjust", "change the strength of an applied patch, into a new file", "the new one", {"required": True}),
     ):
-        added = verb(name, _rewrite, text, epilog=BESIDE, formatter_class=argparse.RawDescriptionHelpFormatter)
+        added = verb(name, _rewrite, text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
         added.set_defaults(what=name)
         added.add_argument("patch", type=Path, help="patch file")
         added.add_argument("weights", type=Path, help="safetensors weights, or a Lightning checkpoint (.ckpt)")
         added.add_argument("output", type=Path, help="where the new weights go, in the format of WEIGHTS; must not exist")
         added.add_argument("--strength", type=float, help=strength, **options)
-    combine = verb("combine", _combine, "make one patch of several that were made on the same base")
+    combine = verb("combine", _combine, "combine patches that were made on the same base into one")
     combine.add_argument("patches", type=Path, nargs="+", help="patch files")
     combine.add_argument("-o", "--output", type=Path, required=True, help="where the combined patch goes; must not exist")
 
@@ -59,12 +61,12 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _rewrite(options: argparse.Namespace) -> None:
-    """Let a patch act on weights, and write them anew with what is applied to them beside."""
+    """Apply, revert or adjust a patch, and write the new weights and, next to them, what is applied to them."""
     from slug_lightning.patches.patch import UnlearnPatch
     from slug_lightning.utils.files import atomic_write
 
     _refuse_existing(options.output)
-    _refuse_existing(_beside(options.output))
+    _refuse_existing(_companion(options.output))
     patch = UnlearnPatch.load(options.patch)
     tensors, write = _read(options.weights)
     _recognise(options.weights, tensors)
@@ -73,24 +75,22 @@ def _rewrite(options: argparse.Namespace) -> None:
     with ExitStack() as both:  # the weights appear last: never without what is applied to them
         write(both.enter_context(atomic_write(options.output)))
         if left is not None:
-            left.save(both.enter_context(atomic_write(_beside(options.output))))
-    print(f"{options.output}: {options.weights.name} with {options.what} of {', '.join(e.concept for e in patch.edits)}")
-    known = ", ".join(f"{e.concept} (strength {e.strength:g})" for e in left.edits) if left else "nothing that is known"
+            left.save(both.enter_context(atomic_write(_companion(options.output))))
+    print(f"{options.output}: {options.weights.name} after {options.what} of {', '.join(e.concept for e in patch.edits)}")
+    known = ", ".join(f"{e.concept} (strength {e.strength:g})" for e in left.edits) if left else "nothing known"
     print(f"applied to it: {known}")
 
 
 def _read(weights: Path) -> tuple[dict[str, Tensor], Callable[[Path], Any]]:
-    """Read tensors; gives, too, what writes them as they are then in the same format."""
-    import pickle  # for the name of an error: nothing is unpickled but tensors
+    """Read tensors; also returns a function that writes them, as they are then, in the same format."""
+    import pickle  # for an error class: nothing but tensors is unpickled
 
     import torch
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    from slug_lightning.errors import UnlearnError
-
     if weights.is_dir():
-        raise UnlearnError(f"weights: {weights} is a folder of shards; take the weights.safetensors beside it")
+        raise UnlearnError(f"weights: {weights} is a folder of shards; take the weights.safetensors next to it")
     if not weights.is_file():
         raise FileNotFoundError(f"no weights at {weights}")
     if weights.suffix == ".safetensors":
@@ -99,36 +99,36 @@ def _read(weights: Path) -> tuple[dict[str, Tensor], Callable[[Path], Any]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return tensors, partial(save_file, tensors, metadata=file.metadata())
         except SafetensorError as error:
-            raise UnlearnError(f"weights: {weights} is not a whole safetensors file ({error})") from error
+            raise UnlearnError(f"weights: {weights} is not a complete safetensors file ({error})") from error
     if weights.suffix == ".ckpt":
         try:
             checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
             tensors = checkpoint["state_dict"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-            raise UnlearnError(f"weights: {weights} is not a whole Lightning checkpoint ({error!r})") from error
+            raise UnlearnError(f"weights: {weights} is not a complete Lightning checkpoint ({error!r})") from error
         for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("UnlearnCallback")]:
-            del checkpoint["callbacks"][name]  # its report speaks of other weights now
+            del checkpoint["callbacks"][name]  # its report is about other weights now
         return tensors, partial(torch.save, checkpoint)
     raise UnlearnError(f"weights: {weights.name} is neither .safetensors nor .ckpt; convert it first")
 
 
-def _beside(weights: Path) -> Path:
-    """The file that says what is applied to weights."""
+def _companion(weights: Path) -> Path:
+    """The file next to weights that says what is applied to them."""
     return weights.with_name(f"{weights.stem}.patches.safetensors")
 
 
 def _recognise(weights: Path, tensors: dict[str, Tensor]) -> None:
-    """Learn from the files beside weights what is applied to them."""
+    """Learn from the files next to weights what is applied to them."""
     from slug_lightning.patches.edit import PatchError
     from slug_lightning.patches.patch import UnlearnPatch
 
-    if _beside(weights).exists():
+    if _companion(weights).exists():
         try:
-            UnlearnPatch.load(_beside(weights)).recognise(tensors)
+            UnlearnPatch.load(_companion(weights)).recognise(tensors)
         except PatchError as error:
-            raise PatchError(f"{_beside(weights)} does not belong to {weights.name}, or is damaged: {error}") from error
+            raise PatchError(f"{_companion(weights)} does not belong to {weights.name}, or is damaged: {error}") from error
     elif (made := weights.with_name("patch.safetensors")).exists():  # as a run leaves it
-        with suppress(PatchError):  # other weights may lie in that folder, too
+        with suppress(PatchError):  # other weights may be in that folder, too
             UnlearnPatch.load(made).recognise(tensors)
 
 
@@ -145,4 +145,4 @@ def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise FileExistsError(f"output: {path} exists; name another file or remove it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"output: no folder {path.parent}; create it first")

@@ -1,1 +1,1 @@
-"""What a run found: reports, their figures, their way to loggers, the files of a run."""
+"""What a run found: reports, figures, loggers, and the files of a run."""

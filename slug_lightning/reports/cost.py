@@ -1,4 +1,4 @@
-"""What a run cost: seconds, memory and operations of each phase, beside the pass that nothing can avoid."""
+"""What a run cost: seconds, memory and operations of each phase, compared with the one pass that no method can avoid."""
 
 from __future__ import annotations
 
@@ -17,26 +17,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 UNAVOIDABLE = "gradients"
-"""The phase that is one forward and backward pass over forget and retain: the lower bound of every such method."""
+"""The phase that is one forward and backward pass over forget and retain set: the lower bound of every such method."""
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's counter, with formulas for the fused attention and encoder layers that it does not know.
+    """Return torch's counter, with formulas for the fused attention and encoder layers that it does not know.
 
     Without them the same attention costs FLOPs with gradients and none without; and on a CPU it costs none before torch 2.15.
-
-    Example:
-        >>> attention, x = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.ones(1, 3, 8)
-        >>> with torch.no_grad(), flop_counter() as fused:
-        ...     _ = attention(x, x, x, need_weights=False)
-        >>> fused.get_total_flops() == 2 * 3 * 8 * (4 * 8) + 4 * 3 * 3 * 8
-        True
     """
+    aten = torch.ops.aten
     mapping = {
-        torch.ops.aten._native_multi_head_attention: _attention_flops,
-        torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _product_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _product_backward_flops,
+        aten._native_multi_head_attention: _attention_flops,
+        aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(
+            gradient, q, k, v
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
@@ -54,29 +50,12 @@ def _encoder_layer_flops(source: Any, *rest: Any, **_: Any) -> int:
     return _attention_flops(source, source, source) + 4 * batch * length * width * hidden
 
 
-def _product_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores and weighted sum."""
-    return sdpa_flop_count(query, key, value)
-
-
-def _product_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """The scores again, then two products for each of the two in the forward pass."""
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
 class CostMeter:
-    """Measures the phases of a run.
+    """Measure the phases of a run.
 
     Args:
         device: where the model is.
         count: also count floating-point operations and the bytes of live tensors, which slows the run.
-
-    Example:
-        >>> meter = CostMeter(torch.device("cpu"), count=True)
-        >>> with meter.phase("gradients"):
-        ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
-        >>> meter.report()["flops"], meter.report()["ratio"]["flops"]
-        ({'gradients': 48}, 1.0)
     """
 
     def __init__(self, device: torch.device, count: bool = False) -> None:
@@ -95,41 +74,33 @@ class CostMeter:
             flops = stack.enter_context(flop_counter()) if self.count else None
             start = time.perf_counter()
             yield
-        # After the device has done what it was given. A phase may come again, for another concept.
+        # Read after the stack has synchronised the device. A phase may come again, for another concept.
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), memory.peak)
         if flops is not None:
             self.flops[name] = self.flops.get(name, 0) + flops.get_total_flops()
 
     def report(self) -> dict[str, Any]:
-        """Plain data: `seconds`, `peak_bytes` and, where counted, `flops` by phase; `lower_bound` and `ratio` to it.
+        """Return plain data: `seconds`, `peak_bytes` and, where counted, `flops` by phase; `lower_bound` and `ratio` to it.
 
-        `peak_bytes` is the peak of the tensors made in the phase where these were counted, else of what the device's
-        allocator holds, else (on a CPU) of the resident memory of the whole process.
+        `peak_bytes` is the peak of the tensors made in the phase if these were counted, else of the device's allocator, else
+        (on a CPU) of the resident memory of the whole process.
         """
         figures = {"seconds": self.seconds} | ({"flops": self.flops} if self.count else {})
         return _compared(figures, self.peak_bytes)
 
 
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cost of a run in several processes: operations add up, seconds and memory are those of the process with most.
-
-    Example:
-        >>> one = {"seconds": {"search": 1.0}, "flops": {"search": 8}, "peak_bytes": {"search": 5}}
-        >>> two = {**one, "peak_bytes": {"search": 7}}
-        >>> both = joined([one, two])
-        >>> both["flops"], both["peak_bytes"]
-        ({'search': 16}, {'search': 7})
-    """
-    first = reports[0]
+    """Join the costs of all ranks: operations add up; seconds and memory are the largest."""
     if len(reports) == 1:
-        return first
+        return reports[0]
     figures = {
-        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in first[name]}
-        for name in ("seconds", "flops", "peak_bytes")
-        if name in first
+        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
+        for name, phases in reports[0].items()
+        if name in ("seconds", "flops", "peak_bytes")
     }
-    return _compared({name: figures[name] for name in figures if name != "peak_bytes"}, figures["peak_bytes"])
+    peak_bytes = figures.pop("peak_bytes")
+    return _compared(figures, peak_bytes)
 
 
 def _compared(figures: dict[str, Any], peak_bytes: dict[str, int]) -> dict[str, Any]:
@@ -139,7 +110,7 @@ def _compared(figures: dict[str, Any], peak_bytes: dict[str, int]) -> dict[str, 
 
 
 class _Allocated:
-    """Peak of a device's allocator."""
+    """Peak of a CUDA device's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -155,7 +126,7 @@ class _Allocated:
 
 
 class _Resident:
-    """Peak of the process's resident memory, looked at fifty times a second."""
+    """Peak of the process's resident memory, sampled fifty times a second."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -178,7 +149,7 @@ class _Resident:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Peak of the bytes of tensors made inside that are alive at once."""
+    """Peak of the bytes of all live tensors that were made inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +173,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """The memory of every dense tensor in a tree; a sparse one's parts are tensors of their own."""
+    """The storage of every dense tensor in a tree; the parts of a sparse one are tensors of their own."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()

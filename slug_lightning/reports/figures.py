@@ -1,4 +1,4 @@
-"""The figures of a report, from plain data."""
+"""Figures of a report, from plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, float]
 SHOWN = 12
-"""Concepts up to which tables, legends and figures of each are readable; the file holds all."""
+"""Above this number of concepts, tables, legends and figures leave some out; the file holds all."""
 TITLES = {
     "memorization_accuracy": "memorization accuracy",
     "extraction_likelihood": "extraction likelihood",
@@ -22,12 +22,17 @@ TITLES = {
 }
 
 
-def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None) -> Figure:
-    """Layers by importance and alignment, with the front of each tower and the edited layer."""
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+    """Make a figure and its axes, in one row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None) -> Figure:
+    """Plot layers by importance and alignment, with the front of each tower and the edited layer."""
+    figure, (axes,) = _figure(10, 5)
     number = 0
     for hue, tower in enumerate(sorted({s["tower"] for s in scores})):
         own = [s for s in scores if s["tower"] == tower]
@@ -38,12 +43,10 @@ def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None)
         axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
         for s in front:  # numbers, since names are longer than the gaps between points
             number += 1
-            edited = s["layer"] == layer
-            name = f"{number}  {s['layer']}" + ("  (edited)" if edited else "")
-            axes.plot(
-                s["importance"], s["alignment"], "*" if edited else "o", ms=15 if edited else 6, color=f"C{hue}", label=name
-            )
-            axes.annotate(str(number), (s["importance"], s["alignment"]), (7, 5), textcoords="offset points", fontsize=9)
+            mark, size, note = ("*", 15, "  (edited)") if s["layer"] == layer else ("o", 6, "")
+            at, name = (s["importance"], s["alignment"]), f"{number}  {s['layer']}{note}"
+            axes.plot(*at, mark, ms=size, color=f"C{hue}", label=name)
+            axes.annotate(str(number), at, (7, 5), textcoords="offset points", fontsize=9)
     axes.set(xscale="log", xlabel="importance ‖g_f‖ / ‖θ‖  (right is better)", ylabel="|cos(g_f, g_r)|  (low is better)")
     axes.tick_params(axis="x", which="minor", labelsize=6, labelrotation=45)
     axes.set_title(f"Layers for forgetting: {concept}")
@@ -59,35 +62,28 @@ def trade_off_figure(
     forget_target: float,
     limits: Values,
 ) -> Figure:
-    """The search: forgetting over the step, and what it costs.
+    """Plot the search: the forget metric over the step, and over the first retain metric.
 
     Args:
-        trace: every evaluation.
-        before: metrics on search data without an edit.
+        trace: every trial.
+        before: metrics on the validation split without an edit.
         after: the same with the edit.
         edited: the chosen layer and its relative step, if there is one.
         forget_target: of the forget metric.
-        limits: what each retain metric may be at worst.
+        limits: the worst allowed value of each retain metric.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure(11, 5.5, 2)
     (forget_name, forget_before), *_ = before["forget"].items()
     retain_name = next(iter(before["retain"]))
     alone = [t for t in trace if not t.get("together")]
     for layer in dict.fromkeys(t["layer"] for t in alone):
         chosen = edited is not None and layer == edited[0]
-        style: dict[str, Any] = {
-            "color": "black" if chosen else None,
-            "zorder": 3 if chosen else 2,
-            "linewidth": 2 if chosen else 1,
-        }
+        style: dict[str, Any] = {"color": "black", "zorder": 3, "linewidth": 2} if chosen else {"zorder": 2, "linewidth": 1}
         trials = sorted((t for t in alone if t["layer"] == layer), key=lambda t: t["relative_step"])
         steps = [0.0, *(t["relative_step"] for t in trials)]
         left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
-        held = [t for t in trials if t["retain"]]
-        right.plot([t["retain"][retain_name] for t in held], [t["forget"] for t in held], ".", markersize=9, **style)
+        measured = [t for t in trials if t["retain"]]
+        right.plot([t["retain"][retain_name] for t in measured], [t["forget"] for t in measured], ".", markersize=9, **style)
     if after and edited is not None:
         star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
         forget_after = after["forget"][forget_name]
@@ -98,28 +94,18 @@ def trade_off_figure(
     for axes in (left, right):
         axes.axhline(forget_target, color="crimson", linestyle="--", linewidth=1, label="forget target")
         axes.set_ylabel(f"forget: {forget_name}")
-    left.set_xscale("symlog", linthresh=0.1)  # straight down to the first step, logarithmic beyond
+    left.set_xscale("symlog", linthresh=0.1)  # linear up to the first step, logarithmic beyond
     left.set_xlim(left=0)
-    left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Search data: forgetting over the step")
-    right.set(xlabel=f"retain: {retain_name}", title="Search data: what it costs")
+    left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Validation split: forgetting over the step")
+    right.set(xlabel=f"retain: {retain_name}", title="Validation split: what it costs")
     right.legend(fontsize=8)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def strength_figure(curves: dict[str, list[dict[str, Any]]], forget_metric: str, forget_target: float, limits: Values) -> Figure:
-    """Forget and retain metrics over the strength of each edit.
-
-    Args:
-        curves: of each concept the measurements, weakest first.
-        forget_metric: its name.
-        forget_target: of it.
-        limits: what each retain metric may be at worst.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, *right = figure.subplots(1, 1 + len(limits))
+    """Plot forget and retain metrics over the strength of each edit; `curves` holds its measurements, weakest first."""
+    figure, (left, *right) = _figure(11, 5, 1 + len(limits))
     for concept, curve in curves.items():
         strengths = [point["strength"] for point in curve]
         left.plot(strengths, [next(iter(point["forget"].values())) for point in curve], ".-", label=concept)
@@ -135,25 +121,22 @@ def strength_figure(curves: dict[str, list[dict[str, Any]]], forget_metric: str,
         axes.axvline(1, color="grey", linestyle=":", linewidth=1)
     if len(curves) <= SHOWN:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle("More or less of an edit, search data" + ("; the others stay" if len(curves) > 1 else ""))
+    figure.suptitle("Validation split: more or less of an edit" + ("; the others stay" if len(curves) > 1 else ""))
     return figure
 
 
 def sample_figures(gallery: dict[str, Gallery], concept: str) -> dict[str, Figure]:
-    """What a generator draws before and after: "samples/forget" and "samples/retain"."""
-    headings = {"forget": f"To forget: {concept}", "retain": f"To keep, with {concept} forgotten"}
+    """Show what a generator draws before and after: "samples/forget" and "samples/retain"."""
+    headings = {"forget": f"Forget set: {concept}", "retain": f"Retain set, with {concept} forgotten"}
     return {f"samples/{kind}": pictures.figure(headings[kind]) for kind, pictures in gallery.items()}
 
 
 def collateral_figure(concepts: list[str], rows: list[tuple[str, Values]]) -> Figure:
-    """The forget metric of each concept under each edit, as a matrix with a row for each edit."""
-    from matplotlib.figure import Figure
-
+    """Show the forget metric of each concept under each edit, as a matrix with a row for each edit."""
     # None is what JSON gives back for what isn't finite.
     values = [[math.nan if row.get(concept) is None else row[concept] for concept in concepts] for _, row in rows]
     side = max(5.0, 0.5 * len(concepts) + 3)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _figure(side + 1, side)
     shown = axes.imshow(values, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(concepts)), concepts, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), [edit for edit, _ in rows], fontsize=8)
@@ -161,20 +144,16 @@ def collateral_figure(concepts: list[str], rows: list[tuple[str, Values]]) -> Fi
         low, high = shown.get_clim()
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axes.text(
-                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < (low + high) / 2 else "k"
-                )
-    axes.set(xlabel="measured on", ylabel="edit", title="Forget metric of each concept under each edit, search data")
+                color = "w" if value < (low + high) / 2 else "k"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set(xlabel="measured on", ylabel="edit", title="Validation split: forget metric of each concept under each edit")
     figure.colorbar(shown, ax=axes, shrink=0.7)
     return figure
 
 
 def forgetting_figure(trace: list[dict[str, Any]], levels: Values) -> Figure:
-    """Means of the metrics over the epochs of a run over passages, with the levels that they must fall below."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    """Plot means of the metrics over the epochs of a run over passages, with the levels that they must fall below."""
+    figure, (left, middle, right) = _figure(12, 4, 3)
     epochs = [entry["epoch"] for entry in trace]
     for colour, name in enumerate(("memorization_accuracy", "extraction_likelihood", "bleu")):
         left.plot(epochs, [entry.get(name) for entry in trace], ".-", color=f"C{colour}", label=TITLES[name])

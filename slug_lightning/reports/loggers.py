@@ -11,24 +11,18 @@ from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 
 STEP_SCALE = 10_000
-"""Loggers count steps in whole numbers: the horizontal axis of the search is the relative step times this."""
+"""Loggers take integer steps: the horizontal axis of the search is the relative step times this."""
 
 
 def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> None:
-    """Send a report to every logger.
+    """Send a report to every logger of the trainer.
 
     All get scalars: `search/forget/<layer>` and `search/retain_<metric>/<layer>` over the relative step (× 10,000),
-    `strength/…` over the edit's strength (× 10,000), and `before/...`, `after/...` on report data. TensorBoard also gets the
-    figures, the table of the front, the closing table, and hyperparameters with the outcome. Of several concepts, the names
-    have the concept's in front.
-
-    Args:
-        report: of a run.
-        loggers: the trainer's.
+    `strength/…` over the edit's strength (× 10,000), and `before/...`, `after/...` on the test split. TensorBoard also gets
+    figures, the table of the front, the closing table, and hyperparameters with the outcome. With several concepts, the
+    name of the concept comes first.
     """
-    reports = (
-        {f"{name}/": single for name, single in report.concepts.items()} if isinstance(report, JointReport) else {"": report}
-    )
+    reports = {f"{name}/": one for name, one in report.concepts.items()} if isinstance(report, JointReport) else {"": report}
     for logger in loggers:
         for prefix, single in reports.items():
             _publish_search(single, logger, prefix)
@@ -41,7 +35,7 @@ def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> N
 
 
 def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
-    """The search of one concept, and what its strength does."""
+    """Log the search of one concept, and the metrics over its strength."""
     for trial in sorted(report.trace, key=lambda t: t["relative_step"]):
         kind = f"{prefix}search" + ("_together" if trial.get("together") else "")
         values = {f"{kind}/forget/{trial['layer']}": trial["forget"]}
@@ -52,9 +46,9 @@ def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
         _log(logger, values, point["strength"])
 
 
-def _log(logger: Logger, values: Mapping[str, float | None], place: float) -> None:
-    """Without the None that stands for what isn't finite in the report of an earlier run: loggers refuse it."""
-    logger.log_metrics({name: v for name, v in values.items() if v is not None}, step=round(place * STEP_SCALE))
+def _log(logger: Logger, values: Mapping[str, float | None], step: float) -> None:
+    """Leave out None, which stands for what isn't finite in the report of an earlier run: loggers refuse it."""
+    logger.log_metrics({name: v for name, v in values.items() if v is not None}, step=round(step * STEP_SCALE))
 
 
 def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str, UnlearnReport], logger: Any) -> None:
@@ -64,16 +58,14 @@ def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str,
     for prefix, single in reports.items():
         writer.add_text(f"unlearn/{prefix}front", front_table(single))
     writer.add_text("unlearn/report", f"<pre>{report.to_text()}</pre>")
-    outcome = {
-        f"hp/{kind}_{name}": value for kind, values in report.after.items() for name, value in values.items() if value is not None
-    }
-    some = next(iter(reports.values()))
+    outcome = {f"hp/{kind}_{name}": v for kind, values in report.after.items() for name, v in values.items() if v is not None}
+    bounds = next(iter(reports.values())).bounds
     parameters = {
         "concept": report.concept,
         "status": report.status,
         "layer": report.layer or "none",
-        "forget_target": some.bounds["forget_target"],
-        "retain_tolerance": some.bounds["retain_tolerance"],
+        "forget_target": bounds["forget_target"],
+        "retain_tolerance": bounds["retain_tolerance"],
     }
     if isinstance(report, UnlearnReport):
         parameters["relative_step"] = report.relative_step or 0.0
@@ -81,7 +73,7 @@ def _publish_tensorboard(report: UnlearnReport | JointReport, reports: dict[str,
 
 
 def front_table(report: UnlearnReport) -> str:
-    """The front as a Markdown table, most important layer first."""
+    """Return the front as a Markdown table, most important layer first."""
     rows = ["| tower | layer | importance | alignment | edited |", "|---|---|---|---|---|"]
     for s in sorted(report.scores, key=lambda s: -s["importance"]):
         if s["on_front"]:

@@ -1,4 +1,4 @@
-"""The files of a run: their names, a folder that holds none yet, and what an earlier run has left."""
+"""The files of a run: their names, a fresh folder for them, and the edits of an earlier run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,12 @@ from slug_lightning.reports.several import report_from_json
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.utils.names import file_name
 
-REPORT, PATCH, CHECKPOINT, WEIGHTS, FIGURES, PATCHES, MODEL = (
-    "report.json",
-    "patch.safetensors",
-    "unlearned.ckpt",
-    "weights.safetensors",
-    "figures",
-    "patches",
-    "model",
-)
+REPORT, PATCH, CHECKPOINT, WEIGHTS = "report.json", "patch.safetensors", "unlearned.ckpt", "weights.safetensors"
+FIGURES, PATCHES, MODEL = "figures", "patches", "model"
 
 
 def earlier_edits(folder: str | Path) -> dict[str, tuple[UnlearnReport, UnlearnPatch]]:
-    """What an earlier run has forgotten: report and patch by concept.
-
-    Args:
-        folder: of that run.
+    """Return report and patch of each concept that the run in `folder` has forgotten.
 
     Raises:
         FileNotFoundError: if it holds no report, or not the patch of a concept.
@@ -44,27 +34,12 @@ def earlier_edits(folder: str | Path) -> dict[str, tuple[UnlearnReport, UnlearnP
 
 
 def patch_of(folder: Path, concept: str) -> Path:
-    """Where a run over several concepts keeps the patch of one."""
+    """Return where a run over several concepts stores the patch of one."""
     return folder / PATCHES / f"{file_name(concept)}.safetensors"
 
 
 def fresh_folder(path: str | Path, *more: str) -> Path:
-    """Give `path`, or `path-2`, `path-3`, ... where a run has been kept there already.
-
-    Args:
-        path: the folder asked for.
-        more: names of further files that mark a folder as used.
-
-    Example:
-        >>> import tempfile
-        >>> root = Path(tempfile.mkdtemp())
-        >>> fresh_folder(root / "demo").name
-        'demo'
-        >>> (root / "demo").mkdir(), (root / "demo" / "report.json").touch()
-        (None, None)
-        >>> fresh_folder(root / "demo").name
-        'demo-2'
-    """
+    """Return `path`, or the first of `path-2`, `path-3`, … that holds no run; `more` are further files that mark a run."""
     path = Path(path)
     if path.name in ("", ".."):
         path = path.resolve()  # "." and ".." have no name to number
