@@ -47,13 +47,12 @@ class UnlearnCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the folder of the run."""
         parser.add_argument(
             "--output_dir",
             type=str,
             default="runs/unlearn",
             help="Folder for report, patch, checkpoint, weights, figures, TensorBoard events and the resolved config. "
-            "If it holds a run already, a numbered folder beside it.",
+            "If it holds a run already, a numbered folder next to it.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -110,7 +109,6 @@ class AnotherCLI(UnlearnCLI):
     earlier: Path
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add where the new concept comes from."""
         super().add_arguments_to_parser(parser)
         parser.add_subclass_arguments(LightningDataModule, "forget", required=True, help="Datamodule of the new forget set.")
 
@@ -133,7 +131,7 @@ class AnotherCLI(UnlearnCLI):
                 datamodule.prepare_data()
             self.trainer.strategy.barrier("the data are prepared")
             datamodule.setup("fit")
-        names = [_names(datamodule) for datamodule in added]
+        names = [getattr(datamodule, "concepts", None) or [concept_of(datamodule)] for datamodule in added]
         forget = dict.fromkeys(earlier_edits(self.earlier), self.datamodule)
         # Those of the first run come from the config's own data, later ones from what was named in --forget then.
         for datamodule, own in zip(added[1:], names[1:], strict=True):
@@ -143,11 +141,7 @@ class AnotherCLI(UnlearnCLI):
 
     @classmethod
     def run_after(cls, earlier: Path, args: Sequence[str]) -> AnyReport | PassagesReport:
-        """Run with the config of an earlier run, changed by `args`.
-
-        Raises:
-            FileNotFoundError: if that run's folder holds no config.
-        """
+        """Run with the config of an earlier run, changed by `args`."""
         if not (earlier / CONFIG).is_file():
             raise FileNotFoundError(f"run: no {CONFIG} in {earlier}; name the folder of a run of slug-lightning fit")
         cls.earlier = earlier
@@ -161,11 +155,6 @@ def _of_ours(config: Any) -> list[Any]:
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     return [c for c in callbacks if str(c.class_path).rpartition(".")[2] in {kind.__name__ for kind in OURS}]
-
-
-def _names(datamodule: LightningDataModule) -> list[str]:
-    """The concepts of a datamodule that is set up."""
-    return getattr(datamodule, "concepts", None) or [concept_of(datamodule)]
 
 
 def _added(folder: Path) -> list[LightningDataModule]:

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import slug_lightning  # whose names are imported, with torch, when they are used
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,23 +57,18 @@ def add_patch(verbs: Any) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from slug_lightning.patches.patch import UnlearnPatch
-
-    print(json.dumps(UnlearnPatch.load(options.patch).describe(), indent=2))
+    print(json.dumps(slug_lightning.UnlearnPatch.load(options.patch).describe(), indent=2))
 
 
 def _rewrite(options: argparse.Namespace) -> None:
     """Apply, revert or adjust a patch, and write the new weights and, next to them, what is applied to them."""
-    from slug_lightning.patches.patch import UnlearnPatch
-    from slug_lightning.utils.files import atomic_write
-
     _refuse_existing(options.output)
     _refuse_existing(_companion(options.output))
-    patch = UnlearnPatch.load(options.patch)
+    patch = slug_lightning.UnlearnPatch.load(options.patch)
     tensors, write = _read(options.weights)
     _recognise(options.weights, tensors)
     getattr(patch, options.what)(tensors, strength=options.strength)
-    left = UnlearnPatch.active(tensors)
+    left = slug_lightning.UnlearnPatch.active(tensors)
     with ExitStack() as both:  # the weights appear last: never without what is applied to them
         write(both.enter_context(atomic_write(options.output)))
         if left is not None:
@@ -119,24 +116,20 @@ def _companion(weights: Path) -> Path:
 
 def _recognise(weights: Path, tensors: dict[str, Tensor]) -> None:
     """Learn from the files next to weights what is applied to them."""
-    from slug_lightning.patches.edit import PatchError
-    from slug_lightning.patches.patch import UnlearnPatch
-
-    if _companion(weights).exists():
+    companion, run = _companion(weights), weights.with_name("patch.safetensors")
+    if companion.exists():
         try:
-            UnlearnPatch.load(_companion(weights)).recognise(tensors)
-        except PatchError as error:
-            raise PatchError(f"{_companion(weights)} does not belong to {weights.name}, or is damaged: {error}") from error
-    elif (made := weights.with_name("patch.safetensors")).exists():  # as a run leaves it
-        with suppress(PatchError):  # other weights may be in that folder, too
-            UnlearnPatch.load(made).recognise(tensors)
+            slug_lightning.UnlearnPatch.load(companion).recognise(tensors)
+        except slug_lightning.PatchError as error:
+            raise slug_lightning.PatchError(f"{companion} does not belong to {weights.name}, or is damaged: {error}") from error
+    elif run.exists():
+        with suppress(slug_lightning.PatchError):  # other weights may be in the folder of a run, too
+            slug_lightning.UnlearnPatch.load(run).recognise(tensors)
 
 
 def _combine(options: argparse.Namespace) -> None:
-    from slug_lightning.patches.patch import UnlearnPatch
-
     _refuse_existing(options.output)
-    combined = UnlearnPatch.combine([UnlearnPatch.load(path) for path in options.patches])
+    combined = slug_lightning.UnlearnPatch.combine([slug_lightning.UnlearnPatch.load(path) for path in options.patches])
     combined.save(options.output)
     print(f"{options.output}: {len(combined.edits)} edits of {len(combined.base)} tensors")
 

@@ -99,13 +99,9 @@ def translations(patch: P, tensors: Mapping[str, Tensor]) -> Iterator[P]:
     Elementwise arithmetic commutes with splitting, fusing and transposing, so that both models have the same bits after
     the edit.
 
-    Args:
-        patch: of a ViT CLIP in open_clip or transformers, of one of its towers, or of a model that holds it, as LLaVA does.
-        tensors: of such a model, by name, without this patch or with it.
-
-    Yields:
-        A patch for each part of `tensors` where names and shapes fit, under the names there; most often one. Its base has
-        the patch's dtype and device, and is not compared with `tensors`: `UnlearnPatch.apply` does that.
+    `patch` may be of a ViT CLIP, of one of its towers, or of a model that holds it, as LLaVA does; `tensors` are those of
+    such a model, with this patch or without it. Gives a patch for each part where names and shapes fit, most often one. Its
+    base has the patch's dtype and device, and is not compared with `tensors`: `UnlearnPatch.apply` does that.
     """
     numbers = _numbers(patch.base)
     seen: list[dict[Slot, Slot]] = []
@@ -122,11 +118,7 @@ def translations(patch: P, tensors: Mapping[str, Tensor]) -> Iterator[P]:
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, split and transpose the tensors of an open_clip `CLIP` into those of a `CLIPModel`, sharing their memory.
-
-    Raises:
-        UnlearnError: if a tensor has no counterpart.
-    """
+    """Rename, split and transpose the tensors of an open_clip `CLIP` into those of a `CLIPModel`, sharing their memory."""
     slots = _slots(DIALECTS[0], "", _numbers(tensors))
     if unknown := tensors.keys() - {slot.name for slot in slots.values()}:
         raise UnlearnError(f"model: {min(unknown)} has no counterpart in transformers' CLIPModel")

@@ -16,12 +16,7 @@ T = TypeVar("T")
 def matches(patch: P, tensors: Mapping[str, ModelTensor]) -> Iterator[tuple[P, dict[str, ModelTensor]]]:
     """Find every part of a model that a patch fits by its names; only bits tell whether it was made there.
 
-    Args:
-        patch: made on the model, on one that holds it, on a part of it, or on the same in another library.
-        tensors: of the model, by name.
-
-    Yields:
-        The patch under the names that it has there, and the tensors by these names.
+    Gives the patch under the names that it has there, and the tensors by these names.
     """
     yield from _matches(patch, tensors)
     bare, bare_tensors = _without_adapters(patch), {_bare(name): one for name, one in tensors.items()} | dict(tensors)

@@ -143,14 +143,12 @@ class UnlearnPatch(PatchContent):
         Example:
             >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> base = {"weight": model.weight.detach().clone()}
-            >>> patch = UnlearnPatch(base, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})])
-            >>> patch.apply(model, strength=0.25)
-            >>> kept, copy = UnlearnPatch.active(model), torch.nn.Linear(2, 1, bias=False)
+            >>> UnlearnPatch(base, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})]).apply(model, strength=0.25)
+            >>> copy = torch.nn.Linear(2, 1, bias=False)
             >>> _ = copy.load_state_dict(model.state_dict())
-            >>> kept.recognise(copy)
-            >>> patch.revert(copy)
-            >>> torch.equal(copy.weight, base["weight"])
-            True
+            >>> UnlearnPatch.active(model).recognise(copy)
+            >>> UnlearnPatch.active(copy).edits[0].strength
+            0.25
         """
         self._act(model, 1.0, state.recognised)
 

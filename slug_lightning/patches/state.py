@@ -47,13 +47,7 @@ class Active:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """How a tensor came to be what it is.
-
-    Attributes:
-        base: the tensor without these edits.
-        active: the edits on that base, by digest.
-        below: how the base itself was made, if by edits.
-    """
+    """How a tensor came to be: its base, the edits on that by digest, and how the base itself was made, if by edits."""
 
     base: Tensor
     active: dict[str, Active] = field(default_factory=dict)
@@ -123,14 +117,7 @@ def model_tensors(model: Model) -> dict[str, ModelTensor]:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A tensor of the model that a patch edits.
-
-    Attributes:
-        entry: the tensor.
-        name: what the patch calls it.
-        base: what it must be without the patch.
-        active: what the patch adds to it, by digest.
-    """
+    """A tensor of the model that a patch edits and calls `name`: what it is without the patch, and the edits by digest."""
 
     entry: ModelTensor
     name: str

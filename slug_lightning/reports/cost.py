@@ -51,12 +51,7 @@ def _encoder_layer_flops(source: Any, *rest: Any, **_: Any) -> int:
 
 
 class CostMeter:
-    """Measure the phases of a run.
-
-    Args:
-        device: where the model is.
-        count: also count floating-point operations and the bytes of live tensors, which slows the run.
-    """
+    """Measure the phases of a run on a device; with `count` also its FLOPs and the bytes of live tensors, which slows it."""
 
     def __init__(self, device: torch.device, count: bool = False) -> None:
         self.device = device
@@ -125,15 +120,16 @@ class _Allocated:
         self.peak = torch.cuda.max_memory_allocated(self.device)
 
 
-class _Resident:
+class _Resident(threading.Thread):
     """Peak of the process's resident memory, sampled fifty times a second."""
 
     def __init__(self) -> None:
+        super().__init__(daemon=True)
         self.peak = 0
         self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _watch(self) -> None:
+    def run(self) -> None:
+        """Sample until the end."""
         process = psutil.Process()
         while True:
             self.peak = max(self.peak, process.memory_info().rss)
@@ -141,11 +137,11 @@ class _Resident:
                 return
 
     def __enter__(self) -> None:
-        self.thread.start()
+        self.start()
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
-        self.thread.join()
+        self.join()
 
 
 class LiveTensors(TorchDispatchMode):

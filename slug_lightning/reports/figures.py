@@ -64,13 +64,8 @@ def trade_off_figure(
 ) -> Figure:
     """Plot the search: the forget metric over the step, and over the first retain metric.
 
-    Args:
-        trace: every trial.
-        before: metrics on the validation split without an edit.
-        after: the same with the edit.
-        edited: the chosen layer and its relative step, if there is one.
-        forget_target: of the forget metric.
-        limits: the worst allowed value of each retain metric.
+    `trace` holds every trial; `before` and `after` are the metrics on the validation split, `edited` is the chosen layer with
+    its relative step, `limits` the worst allowed value of each retain metric.
     """
     figure, (left, right) = _figure(11, 5.5, 2)
     (forget_name, forget_before), *_ = before["forget"].items()

@@ -15,12 +15,7 @@ FIGURES, PATCHES, MODEL = "figures", "patches", "model"
 
 
 def earlier_edits(folder: str | Path) -> dict[str, tuple[UnlearnReport, UnlearnPatch]]:
-    """Return report and patch of each concept that the run in `folder` has forgotten.
-
-    Raises:
-        FileNotFoundError: if it holds no report, or not the patch of a concept.
-        UnlearnError: if the report is damaged.
-    """
+    """Return report and patch of each concept that the run in `folder` has forgotten."""
     folder = Path(folder)
     if not (folder / REPORT).is_file():
         raise FileNotFoundError(f"earlier: no {REPORT} in {folder}; name the folder of a run")

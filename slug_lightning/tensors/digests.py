@@ -44,10 +44,7 @@ def fingerprint(
     Args:
         batch: any tree of containers.
         of_tensor: describes a tensor; by default by shape, dtype and a sum that depends on every byte and its position.
-        of_other: describes a leaf of a type that cannot be looked into; by default it is refused.
-
-    Raises:
-        CannotDigest: if there is such a leaf.
+        of_other: describes a leaf of a type that cannot be looked into; by default it raises `CannotDigest`.
     """
 
     def of_leaf(leaf: Any) -> Any:
@@ -68,10 +65,6 @@ def fingerprint(
 
 
 def digest(content: Any, of_other: Callable[[Any], Any] = _refuse) -> str:
-    """SHA-256 over everything in a tree of containers, bit for bit and with its names, whatever the device.
-
-    Raises:
-        CannotDigest: if something in it is of a type that cannot be looked into.
-    """
+    """SHA-256 over everything in a tree of containers, bit for bit and with its names, whatever the device."""
     described = fingerprint(content, lambda tensor: digest_of({"": tensor}, ""), of_other)
     return hashlib.sha256(repr(described).encode()).hexdigest()

@@ -58,10 +58,7 @@ def copies(tensor: Tensor, processes: int) -> int:
 def shard(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ()) -> None:
     """Shard a model by FSDP2 unless it is sharded already, each block (what its `nn.ModuleList`s hold) by itself.
 
-    Args:
-        model: edited in place.
-        mesh: over which the data are sharded.
-        methods: by which the model is called, besides `forward`.
+    `methods` are those by which it is called, besides `forward`.
     """
     if isinstance(model, FSDPModule):
         return

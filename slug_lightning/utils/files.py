@@ -11,9 +11,7 @@ from pathlib import Path
 def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Give a temporary path to write to, and move it to `path` at the end; on an error `path` stays as it was.
 
-    Args:
-        path: of the file.
-        folder: for the temporary file, if others may be writing the same file; on the same disk.
+    Where others may be writing the same file, give a `folder`, on the same disk, for the temporary one.
     """
     part = (folder or path.parent) / (path.name + ".part")
     try:

@@ -19,11 +19,7 @@ class Pipeline(Protocol):
 
 
 def parts_of(pipeline: Pipeline) -> nn.ModuleDict:
-    """Return the models of a pipeline, not copied, by their names there: so tensors are called `unet.conv_in.weight`.
-
-    Raises:
-        UnlearnError: if it has no `components`, or no model among them.
-    """
+    """Return the models of a pipeline, not copied, by their names there: so tensors are called `unet.conv_in.weight`."""
     components = getattr(pipeline, "components", None)
     if not isinstance(components, Mapping):
         raise UnlearnError(f"model: must be a module, a state dict or a pipeline with components, got {type(pipeline).__name__}")

@@ -24,7 +24,8 @@ def file_name(concept: str) -> str:
         >>> file_name("Fire Truck!"), file_name("größe"), file_name("火车"), file_name("?")
         ('fire-truck', 'grösse', '火车', 'concept-8a8de823')
     """
-    plain = _plain(_plain(concept).casefold())
+    # One form for texts that look the same.
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", concept).casefold())
     # With their marks: without its vowel signs, a word in Hindi is another one.
     dashed = "".join(letter if unicodedata.category(letter)[0] in "LMN" else "-" for letter in plain)
     name = re.sub("-+", "-", dashed).strip("-")
@@ -33,11 +34,6 @@ def file_name(concept: str) -> str:
     digest = hashlib.sha256(plain.encode(errors="backslashreplace")).hexdigest()[:8]
     start = name.encode()[: LONGEST - len(digest) - 1].decode(errors="ignore").rstrip("-")
     return f"{start or 'concept'}-{digest}"
-
-
-def _plain(text: str) -> str:
-    """One Unicode form for texts that look the same."""
-    return unicodedata.normalize("NFKC", text)
 
 
 def labelled(kind: str, concept: str | None) -> str:
@@ -93,11 +89,7 @@ def concept_of(datamodule: Any) -> str:
 
 
 def check_names(argument: str, names: Iterable[Any]) -> None:
-    """Refuse the names of a run's concepts if they cannot be told apart, as names or as files.
-
-    Raises:
-        UnlearnError: if `names` is empty, if one is not a string or is blank, or if two give the same file name.
-    """
+    """Refuse the names of a run's concepts if there are none, one is blank, or two give the same file name."""
     files: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or not name.strip():

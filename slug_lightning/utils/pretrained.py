@@ -15,12 +15,7 @@ WITH_ADAPTERS = "_hf_peft_config_loaded"
 
 
 def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options: Any) -> Any:
-    """Call `kind.from_pretrained(name, **options)`; `kind` is a class of transformers or diffusers.
-
-    Raises:
-        UnlearnError: naming `argument`, if nothing of that name can be loaded, or if it has adapters and transformers refuses
-            the installed PEFT.
-    """
+    """Call `kind.from_pretrained(name, **options)`, with errors that name `argument`."""
     try:
         loaded = kind.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
@@ -32,11 +27,7 @@ def load_pretrained(argument: str, kind: Any, name: Union[str, Path], **options:
 
 
 def refuse_adapters(argument: str, model: Any) -> None:
-    """Refuse a model with adapters if transformers refuses the installed PEFT: it could be edited, but not saved.
-
-    Raises:
-        UnlearnError: naming `argument`, with both versions and what to install.
-    """
+    """Refuse a model with adapters if transformers refuses the installed PEFT: it could be edited, but not saved."""
     if getattr(model, WITH_ADAPTERS, False) and (refusal := peft_refusal()):
         raise UnlearnError(f"{argument}: {type(model).__name__} has adapters, but {refusal}")
 

@@ -33,7 +33,6 @@ class Progress:
             yield lambda: None
 
     def track(self, items: Iterable[Any], description: str) -> Iterator[Any]:
-        """Iterate with a bar."""
         with self.bar(description, len(items) if isinstance(items, Sized) else None) as advance:
             for item in items:
                 yield item
