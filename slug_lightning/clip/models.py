@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.patches.clip_names import to_transformers
+from slug_lightning.utils.optional_imports import import_optional
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -26,12 +27,9 @@ def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, T
         UnlearnError: if the library is missing.
     """
     if name.startswith("hf:"):
-        try:
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError as error:
-            raise UnlearnError('model: transformers is missing; pip install "slug-lightning[hf]"') from error
-        tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
-        model = AutoModel.from_pretrained(name.removeprefix("hf:"))
+        transformers = import_optional("transformers", "hf")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
+        model = transformers.AutoModel.from_pretrained(name.removeprefix("hf:"))
         if not hasattr(model, "get_text_features"):
             raise UnlearnError(f"model: {name} is a {type(model).__name__}; give a CLIP or SigLIP, with both towers")
         model.float().train()  # as Lightning expects; we set eval ourselves
@@ -41,10 +39,7 @@ def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, T
             return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
         return model, tokenize
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UnlearnError('model: open_clip is missing; pip install "slug-lightning[clip]"') from error
+    open_clip = import_optional("open_clip", "clip")
     return open_clip.create_model(name, pretrained=pretrained), open_clip.get_tokenizer(name)
 
 

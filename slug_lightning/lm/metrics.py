@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import log_likelihood
 from slug_lightning.lm.sequences import Sequences, counted, targets
+from slug_lightning.utils.optional_imports import import_optional
 
 
 def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
@@ -131,11 +132,7 @@ def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
         >>> bleu(["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "the cat"])
         tensor([1., 0.])
     """
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise UnlearnError("BLEU needs sacrebleu; install it with: pip install 'slug-lightning[lm]'") from error
-    scorer = BLEU(effective_order=True, smooth_method="none")
+    scorer = import_optional("sacrebleu.metrics", "lm").BLEU(effective_order=True, smooth_method="none")
     scores = [scorer.sentence_score(said, [true]).score for said, true in zip(candidates, references, strict=True)]
     return torch.tensor(scores, dtype=torch.float32).div(100).clamp(max=1)  # sacrebleu gives 100.00000000000004, too
 

@@ -7,7 +7,7 @@ from typing import Any, Union
 
 from torch import nn
 
-from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.utils.pretrained import load_pretrained
 
 
@@ -36,8 +36,4 @@ def load_tokenizer(name: Union[str, Path]) -> Any:
 
 
 def _load(argument: str, kind: str, name: Union[str, Path]) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UnlearnError(f'{argument}: transformers is missing; pip install "slug-lightning[lm]"') from error
-    return load_pretrained(argument, getattr(transformers, kind), name)
+    return load_pretrained(argument, getattr(import_optional("transformers", "lm"), kind), name)
