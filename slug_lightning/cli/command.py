@@ -85,7 +85,7 @@ def fit(args: Sequence[str] | None = None, earlier: Path | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="slug-lightning",
-        description="Make a trained model forget a person, a style, a thing or a text, and carry the edit as a patch.",
+        description="Make a trained model forget a person, a style, an object or a text, and save the edit as a patch.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

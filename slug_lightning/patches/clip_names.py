@@ -186,7 +186,7 @@ def _carried(patch: P, ways: Mapping[Slot, Slot], tensors: Mapping[str, Tensor])
         return made
 
     def zero(edit: Edit) -> float:
-        """Of the sign that changes nothing: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0."""
+        """Return a zero with the sign that changes nothing: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0."""
         return math.copysign(0.0, -edit.step * edit.strength)
 
     edits = [replace(e, directions=carry(e.directions, zero(e)), origin=e.digest) for e in patch.edits]

@@ -31,9 +31,9 @@ class UnlearnPatch(PatchContent):
 
     Several patches may be applied to a model, each at its own strength. In whatever order they are applied, adjusted and
     reverted, the weights are bit for bit those that the base and the remaining patches make: edited tensors are rebuilt from
-    the base, never added to. This process remembers what is applied to a model (`slug_lightning.patches.state`). Of a copy of
-    the model, another state dict of it, or weights from a file it knows the values only, which tell one patch at full strength
-    from its base, and no more; save `active` next to the weights, and call `recognise` on it.
+    the base, never added to. This process remembers what is applied to a model (`slug_lightning.patches.state`). For a copy of
+    the model, another state dict of it, or weights from a file, only the values are known; they tell one patch at full
+    strength from its base, and no more. For these, save what `active` returns, and call its `recognise`.
 
     Args:
         base: every edited tensor as it was before, by name.
@@ -90,8 +90,8 @@ class UnlearnPatch(PatchContent):
             model: the model the patch was made on, a model that holds it (`model.visual.proj` for `visual.proj`), the
                 part of it that holds the edited tensors, the same model in another library (`slug_lightning.patches.clip_names`),
                 a diffusers pipeline of which it is a component, each of these with or without PEFT adapters, or a state dict
-                of one. Other patches on the same base may be applied to it. A patch whose base is the model as patches
-                have made it goes on top of these.
+                of one. Other patches on the same base may be applied to it. A patch that was made on a patched model goes
+                on top of those patches.
             strength: factor of the step, finite; 1 is what was measured, 0 the base.
 
         Raises:

@@ -47,12 +47,12 @@ def shard_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def copies(tensor: Tensor, processes: int) -> int:
-    """Count the ranks, of `processes`, that hold each element."""
+def copies(tensor: Tensor, world_size: int) -> int:
+    """Count the ranks that hold each element."""
     if not isinstance(tensor, DTensor):
-        return processes
+        return world_size
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return processes // math.prod(size for placement, size in sizes if not isinstance(placement, Replicate))
+    return world_size // math.prod(size for placement, size in sizes if not isinstance(placement, Replicate))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ()) -> None:

@@ -1,1 +1,1 @@
-"""What the other packages share and that has no idea of unlearning."""
+"""Helpers for the other packages that know nothing of unlearning."""
