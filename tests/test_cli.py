@@ -361,3 +361,12 @@ def test_wrong_usage_of_forget_another_exits_with_2(earlier, tmp_path, capsys):
 def test_help_of_forget_another_says_how_to_use_it(capsys):
     assert run("forget-another", "--help") == 0
     assert "--run RUN" in (said := capsys.readouterr().out) and "--forget EmojiDataModule" in said
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_run_that_added_a_concept_can_be_added_to_with_the_data_that_it_named(tiny):
+    assert run("fit", "--config", tiny, "--data.init_args.concepts", '{"one": 1}') == 0
+    assert another(tiny.parent / "run", "two", 2) == 0
+    assert another(tiny.parent / "run-2", "three", 3) == 0
+    report = json.loads((tiny.parent / "run-2-2" / "report.json").read_text())
+    assert list(report["concepts"]) == ["one", "two", "three"]
