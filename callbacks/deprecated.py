@@ -49,7 +49,7 @@ class OldKeywords(pl.Callback):
             return method, scales, continue_training, runtime
         homes = dict.fromkeys(OF_METHOD, "method=SLUG({}=…)") | dict.fromkeys(OF_RUNTIME, "runtime=Runtime({}=…)")
         places = [f"{name} is now {homes.get(name, '{}=…').format(RENAMED.get(name, name))}" for name in old]
-        warnings.warn(f"UnlearnCallback: {'; '.join(places)}", FutureWarning, stacklevel=4)
+        warnings.warn(f"UnlearnCallback: {'; '.join(places)}", FutureWarning, stacklevel=3)
         if then := old.get("then"):
             if then not in ("stop", "continue"):
                 raise UnlearnError(f"then must be 'stop' or 'continue', got {then!r}")

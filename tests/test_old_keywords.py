@@ -1,0 +1,108 @@
+"""Keywords of version 0.1 go where they belong now, and say so; what an old checkpoint was asked for is recognised."""
+
+from __future__ import annotations
+
+import pytest
+
+from slug_lightning.callbacks import UnlearnCallback
+from slug_lightning.callbacks.deprecated import OF_METHOD, OF_RUNTIME
+from slug_lightning.errors import UnlearnError
+from slug_lightning.methods import SLUG, Method, Runtime
+from slug_lightning.objective.retain_cache import RetainCache
+from slug_lightning.trainer.previous_run import PreviousRun
+
+
+class Other(Method):
+    def run(self, context):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("old", "place", "new"),
+    [
+        ({"layers": "a.*"}, r"layers is now method=SLUG\(layers=…\)", {"method": SLUG(layers="a.*")}),
+        ({"granularity": "module"}, r"method=SLUG\(granularity=…\)", {"method": SLUG(granularity="module")}),
+        ({"max_evaluations": 3}, r"method=SLUG\(max_evaluations=…\)", {"method": SLUG(max_evaluations=3)}),
+        ({"margin": 0.2}, r"margin is now method=SLUG\(step_margin=…\)", {"method": SLUG(step_margin=0.2)}),
+        ({"strengths": [0.5]}, "strengths is now scales=…", {"scales": [0.5]}),
+        ({"then": "continue"}, "then is now continue_training=…", {"continue_training": True}),
+        ({"then": "stop"}, "then is now continue_training=…", {"continue_training": False}),
+        ({"replay": False}, r"replay is now runtime=Runtime\(replay=…\)", {"runtime": Runtime(replay=False)}),
+        ({"replay_budget": 0}, r"runtime=Runtime\(replay_budget=…\)", {"runtime": Runtime(replay_budget=0)}),
+        ({"count_cost": True}, r"runtime=Runtime\(count_cost=…\)", {"runtime": Runtime(count_cost=True)}),
+        ({"offload_gradient": True}, r"runtime=Runtime\(offload_gradient=…\)", {"runtime": Runtime(offload_gradient=True)}),
+    ],
+    ids=str,
+)
+def test_an_old_keyword_does_what_the_new_one_does_and_names_it(old, place, new):
+    with pytest.warns(FutureWarning, match=place) as caught:
+        callback = UnlearnCallback(**old)
+    assert caught[0].filename == __file__
+    for name, value in new.items():
+        assert getattr(callback, name) == value
+
+
+def test_a_cache_is_taken_over_too():
+    cache = RetainCache()
+    with pytest.warns(FutureWarning, match="retain_cache is now"):
+        assert UnlearnCallback(retain_cache=cache).runtime.retain_cache is cache
+
+
+def test_old_and_new_ones_go_together():
+    with pytest.warns(FutureWarning, match="layers is now .*; replay is now"):
+        callback = UnlearnCallback(layers="a.*", replay=False, method=SLUG(step_margin=0.1))
+    assert callback.method == SLUG(layers="a.*", step_margin=0.1) and callback.runtime == Runtime(replay=False)
+
+
+@pytest.mark.filterwarnings("ignore:UnlearnCallback")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"then": "go"}, "then must be 'stop' or 'continue', got 'go'"),
+        ({"margin": -1}, "step_margin must be >= 0"),
+        ({"layers": "a", "method": Other()}, "layers: give these to Other itself"),
+    ],
+)
+def test_what_is_wrong_is_refused_as_ever(options, message):
+    with pytest.raises(UnlearnError, match=message):
+        UnlearnCallback(**options)
+
+
+def test_an_unknown_keyword_is_an_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        UnlearnCallback(nonsense=1)
+
+
+OLD = {
+    "concepts": None, "layers": "*", "granularity": "tensor", "forget_metric": None, "forget_target": None,
+    "retain_metric": None, "retain_tolerance": 0.01, "margin": 0.0, "on_infeasible": "skip",
+}  # fmt: skip
+"""As version 0.1 wrote it into a checkpoint."""
+
+
+@pytest.mark.parametrize(
+    ("changed", "callback", "is_same"),
+    [
+        ({}, UnlearnCallback(), True),
+        ({"margin": 0.1}, UnlearnCallback(method=SLUG(step_margin=0.1)), True),
+        ({}, UnlearnCallback(method=SLUG(max_evaluations=3)), True),  # which was not recorded
+        ({"margin": 0.1}, UnlearnCallback(), False),
+        ({"layers": "a.*"}, UnlearnCallback(), False),
+        ({"concepts": ["a"]}, UnlearnCallback(), False),
+        ({}, UnlearnCallback(method=Other()), False),
+    ],
+)
+def test_a_request_of_version_0_1_is_recognised(changed, callback, is_same):
+    assert PreviousRun(None, OLD | changed, None).is_same_request(callback._request()) == is_same
+
+
+@pytest.mark.parametrize("other", [SLUG(max_evaluations=3), SLUG(choice=min), Other()], ids=str)
+def test_a_request_of_now_is_the_same_only_if_all_of_it_is(other):
+    recorded = UnlearnCallback()._request()
+    assert PreviousRun(None, recorded, None).is_same_request(UnlearnCallback()._request())
+    assert not PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=other)._request())
+
+
+def test_every_keyword_that_has_moved_is_an_option_where_it_went():
+    assert {"step_margin" if name == "margin" else name for name in OF_METHOD} <= vars(SLUG()).keys()
+    assert set(OF_RUNTIME) == vars(Runtime()).keys()
