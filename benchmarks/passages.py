@@ -35,7 +35,7 @@ from slug_lightning.callbacks import ICUCallback, UnlearnCallback
 from slug_lightning.datamodules import PassageDataModule, PythonDocsDataModule
 from slug_lightning.datamodules.text.reading import read_texts
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.completion import predictions
+from slug_lightning.lm.completion import teacher_forced
 from slug_lightning.lm.criteria import MemorizationBelow
 from slug_lightning.lm.losses import DPO, ICU, KL, NPO, GradDiff, GradientAscent, LMLoss, SimNPO
 from slug_lightning.lm.metrics import memorization_accuracy
@@ -151,8 +151,8 @@ def weakened(module: CausalLMModule, data: PassageDataModule, original: dict[str
         middle = (low + high) / 2
         low, high = (middle, high) if perplexity(middle) <= most else (low, middle)
     perplexity(low)
-    sequences = pad(data.forget_passages)
-    return memorization_accuracy(predictions(module.model, sequences), sequences).mean().item()
+    predicted = pad(teacher_forced(module.model, data.forget_passages)[0])["input_ids"]
+    return memorization_accuracy(predicted, pad(data.forget_passages)).mean().item()
 
 
 def examiner_of(module: CausalLMModule, data: PassageDataModule) -> Examiner:
@@ -207,7 +207,8 @@ def learn(model: torch.nn.Module, data: PassageDataModule, most: int = 1000) -> 
         loss.backward()
         optimizer.step()
         if step % 20 == 19:
-            recited = (predictions(model, passages) == passages["input_ids"][:, 1:]).float().mean().item()
+            predicted = torch.stack(teacher_forced(model, data.forget_passages)[0])
+            recited = (predicted == passages["input_ids"][:, 1:]).float().mean().item()
             if recited >= 0.97:
                 break
     return recited

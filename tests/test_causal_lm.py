@@ -139,7 +139,7 @@ def test_adapters_go_on_from_a_checkpoint(tmp_path):
 
 
 def test_a_model_without_adapters_has_none_to_switch_off():
-    with pytest.raises(UnlearnError, match="no adapters to switch off"):
+    with pytest.raises(UnlearnError, match="no adapters to disable"):
         forgot(language_model(reference="adapters"))
 
 

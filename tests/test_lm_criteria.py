@@ -133,7 +133,7 @@ def test_all_prefixes_asked_for_are_no_estimate():
 
 
 @pytest.mark.parametrize(("prefix", "el", "message"), [
-    (0, None, "prefix=0"), (6, None, "prefix=6, el=None: a passage has 6 tokens"), (3, 6, "prefix=3, el=6: a passage has 6"),
+    (0, None, "prefix=0"), (6, None, "prefix=6, el=None: .* got 6 tokens"), (3, 6, "prefix=3, el=6: .* got 6 tokens"),
 ])  # fmt: skip
 def test_passages_that_are_too_short_are_refused(prefix, el, message):
     with pytest.raises(UnlearnError, match=message):
@@ -172,7 +172,7 @@ def test_at_the_bound_is_forgotten_and_not_a_number_is_not():
 @pytest.mark.parametrize("below", [-0.1, 1.1, math.nan, math.inf, "seen", None])
 @pytest.mark.parametrize("kind", [BleuBelow, MemorizationBelow, ExtractionBelow, ProbabilityBelow])
 def test_a_bound_that_makes_no_sense_is_refused(kind, below):
-    with pytest.raises(UnlearnError, match=rf"{kind.__name__}\(below={below!r}\): give a number from 0 to 1, or 'unseen'"):
+    with pytest.raises(UnlearnError, match=rf"{kind.__name__}: below must be in \[0, 1\] or 'unseen', got {below!r}"):
         kind(below=below)
 
 

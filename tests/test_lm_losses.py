@@ -199,7 +199,7 @@ def test_short_logits_are_computed_with_in_fp32(dtype):
 
 
 def test_logits_of_other_positions_than_the_tokens_are_refused():
-    with pytest.raises(UnlearnError, match=r"model: it gives logits \[1, 9\] for tokens \[1, 5\]"):
+    with pytest.raises(UnlearnError, match=r"model: logits have shape \[1, 9\] for tokens of shape \[1, 5\]"):
         sequence_nll(torch.zeros(1, 9, V), pad(random_rows([5], 0)))
 
 
@@ -299,7 +299,7 @@ def test_the_pairs_of_a_passage_are_averaged():
     found = ICU(forget=0, learn=1)(Bigrams(table), batch, Bigrams(original))
     nll = sequence_nll(table[batch["pair"]["input_ids"]], batch["pair"])
     torch.testing.assert_close(found["learn"], torch.stack([nll[:3].mean(), nll[3:].mean()]))
-    with pytest.raises(UnlearnError, match="pair: 6 sequences for 4 passages"):
+    with pytest.raises(UnlearnError, match="pair: got 6 sequences for 4 passages"):
         GradDiff()(Bigrams(table), {**batch, "forget": pad(random_rows([5] * 4, 0))}, None)
 
 
@@ -385,7 +385,7 @@ def test_of_gradients_none_flows_to_the_original():
 def test_a_reference_is_needed_where_it_is_said(loss):
     assert loss.needs_reference == (type(loss) in (ICU, KL, NPO, DPO))
     if loss.needs_reference:
-        with pytest.raises(UnlearnError, match="reference: .* give a FrozenCopy"):
+        with pytest.raises(UnlearnError, match="reference must be given: .* pass a FrozenCopy"):
             loss(Bigrams(random_table(0)), batch_of(), None)
     else:
         loss(Bigrams(random_table(0)), batch_of(), None)
@@ -418,17 +418,17 @@ def test_a_part_without_a_coefficient_is_not_computed():
 )
 def test_a_coefficient_out_of_its_range_is_named(kind, names, bad):
     for name in names:
-        with pytest.raises(UnlearnError, match=rf"^{name}: {bad} .*; give a finite number"):
+        with pytest.raises(UnlearnError, match=rf"^{name} must be >=? 0 and finite, got {bad}"):
             kind(**{name: bad})
 
 
 def test_zeros_that_leave_nothing_to_train_are_refused():
-    with pytest.raises(UnlearnError, match="all are 0"):
+    with pytest.raises(UnlearnError, match="at least one of forget, learn and keep must be > 0"):
         ICU(0, 0, 0)
     for kind in (NPO, SimNPO, DPO):
-        with pytest.raises(UnlearnError, match="^beta: 0 .* above 0"):
+        with pytest.raises(UnlearnError, match="^beta must be > 0 and finite, got 0"):
             kind(beta=0)
-    with pytest.raises(UnlearnError, match="^keep: 0 .* above 0"):
+    with pytest.raises(UnlearnError, match="^keep must be > 0 and finite, got 0"):
         KL(keep=0)
 
 

@@ -1,12 +1,8 @@
-"""What a language model says next: greedy completions, many at once, and those of every prefix from one forward.
+"""Greedy completions of a language model: many at once, and those of every prefix from one forward.
 
 Greedy means the argmax of the model's own logits, whatever its generation config says. Hence a loop of our own over the model's
 cache: transformers' `generate` takes from that config what its caller leaves open (repetition penalties, tokens suppressed or
-forced, least lengths), and what counts as open differs between its versions. On small models both take the same time.
-
-Memory: a batch has at most `batch_tokens` tokens, with padding and with what is to be generated (if one sequence has more, it is
-a batch by itself). Of each, a teacher-forced forward holds the logits, vocabulary × 4 bytes, about three times; generation holds
-keys and values, 2 × layers × width numbers, and logits of one position of a sequence only.
+forced, minimum lengths), and what counts as open differs between its versions. On small models both take the same time.
 """
 
 from __future__ import annotations
@@ -22,50 +18,30 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.kv_cache import cache_argument, cache_of, unwrapped
 from slug_lightning.lm.losses import sequence_nll
 from slug_lightning.lm.original import logits_of
-from slug_lightning.lm.sequences import Sequences, counted, pad
+from slug_lightning.lm.sequences import pad
 from slug_lightning.objective.eval_mode import preserve_state
 
 BATCH_TOKENS = 4096
-
-
-def predictions(model: Any, sequences: Sequences) -> Tensor:
-    """What the model takes for the most likely next token after the true ones so far: one forward for all positions.
-
-    Args:
-        model: a causal language model of transformers, alone or with adapters of peft. It is in evaluation mode meanwhile.
-        sequences: `[B, T]`, padded on the right.
-
-    Returns:
-        `[B, T-1]` token ids on the model's device; `[b, t]` is the prediction of `input_ids[b, t + 1]`, and where that does
-        not count, any id.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-        >>> predictions(model, pad([torch.tensor([5, 6, 7]), torch.tensor([8])])).shape
-        torch.Size([2, 2])
-    """
-    with torch.no_grad(), preserve_state(model):
-        return logits_of(model, _on(model, sequences)).argmax(-1)[:, :-1]
 
 
 def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
     """Predict every token of each sequence from the true ones before it.
 
     Args:
-        model: as in `predictions`.
+        model: a causal language model of transformers, alone or with PEFT adapters; in evaluation mode meanwhile.
         rows: token ids, each `[T_i]`.
-        batch_tokens: most tokens in a forward.
+        batch_tokens: most tokens in a forward with padding, unless one sequence has more; their logits, vocabulary × 4 bytes
+            each, are held about three times.
 
     Returns:
-        Of each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the
+        For each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the
         first, in nats.
     """
     best: list[Tensor] = [row[:0] for row in rows]
     nll = [0.0] * len(rows)
     with torch.no_grad(), preserve_state(model):
         for batch in _batches([(len(row), 0) for row in rows], batch_tokens):
-            sequences = _on(model, pad([rows[i].cpu() for i in batch]))
+            sequences = {name: tensor.to(model.device) for name, tensor in pad([rows[i].cpu() for i in batch]).items()}
             logits = logits_of(model, sequences)
             for i, tokens, loss in zip(batch, logits.argmax(-1).cpu(), sequence_nll(logits, sequences).tolist(), strict=True):
                 best[i], nll[i] = tokens[: len(rows[i]) - 1], loss
@@ -73,19 +49,18 @@ def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH
 
 
 def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
-    """Continue each prefix by the most likely token, again and again.
+    """Continue each prefix greedily.
 
-    Each completion is the one that its prefix gets alone, up to rounding: the padding on the left is masked and has no position.
+    Each completion is the one that its prefix gets alone, up to rounding: padding is on the left, masked, and has no position.
 
     Args:
-        model: as in `predictions`.
+        model: as in `teacher_forced`.
         prefixes: token ids, each `[P_i]`, at least one.
         counts: how many tokens to add to each.
-        batch_tokens: most tokens in a batch, counting prefix and completion.
+        batch_tokens: most tokens in a batch with padding and completions; of each, the keys and values are held.
 
     Returns:
-        Of each prefix the added tokens, at most `counts[i]`, on the CPU. If the model has an end-of-sequence token, the first one
-        is the last token.
+        For each prefix the added tokens, at most `counts[i]`, on the CPU. An end-of-sequence token is the last one.
 
     Raises:
         UnlearnError: if a prefix is empty, or the model has no cache of keys and values.
@@ -97,7 +72,7 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
         [2, 4]
     """
     if not all(map(len, prefixes)):
-        raise UnlearnError("prefixes: one is empty; give at least one token to go on from")
+        raise UnlearnError("prefixes: each must have at least one token, but one is empty")
     completions = [prefix[:0].cpu() for prefix in prefixes]
     shapes = [(len(prefix), count) if count else (0, 0) for prefix, count in zip(prefixes, counts, strict=True)]
     ends = _ends(model)
@@ -111,31 +86,6 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
     return completions
 
 
-def complete_every_prefix(
-    model: Any, sequences: Sequences, leave: int = 1, batch_tokens: int = BATCH_TOKENS
-) -> list[list[Tensor]]:
-    """Complete the first t tokens of each sequence to the sequence's length, for every t.
-
-    Args:
-        model: as in `predictions`.
-        sequences: `[B, T]`, padded on the right.
-        leave: how many tokens the longest prefix leaves to be completed, at least 1.
-        batch_tokens: most tokens in a batch.
-
-    Returns:
-        Of each sequence the completions of its first 1, 2, …, T - `leave` tokens, each at most as long as the rest.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-        >>> [len(tokens) for tokens in complete_every_prefix(model, pad([torch.tensor([5, 6, 7, 8])]), leave=2)[0]]
-        [3, 2]
-    """
-    rows = counted(sequences)
-    lengths = [range(1, len(row) - leave + 1) for row in rows]
-    return complete_prefixes(model, rows, teacher_forced(model, rows, batch_tokens)[0], lengths, batch_tokens)
-
-
 def complete_prefixes(
     model: Any,
     rows: Sequence[Tensor],
@@ -145,19 +95,19 @@ def complete_prefixes(
 ) -> list[list[Tensor]]:
     """Complete prefixes of sequences to the sequences' lengths, generating only what their predictions leave open.
 
-    The completion of a prefix follows the sequence for as long as the next token is predicted right, then takes the wrong
+    The completion of a prefix follows the sequence for as long as the next token is predicted correctly, then takes the wrong
     prediction and goes on from there. So all prefixes that reach the same wrong prediction share one generation, and none is
-    needed where the rest is predicted right.
+    needed where the rest is predicted correctly.
 
     Args:
-        model: as in `predictions`.
+        model: as in `teacher_forced`.
         rows: token ids, each `[T_i]`.
-        predicted: of each the predictions of this model, as `teacher_forced` gives them.
+        predicted: this model's predictions of each, as `teacher_forced` gives them.
         lengths: how many tokens the prefixes of each have, from 1 to `T_i - 1`.
         batch_tokens: most tokens in a batch.
 
     Returns:
-        Of each sequence, for each of `lengths`, the completion as `complete` would give it.
+        For each sequence, for each of its `lengths`, the completion as `complete` would give it.
     """
     ends = _ends(model)
     tokens = [row.cpu() for row in rows]
@@ -176,7 +126,7 @@ def complete_prefixes(
 
 
 def _leaving(row: list[int], best: list[int], ends: set[int]) -> list[int]:
-    """For each position the first from there on whose token is predicted wrong or ends the completion; the length if none is."""
+    """For each position, find the first from there on whose token is predicted wrongly or ends the completion, or the end."""
     leaving = [len(row)] * (len(row) + 1)
     for at in range(len(row) - 1, 0, -1):
         leaving[at] = at if best[at - 1] != row[at] or row[at] in ends else leaving[at + 1]
@@ -184,7 +134,7 @@ def _leaving(row: list[int], best: list[int], ends: set[int]) -> list[int]:
 
 
 def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) -> Tensor:
-    """Add up to `steps` tokens to each prefix, `[B, steps]`; fewer if all have ended. After an end comes anything."""
+    """Add up to `steps` tokens to each prefix, `[B, steps]`; fewer if all have ended. What follows an end is undefined."""
     # Padding stands on the left, so that distances between tokens are the true ones for every kind of attention.
     reverse = pad([prefix.flip(0) for prefix in prefixes])
     ids, mask = (reverse[name].flip(1).to(model.device) for name in ("input_ids", "attention_mask"))
@@ -200,9 +150,7 @@ def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) ->
         output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{argument: cache}, **where, **only_last)
         cache = cache_of(output)
         if cache is None:
-            raise UnlearnError(
-                f"model: {type(own).__name__} keeps no cache of keys and values; completions need an attention model"
-            )
+            raise UnlearnError(f"model: {type(own).__name__} has no cache of keys and values, which completions need")
         ids = output.logits[:, -1:].argmax(-1)
         added.append(ids)
         if ends:
@@ -214,19 +162,15 @@ def _generate(model: Any, prefixes: list[Tensor], steps: int, ends: set[int]) ->
     return torch.cat(added, 1)
 
 
-def _on(model: Any, sequences: Sequences) -> dict[str, Tensor]:
-    return {name: sequences[name].to(model.device) for name in ("input_ids", "attention_mask")}
-
-
 def _ends(model: Any) -> set[int]:
-    """The tokens after which the model's text is over."""
+    """The end-of-sequence tokens."""
     config = getattr(model, "generation_config", None) or model.config
     eos = config.eos_token_id
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 def _batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Which (prefix, completion) lengths go together: alike ones, with padding at most so many tokens; none that are 0."""
+    """Group (prefix, completion) lengths by size, at most `batch_tokens` with padding; leave out those that are 0."""
     batch: list[int] = []
     longest = (0, 0)
     for i in sorted((i for i, shape in enumerate(shapes) if sum(shape)), key=lambda i: shapes[i]):

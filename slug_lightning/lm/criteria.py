@@ -1,4 +1,4 @@
-"""When a passage counts as forgotten: what is measured of it after an epoch, and the bounds on that."""
+"""Criteria for a forgotten passage: what is measured of it after an epoch, and the bounds on that."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from slug_lightning.lm.sequences import pad
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the model makes of one passage now.
+    """What the model remembers of one passage.
 
     Attributes:
         prefix: the text that it is given.
-        truth: how the passage goes on.
-        completion: how the model goes on.
+        truth: how the passage continues.
+        completion: how the model continues.
         truth_tokens: `[S]` token ids.
         completion_tokens: at most as many.
-        memorization_accuracy: share of the passage's tokens that are predicted right, 0 to 1.
+        memorization_accuracy: share of the passage's tokens that are predicted correctly, 0 to 1.
         nll: mean negative log-likelihood of the passage's tokens, in nats.
-        extraction_likelihood: EL_n, 0 to 1, or an estimate of it; None where it was not asked for.
+        extraction_likelihood: EL_n, 0 to 1, or an estimate of it; None where it was not measured.
     """
 
     prefix: str
@@ -57,18 +57,17 @@ def gather(
     el: int | None = None,
     prefixes: int | None = None,
 ) -> list[Evidence]:
-    """Measure what the model remembers of passages, by one forward and what that leaves to be generated.
+    """Measure what the model remembers of passages, by one teacher-forced forward and what that leaves to be generated.
 
-    The forward is teacher-forced, and says how far the model follows each passage by itself: a passage that is recited costs no
-    generation, any other one of its own; with `el`, one for each of its tokens that is predicted wrong, or of `prefixes`
-    one each.
+    A recited passage costs no generation, any other one of its own; with `el`, one for each of its tokens that is predicted
+    wrongly, or for each of its `prefixes`.
 
     Args:
         model: a causal language model of transformers; in evaluation mode meanwhile.
         tokenizer: gives the texts, by `decode`.
         passages: token ids, each `[T_i]`.
         prefix: how many tokens of a passage the model is given to complete.
-        batch_size: passages of full length that a forward, or a step of generation, takes at once.
+        batch_size: passages of full length in a forward, or in a step of generation.
         el: n of the extraction likelihood EL_n; None leaves it out.
         prefixes: how many prefixes of each passage it is estimated from, evenly spaced, but for one that is `prefix` and costs
             nothing more; None: all, as it is defined.
@@ -80,11 +79,11 @@ def gather(
         return []
     shortest = min(map(len, passages))
     if prefix < 1 or shortest <= max(prefix, el or 0):
-        raise UnlearnError(f"prefix={prefix}, el={el}: a passage has {shortest} tokens, and needs more; give longer ones")
+        raise UnlearnError(f"prefix={prefix}, el={el}: both must be >= 1 and < the length of the passages, got {shortest} tokens")
     batch_tokens = batch_size * max(map(len, passages))
     predicted, nll = teacher_forced(model, passages, batch_tokens)
     if not all(map(math.isfinite, nll)):
-        raise UnlearnError("model: its loss on a passage is no finite number: training has diverged; lower the learning rate")
+        raise UnlearnError("model: its loss on a passage is not finite: training has diverged; lower the learning rate")
     asked = [_spread(len(passage) - el, prefix, prefixes) if el else [] for passage in passages]
     completions = complete_prefixes(model, passages, predicted, [[prefix, *lengths] for lengths in asked], batch_tokens)
     sequences = pad([passage.cpu() for passage in passages])
@@ -97,17 +96,8 @@ def gather(
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return [
-        Evidence(
-            prefix=text(passage[:prefix]),
-            truth=text(passage[prefix:]),
-            completion=text(found[0]),
-            truth_tokens=passage[prefix:],
-            completion_tokens=found[0],
-            memorization_accuracy=accuracy,
-            nll=loss,
-            extraction_likelihood=likelihood,
-        )
-        for passage, found, accuracy, loss, likelihood in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
+        Evidence(text(passage[:prefix]), text(passage[prefix:]), text(found[0]), passage[prefix:], found[0], accuracy, loss, el_n)
+        for passage, found, accuracy, loss, el_n in zip(passages, completions, accuracies, nll, likelihoods, strict=True)
     ]
 
 
@@ -124,7 +114,7 @@ def _spread(longest: int, prefix: int, count: int | None) -> list[int]:
 class Criterion(ABC):
     """A bound on one value of a passage: at or below it, the passage is forgotten by this criterion.
 
-    No dataclass itself, though those that inherit are: of a dataclass, jsonargparse takes no subclass from a config.
+    Subclasses are dataclasses, but this is not: jsonargparse takes no subclass of a dataclass from a config.
 
     Attributes:
         name: what is bounded.
@@ -139,14 +129,14 @@ class Criterion(ABC):
 
     def __post_init__(self) -> None:
         if self.below != "unseen" and not (isinstance(self.below, (int, float)) and 0 <= self.below <= 1):
-            raise UnlearnError(f"{type(self).__name__}(below={self.below!r}): give a number from 0 to 1, or 'unseen'")
+            raise UnlearnError(f"{type(self).__name__}: below must be in [0, 1] or 'unseen', got {self.below!r}")
 
     @abstractmethod
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """The value of each passage; lower is more forgotten."""
 
     def forgotten(self, values: Sequence[float], threshold: float) -> list[bool]:
-        """Whether each value is at or below the threshold; what is not a number is not forgotten."""
+        """Whether each value is at or below the threshold; NaN is not."""
         return [value <= threshold for value in values]
 
 
@@ -175,8 +165,8 @@ class BleuBelow(Criterion):
 class BertScoreBelow(Criterion):
     """F1 of BERTScore of the completion against the truth, by `torchmetrics.text.BERTScore`.
 
-    Scores are not rescaled by a baseline, which would have to be downloaded: without, unrelated texts may get far more than the
-    bound of ICU's paper, 0.3. So the default bound is what passages get that the model never saw.
+    Scores are not rescaled by a baseline, which would have to be downloaded. Without one, unrelated texts may get far more than
+    the bound of ICU's paper, 0.3, so the default bound is the score of passages that the model never saw.
 
     Args:
         model: name or folder of a transformers encoder with its tokenizer.
@@ -212,10 +202,10 @@ class BertScoreBelow(Criterion):
             longest = min(512, AutoTokenizer.from_pretrained(self.model).model_max_length)
         except (OSError, ValueError) as error:
             raise UnlearnError(
-                f"BertScoreBelow(model={self.model!r}): it cannot be loaded; give a folder that `save_pretrained` of an encoder "
-                "and of its tokenizer wrote, or take another criterion"
+                f"BertScoreBelow: model={self.model!r} cannot be loaded; give a folder with an encoder and its tokenizer, as "
+                "`save_pretrained` writes them, or use another criterion"
             ) from error
-        # Given a name only, it would load the encoder again each time. Every process scores passages of its own.
+        # Given only a name, it would load the encoder again each time. Every rank scores passages of its own.
         return BERTScore(
             self.model,
             model=encoder,
@@ -238,13 +228,13 @@ class MemorizationBelow(Criterion):
     name = "memorization_accuracy"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """Share of each passage's tokens that are predicted right."""
+        """Share of each passage's tokens that are predicted correctly."""
         return [e.memorization_accuracy for e in evidence]
 
 
 @dataclass
 class ExtractionBelow(Criterion):
-    """Extraction likelihood EL_n, with the n and from the prefixes that the evidence was gathered with.
+    """Extraction likelihood EL_n, with the n and the prefixes that the evidence was gathered with.
 
     Args:
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
@@ -260,7 +250,7 @@ class ExtractionBelow(Criterion):
             UnlearnError: if it was not measured.
         """
         if any(e.extraction_likelihood is None for e in evidence):
-            raise UnlearnError("ExtractionBelow: the likelihood was not measured; gather the evidence with el=…")
+            raise UnlearnError("ExtractionBelow: the extraction likelihood was not measured; gather the evidence with el=…")
         return [float(e.extraction_likelihood) for e in evidence if e.extraction_likelihood is not None]
 
 

@@ -9,37 +9,19 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside what PEFT or `torch.compile` has wrapped around it: wrappers do not name their arguments.
-
-    Example:
-        >>> type(unwrapped(nn.Linear(1, 1))).__name__
-        'Linear'
-    """
+    """The transformers model inside what PEFT or `torch.compile` has wrapped around it: wrappers do not name their arguments."""
     from transformers import PreTrainedModel
 
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Name of the argument by which the model's forward takes the cache.
-
-    Example:
-        >>> class Net(nn.Module):
-        ...     def forward(self, input_ids, past_key_values=None): ...
-        >>> cache_argument(Net())
-        'past_key_values'
-    """
+    """Name of the argument by which the model's forward takes the cache."""
     return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
 
 
 def cache_of(output: Any) -> Any:
-    """Cache in a model's output, or None if it holds no keys, as that of a state-space model.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> cache_of(SimpleNamespace(logits=None)) is None
-        True
-    """
+    """The cache in a model's output, or None if it holds no keys, as that of a state-space model."""
     # The old name of a new output warns.
     cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
     # Caches of hybrid models keep a list of keys instead of layers in some releases.

@@ -1,13 +1,7 @@
-"""What makes a causal language model forget: ICU's loss, and those of the methods it is compared with.
+"""Losses that make a causal language model forget: ICU's, and those of the methods it is compared with.
 
-Every loss is a sum of named parts, per passage; training descends it. The parts' names are the same in all of them, so that
-their curves can be laid over each other: `forget` acts on the passage, `learn` is the negative log-likelihood of its pairs, and
-`keep` holds the pairs' distribution where it was.
-
-All is computed in fp32 whatever the model's precision, at the positions that count and at no others: what stands in the
-padding, and how long it is, changes not a bit. Besides the model's own logits, a forward in training holds one fp32 copy of
-these positions, `[N, V]`, for each likelihood of current weights, and two for each divergence; the reference's likelihoods
-hold none.
+All are computed in fp32, only at the positions that count, so that padding changes no bit. Besides the model's own logits, a
+training step holds one fp32 copy of these positions, `[N, V]`, for each likelihood and two for each divergence.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, ClassVar, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -31,32 +25,32 @@ their order, and `refusal`, of which the first `prefix` tokens are the passage's
 
 
 class Reference(Protocol):
-    """The original model p₀, as the losses see it. Nobody trains it, saves it or counts its parameters.
+    """The original model p₀, as the losses see it. It is never trained or saved, and its parameters are not counted.
 
-    It is made while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
+    Make it while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
     """
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Compute beforehand what cannot be computed later; before training."""
+        """Compute before training what cannot be computed later."""
 
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
-        """KL(p₀ ‖ p), `[B]`, as `slug_lightning.lm.losses.sequence_kl`, of a model p that gives `logits`, `[B, T, V]`."""
+        """KL(p₀ ‖ p), `[B]`, of the model p that gives `logits`, `[B, T, V]`, as `slug_lightning.lm.losses.sequence_kl`."""
 
     def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
         """Log p₀ of each sequence from its token `start` on, `[B]`, as `slug_lightning.lm.losses.log_likelihood`."""
 
     def memory(self) -> dict[str, int]:
-        """What it takes besides the model, in bytes, on the "device" and on "disk"."""
+        """Bytes held in addition to the model, on the "device" and on "disk"."""
 
     def digest(self) -> str:
-        """SHA-256 of the original's weights, by which a run that goes on knows that it goes on from the same."""
+        """SHA-256 of the original's weights, by which a resumed run recognizes its original."""
 
 
 # ---- of one sequence
 
 
 def log_likelihood(logits: Tensor, sequences: Sequences, start: int = 1) -> Tensor:
-    """Log-probability of each sequence from its token `start` on, given those before: a sum over tokens, in nats.
+    """Sum the log-probabilities, in nats, of each sequence's tokens from number `start` on, given those before.
 
     Args:
         logits: `[B, T, V]`.
@@ -64,7 +58,7 @@ def log_likelihood(logits: Tensor, sequences: Sequences, start: int = 1) -> Tens
         start: number of the first token that counts; at least 1, as nothing predicts the first.
 
     Returns:
-        `[B]`, fp32; 0 for a sequence that is not as long.
+        `[B]`, fp32; 0 for a shorter sequence.
 
     Example:
         >>> sequences = {"input_ids": torch.tensor([[0, 1, 1]]), "attention_mask": torch.ones(1, 3).long()}
@@ -76,50 +70,33 @@ def log_likelihood(logits: Tensor, sequences: Sequences, start: int = 1) -> Tens
 
 
 def sequence_nll(logits: Tensor, sequences: Sequences) -> Tensor:
-    """Negative log-likelihood of each sequence: the mean over its tokens but the first, in nats.
-
-    Args:
-        logits: `[B, T, V]`.
-        sequences: `[B, T]`.
+    """Average the negative log-likelihood, in nats, over each sequence's tokens but the first.
 
     Returns:
         `[B]`, fp32, at least 0; 0 for a sequence of fewer than two tokens.
-
-    Example:
-        >>> sequences = {"input_ids": torch.tensor([[0, 1], [3, 2]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
-        >>> sequence_nll(torch.zeros(2, 2, 4), sequences) / math.log(4)
-        tensor([1., 0.])
     """
-    return -log_likelihood(logits, sequences) / _lengths(sequences)
+    scores, ids, lengths = at_targets(logits, sequences)
+    return _averaged(cross_entropy(scores, ids, reduction="none"), lengths)
 
 
 def sequence_unlikelihood(logits: Tensor, sequences: Sequences) -> Tensor:
-    """Mean over a sequence's tokens of -log(1 - p), `[B]`, in nats (Welleck et al., arXiv 1908.04319, eq. 4).
+    """Average -log(1 - p), in nats, over each sequence's tokens but the first (Welleck et al., arXiv 1908.04319, eq. 4).
 
-    Where -NLL pushes hardest on tokens that are unlikely already, this one's gradient is that of p: it vanishes with it.
-
-    Args:
-        logits: `[B, T, V]`.
-        sequences: `[B, T]`.
+    Where -NLL pushes hardest on tokens that are unlikely already, the gradient of this loss vanishes as p → 0. The backward
+    pass holds two fp32 copies of the positions that count.
 
     Returns:
-        Not negative; 0 for a sequence with no token to predict. Two `[N, V]` tensors in fp32 are held, of N tokens that count.
-
-    Example:
-        >>> half = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # p = 1/2
-        >>> sequences = {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.ones(1, 2).long()}
-        >>> torch.allclose(sequence_unlikelihood(half, sequences), torch.tensor(2.0).log())
-        True
+        `[B]`, fp32, at least 0; 0 for a sequence of fewer than two tokens.
     """
     scores, ids, lengths = at_targets(logits, sequences)
     others = scores.scatter(1, ids[:, None], -math.inf).logsumexp(1)  # not by 1 - p, which is 0 where p is next to 1
-    return summed(scores.logsumexp(1) - others, lengths) / _lengths(sequences)
+    return _averaged(scores.logsumexp(1) - others, lengths)
 
 
 def sequence_kl(logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
-    """KL(p₀ ‖ p) of the next token, over the vocabulary: the mean over the positions whose target counts, in nats.
+    """Average KL(p₀ ‖ p) of the next token over the positions whose target counts, in nats.
 
-    It is the direction of TOFU (arXiv 2401.06121, section 4) and of ICU: what the original model holds likely must stay likely.
+    It is the direction of TOFU (arXiv 2401.06121, section 4) and of ICU: what is likely under the original must stay likely.
 
     Args:
         logits: of p, the model in training, `[B, T, V]`.
@@ -128,12 +105,6 @@ def sequence_kl(logits: Tensor, reference_logits: Tensor, sequences: Sequences) 
 
     Returns:
         `[B]`, fp32, at least 0 but for rounding; 0 for a sequence of fewer than two tokens.
-
-    Example:
-        >>> sequences = {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.tensor([[1, 1]])}
-        >>> certain = torch.tensor([[[0.0, -200.0], [0.0, 0.0]]])
-        >>> sequence_kl(torch.zeros(1, 2, 2), certain, sequences) / math.log(2)
-        tensor([1.])
     """
     scores, _, lengths = at_targets(logits, sequences)
     reference = at_targets(reference_logits.detach(), sequences)[0]
@@ -141,22 +112,12 @@ def sequence_kl(logits: Tensor, reference_logits: Tensor, sequences: Sequences) 
 
 
 def at_targets(logits: Tensor, sequences: Sequences, start: int = 1) -> tuple[Tensor, Tensor, list[int]]:
-    """The positions that predict a token that counts, of all sequences after each other.
-
-    Args:
-        logits: `[B, T, V]`.
-        sequences: `[B, T]`.
-        start: number of the first token that counts.
-
-    Returns:
-        Logits there, `[N, V]`, fp32; the tokens to predict, `[N]`; how many there are of each sequence.
-
-    Raises:
-        UnlearnError: if there are more or fewer logits than tokens, as virtual tokens before the sequence (prompt tuning) make.
-    """
+    """Select the positions that predict a token that counts: logits `[N, V]` in fp32, tokens `[N]`, and how many per sequence."""
     if logits.shape[:2] != sequences["input_ids"].shape:
         shape, tokens = list(logits.shape[:2]), list(sequences["input_ids"].shape)
-        raise UnlearnError(f"model: it gives logits {shape} for tokens {tokens}; take one that gives one for each token")
+        raise UnlearnError(
+            f"model: logits have shape {shape} for tokens of shape {tokens}; use a model without virtual tokens (prompt tuning)"
+        )
     ids, counts = targets(sequences)
     counts = counts & (torch.arange(1, ids.shape[1] + 1, device=ids.device) >= start)
     # A mask over all positions, not over logits[:, :-1]: the gradient of that slice would be one more copy.
@@ -164,40 +125,24 @@ def at_targets(logits: Tensor, sequences: Sequences, start: int = 1) -> tuple[Te
 
 
 def summed(values: Tensor, lengths: list[int]) -> Tensor:
-    """The sum of each sequence's values, `[B]`, of those of all sequences after each other, `[N]`.
-
-    Not a sum over a padded row, which would be added up in another order where the padding is longer.
-
-    Example:
-        >>> summed(torch.tensor([1.0, 2.0, 4.0]), [2, 0, 1])
-        tensor([3., 0., 4.])
-    """
+    """Sum each sequence's values, `[B]`, given those of all sequences concatenated, `[N]`."""
+    # Not a sum over a padded row, which would be added up in another order where the padding is longer.
     return torch.stack([part.sum() for part in values.split(lengths)])
 
 
+def _averaged(values: Tensor, lengths: list[int]) -> Tensor:
+    """The same as means; 0 for a sequence without a value."""
+    return summed(values, lengths) / torch.tensor(lengths, device=values.device).clamp(min=1)
+
+
 def mean_divergence(reference: Tensor, current: Tensor, lengths: list[int]) -> Tensor:
-    """KL divergence of two distributions at each position, averaged over each sequence's.
+    """Average the KL divergence, in nats, over each sequence's positions: `[B]`, 0 for a sequence without one.
 
-    Args:
-        reference: log-probabilities of p₀, `[N, C]`, fp32; may be -inf.
-        current: of p, `[N, C]`, fp32.
-        lengths: how many positions each sequence has.
-
-    Returns:
-        `[B]`, in nats; 0 for a sequence without a position.
-
-    Example:
-        >>> mean_divergence(torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.5, 0.5]]).log(), [1, 0]) / math.log(2)
-        tensor([1., 0.])
+    Both are log-probabilities, `[N, C]`, fp32; those of the reference may be -inf.
     """
     p = reference.exp()
     terms = torch.where(p > 0, p * (reference - current), 0.0)  # 0 log 0 = 0
-    return summed(terms.sum(-1), lengths) / torch.tensor(lengths, device=p.device).clamp(min=1)
-
-
-def _lengths(sequences: Sequences) -> Tensor:
-    """By how much a sequence's sum is divided, `[B]`: tokens to predict, but at least 1."""
-    return targets(sequences)[1].sum(1).clamp(min=1)
+    return _averaged(terms.sum(-1), lengths)
 
 
 # ---- of a passage and its pairs
@@ -213,30 +158,45 @@ class LMLoss(ABC):
 
     @abstractmethod
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
-        """The parts of the loss by name, each `[B]`, with their coefficients; their sum is what training descends.
+        """Compute the parts of the loss by name, each `[B]`, with their coefficients; training descends their sum.
+
+        Parts have the same names in all losses, so that curves compare: `forget` acts on the passage, `learn` is the negative
+        log-likelihood of its pairs, `keep` the divergence from the original on its pairs.
 
         Args:
             forward: gives the model's logits of sequences.
             batch: B passages with their pairs.
-            reference: the original model; None will do where `needs_reference` is False.
+            reference: the original model; may be None where `needs_reference` is False.
 
         Raises:
-            UnlearnError: if the reference is missing, or the pairs are not equally many for each passage.
+            UnlearnError: if the reference is missing, or passages differ in their number of pairs.
         """
 
 
+class _Coefficients(LMLoss):
+    """Refuses a coefficient that is negative or not finite, and 0 for those `above_zero`."""
+
+    above_zero: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            positive = name in self.above_zero
+            if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+                raise UnlearnError(f"{name} must be {'>' if positive else '>='} 0 and finite, got {value}")
+
+
 @dataclass(frozen=True)
-class ICU(LMLoss):
+class ICU(_Coefficients):
     """Iterative Contrastive Unlearning (arXiv 2407.20271): −a·NLL(passage) + b·NLL(pair) + c·KL(p₀ ‖ p on the pair).
 
     Its knowledge unlearning induction, contrastive learning enhancement, and the latter's KL term; the paper has a = 1,
-    b = 0.5, c = 1, one pair (the nearest neighbour), and lets passages rest that are forgotten (`ICUCallback`). The released
-    program also counts padding in its KL; here nothing does.
+    b = 0.5, c = 1, one pair (the nearest neighbour), and lets forgotten passages rest (`ICUCallback`). The released program also
+    counts padding in its KL; here nothing does.
 
     Args:
-        forget: a, not negative.
-        learn: b, likewise.
-        keep: c, likewise; at 0 no reference is needed.
+        forget: a, at least 0.
+        learn: b, at least 0.
+        keep: c, at least 0; at 0 no reference is needed.
         unlikelihood: forget by a·mean(-log(1 - p)) instead (`sequence_unlikelihood`), which no paper on ICU has: it does not run
             away, and costs far less of the rest (benchmarks/passages.py).
 
@@ -254,9 +214,9 @@ class ICU(LMLoss):
     unlikelihood: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_negative(forget=self.forget, learn=self.learn, keep=self.keep)
+        super().__post_init__()
         if not (self.forget or self.learn or self.keep):
-            raise UnlearnError("forget, learn, keep: all are 0, so that nothing would be trained; give one above 0")
+            raise UnlearnError("at least one of forget, learn and keep must be > 0, or nothing is trained; got 0 for all")
 
     @property
     def needs_reference(self) -> bool:
@@ -273,13 +233,9 @@ class ICU(LMLoss):
 
 @dataclass(frozen=True)
 class GradientAscent(LMLoss):
-    """KUMPR (Jang et al., arXiv 2210.01504, section 3): −NLL(passage), and nothing that keeps the rest.
+    """KUMPR (Jang et al., arXiv 2210.01504, section 3): −NLL(passage), without a term for the retain set.
 
     The paper sums over the tokens of a passage; here it is their mean, as in the other losses.
-
-    Example:
-        >>> GradientAscent().needs_reference
-        False
     """
 
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
@@ -287,11 +243,11 @@ class GradientAscent(LMLoss):
 
 
 @dataclass(frozen=True)
-class GradDiff(LMLoss):
+class GradDiff(_Coefficients):
     """Gradient difference (Liu et al., arXiv 2203.12817; TOFU, 2401.06121, section 4): −NLL(passage) + b·NLL(pair).
 
     Args:
-        retain: b, not negative.
+        retain: b, at least 0.
 
     Raises:
         UnlearnError: if it is negative or not finite.
@@ -299,39 +255,31 @@ class GradDiff(LMLoss):
 
     retain: float = 1.0
 
-    def __post_init__(self) -> None:
-        _refuse_negative(retain=self.retain)
-
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         return ICU(learn=self.retain, keep=0.0)(forward, batch, reference)
 
 
 @dataclass(frozen=True)
-class KL(LMLoss):
+class KL(_Coefficients):
     """KL minimization (TOFU, arXiv 2401.06121, section 4): −NLL(passage) + c·KL(p₀ ‖ p on the pair).
 
     Args:
-        keep: c, above 0; without it, it is `GradientAscent`.
+        keep: c, above 0; at 0 this would be `GradientAscent`.
 
     Raises:
         UnlearnError: if it is not above 0 and finite.
     """
 
     keep: float = 1.0
-
-    def __post_init__(self) -> None:
-        _refuse_unless_positive(keep=self.keep)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
+    above_zero = ("keep",)
+    needs_reference = True
 
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         return ICU(learn=0.0, keep=self.keep)(forward, batch, reference)
 
 
 @dataclass(frozen=True)
-class NPO(LMLoss):
+class NPO(_Coefficients):
     """Negative preference optimization (Zhang et al., arXiv 2404.05868, eq. 3): −(2/β) log σ(−β log(p/p₀)) + b·NLL(pair).
 
     p and p₀ are the passage's probabilities, products over its tokens. As β goes to 0 the gradient becomes that of the passage's
@@ -339,7 +287,7 @@ class NPO(LMLoss):
 
     Args:
         beta: β, above 0; the paper has 0.1.
-        retain: b, not negative.
+        retain: b, at least 0.
 
     Raises:
         UnlearnError: if one is out of its range or not finite.
@@ -347,14 +295,8 @@ class NPO(LMLoss):
 
     beta: float = 0.1
     retain: float = 1.0
-
-    def __post_init__(self) -> None:
-        _refuse_unless_positive(beta=self.beta)
-        _refuse_negative(retain=self.retain)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
+    above_zero = ("beta",)
+    needs_reference = True
 
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         ratio = _log_ratio(forward, batch["forget"], reference)
@@ -363,16 +305,16 @@ class NPO(LMLoss):
 
 
 @dataclass(frozen=True)
-class SimNPO(LMLoss):
+class SimNPO(_Coefficients):
     """NPO without a reference (Fan et al., arXiv 2410.07163): −(2/β) log σ(−(β/|y|) log p(y) − γ) + b·NLL(pair).
 
-    |y| is the number of tokens, so that long and short passages are forgotten alike. The first part is above 0 and falls to 0,
+    |y| is the number of tokens, so that long and short passages are forgotten equally. The first part is above 0 and falls to 0,
     with its gradient, as the passage becomes unlikely.
 
     Args:
         beta: β, above 0; the paper has 2.5.
-        gamma: γ, the margin, not negative.
-        retain: b, not negative.
+        gamma: γ, the margin, at least 0.
+        retain: b, at least 0.
 
     Raises:
         UnlearnError: if one is out of its range or not finite.
@@ -381,10 +323,7 @@ class SimNPO(LMLoss):
     beta: float = 2.5
     gamma: float = 0.0
     retain: float = 1.0
-
-    def __post_init__(self) -> None:
-        _refuse_unless_positive(beta=self.beta)
-        _refuse_negative(gamma=self.gamma, retain=self.retain)
+    above_zero = ("beta",)
 
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         nll = sequence_nll(forward(batch["forget"]), batch["forget"])
@@ -393,14 +332,14 @@ class SimNPO(LMLoss):
 
 
 @dataclass(frozen=True)
-class DPO(LMLoss):
+class DPO(_Coefficients):
     """Direct preference optimization (Rafailov et al., arXiv 2305.18290, eq. 7), with a refusal preferred to the passage.
 
     −log σ(β log(p/p₀ of the refusal) − β log(p/p₀ of the passage's rest)) + b·NLL(pair), both given the passage's prefix.
 
     Args:
         beta: β, above 0; the paper has 0.1.
-        retain: b, not negative.
+        retain: b, at least 0.
 
     Raises:
         UnlearnError: if one is out of its range or not finite.
@@ -408,14 +347,8 @@ class DPO(LMLoss):
 
     beta: float = 0.1
     retain: float = 1.0
-
-    def __post_init__(self) -> None:
-        _refuse_unless_positive(beta=self.beta)
-        _refuse_negative(retain=self.retain)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
+    above_zero = ("beta",)
+    needs_reference = True
 
     def __call__(self, forward: Forward, batch: Batch, reference: Optional[Reference]) -> dict[str, Tensor]:
         start = int(batch["prefix"])
@@ -428,51 +361,37 @@ class DPO(LMLoss):
 def _on_pairs(
     forward: Forward, batch: Batch, reference: Optional[Reference], learn: float = 0.0, keep: float = 0.0
 ) -> dict[str, Tensor]:
-    """The parts of the loss on the pairs, from one forward; what has no coefficient is not computed."""
+    """Compute the parts on the pairs from one forward, each a mean over a passage's pairs; none whose coefficient is 0."""
     if not (learn or keep):
         return {}
-    pairs = batch["pair"]
+    pairs, passages = batch["pair"], len(batch["forget"]["input_ids"])
     logits = forward(pairs)
     parts = {}
     if learn:
-        parts["learn"] = learn * _per_passage(sequence_nll(logits, pairs), batch)
+        parts["learn"] = learn * _per_passage(sequence_nll(logits, pairs), passages)
     if keep:
-        parts["keep"] = keep * _per_passage(_needed(reference).kl(logits, pairs), batch)
+        parts["keep"] = keep * _per_passage(_required(reference).kl(logits, pairs), passages)
     return parts
 
 
-def _per_passage(values: Tensor, batch: Batch) -> Tensor:
-    """The mean over the pairs of each passage, `[B]`, of values of all pairs, `[B * K]`."""
-    passages = len(batch["forget"]["input_ids"])
+def _per_passage(values: Tensor, passages: int) -> Tensor:
     if not len(values) or len(values) % passages:
-        raise UnlearnError(f"pair: {len(values)} sequences for {passages} passages; give each passage equally many, at least one")
+        raise UnlearnError(f"pair: got {len(values)} sequences for {passages} passages; each needs the same number, at least 1")
     return values.view(passages, -1).mean(1)
 
 
 def _log_ratio(forward: Forward, sequences: Sequences, reference: Optional[Reference], start: int = 1) -> Tensor:
     """log(p/p₀) of each sequence from its token `start` on, `[B]`."""
-    before = _needed(reference).log_likelihood(sequences, start)
+    before = _required(reference).log_likelihood(sequences, start)
     return log_likelihood(forward(sequences), sequences, start) - before
 
 
 def _where_any(loss: Tensor, sequences: Sequences, start: int = 1) -> Tensor:
-    """The loss of those sequences that have a token to forget, 0 for the others, which -log σ would not give."""
+    """Set the loss of sequences without a token to forget to 0, which -log σ would not give."""
     return torch.where(targets(sequences)[1][:, start - 1 :].any(1), loss, 0.0)
 
 
-def _needed(reference: Optional[Reference]) -> Reference:
+def _required(reference: Optional[Reference]) -> Reference:
     if reference is None:
-        raise UnlearnError("reference: this loss compares with the original model; give a FrozenCopy, TopK or AdaptersOff of it")
+        raise UnlearnError("reference must be given: this loss needs the original model; pass a FrozenCopy, TopK or AdaptersOff")
     return reference
-
-
-def _refuse_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise UnlearnError(f"{name}: {value} is no coefficient; give a finite number, 0 or above")
-
-
-def _refuse_unless_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UnlearnError(f"{name}: {value} is out of range; give a finite number above 0")

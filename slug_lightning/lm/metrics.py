@@ -1,8 +1,4 @@
-"""How much a language model recites, and how it writes, as torchmetrics: each also as a function that gives the value per text.
-
-`Perplexity` is the field's own: that of torchmetrics goes by a softmax, which is 0 in fp32 for a token that an ascent on the
-loss has made very unlikely, so that one such token makes the perplexity of a whole corpus infinite.
-"""
+"""Measure how much a language model recites and how it writes, per text, and as torchmetrics where a module logs them."""
 
 from __future__ import annotations
 
@@ -20,10 +16,10 @@ from slug_lightning.utils.optional_imports import import_optional
 
 
 def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
-    """Share of tokens that are predicted right from the true ones before them (Tirumala et al. 2022, arXiv 2205.10770).
+    """Share of tokens that are predicted correctly from the true ones before them (Tirumala et al. 2022, arXiv 2205.10770).
 
     Args:
-        predictions: `[B, T-1]` token ids, as `slug_lightning.lm.completion.predictions` gives them.
+        predictions: `[B, T-1]` token ids.
         sequences: `[B, T]`, padded on the right.
 
     Returns:
@@ -51,14 +47,14 @@ def extraction_likelihood(
     n: int = 10,
     lengths: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """How much of the rest of a text the model says from its beginnings (EL_n of Jang et al. 2023, arXiv 2210.01504).
+    """Measure how much of the rest of a text the model produces from its prefixes (EL_n of Jang et al. 2023, arXiv 2210.01504).
 
-    Of every prefix that leaves at least n tokens: the share of the completion's n-grams that occur in the true rest, 0 for a
-    completion that is shorter than n. Then the mean over prefixes.
+    For every prefix that leaves at least n tokens: the share of the completion's n-grams that occur in the true rest, 0 for a
+    completion shorter than n. Then the mean over prefixes.
 
     Args:
-        completions: of each sequence the completions of its prefixes of 1, 2, …, T-n tokens, as
-            `slug_lightning.lm.completion.complete_every_prefix(model, sequences, leave=n)` gives them.
+        completions: of each sequence the completions of its prefixes of 1, 2, …, T-n tokens, or of those in `lengths`, as from
+            `slug_lightning.lm.completion.complete_prefixes`.
         sequences: `[B, T]`, padded on the right.
         n: tokens of an n-gram.
         lengths: how many tokens the prefixes have, if these are only some of them: an estimate.
@@ -80,9 +76,9 @@ def extraction_likelihood(
     values = []
     for said, row, starts in zip(completions, rows, lengths, strict=True):
         if not starts:
-            raise UnlearnError(f"n: a sequence of {len(row)} tokens leaves no {n} of them after a prefix; give a smaller n")
+            raise UnlearnError(f"n must be < the number of tokens of each sequence, got n={n} for one of {len(row)}")
         if len(said) != len(starts):
-            raise UnlearnError(f"completions: {len(said)} of a sequence of {len(row)} tokens; with n={n} give {len(starts)}")
+            raise UnlearnError(f"completions: got {len(said)} for a sequence of {len(row)} tokens; n={n} needs {len(starts)}")
         # An n-gram is in the rest after t tokens if it starts there for the last time.
         latest = {gram: start for start, gram in enumerate(_ngrams(row, n))}
         shares = 0.0
@@ -112,11 +108,11 @@ def ngram_diversity(texts: Sequence[Tensor], n: int = 4) -> Tensor:
 
 
 def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
-    """How much of a text's words stand in a reference in the same order, text by text.
+    """Compute sacrebleu's sentence BLEU with its default tokenizer, from 0 to 1, for each pair of texts.
 
-    BLEU of sacrebleu with its tokenizer, from 0 to 1. Not smoothed: with smoothing, 86 % of unrelated pairs (150 characters
-    each, from Python's help texts) get more than 0.01, ICU's bound for "forgotten", without it 2 %. Texts shorter than four
-    words are judged by the n-grams that they have (effective order), so that what is recited gets 1 at any length.
+    Not smoothed: with smoothing, 86 % of unrelated pairs (150 characters each, from Python's help texts) get more than 0.01,
+    ICU's bound for "forgotten", without it 2 %. Texts shorter than four words are judged by the n-grams that they have
+    (effective order), so that a recited text gets 1 at any length.
 
     Args:
         candidates: what the model says.
@@ -144,7 +140,7 @@ def _ngrams(tokens: Tensor, n: int) -> list[tuple[int, ...]]:
 
 
 class _Mean(Metric):
-    """The mean over texts; of several processes, over the texts of all."""
+    """A mean, over the texts of all processes."""
 
     is_differentiable = False
     full_state_update = False
@@ -155,10 +151,6 @@ class _Mean(Metric):
         super().__init__(**kwargs)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def _add(self, values: Tensor) -> None:
-        self.total += values.sum().to(self.total.device)
-        self.count += len(values)
 
     def compute(self) -> Tensor:
         """The mean, a scalar."""
@@ -183,11 +175,16 @@ class MemorizationAccuracy(_Mean):
 
     def update(self, predictions: Tensor, sequences: Sequences) -> None:
         """Take in predictions `[B, T-1]` for sequences `[B, T]`."""
-        self._add(memorization_accuracy(predictions, sequences))
+        values = memorization_accuracy(predictions, sequences)
+        self.total += values.sum().to(self.total.device)
+        self.count += len(values)
 
 
 class Perplexity(_Mean):
     """Exponential of the mean negative log-likelihood of all tokens, at least 1.
+
+    That of torchmetrics goes by a softmax, which is 0 in fp32 for a token that gradient ascent has made very unlikely: one such
+    token makes the perplexity of a whole corpus infinite.
 
     Args:
         kwargs: those of `torchmetrics.Metric`.
@@ -210,80 +207,3 @@ class Perplexity(_Mean):
     def compute(self) -> Tensor:
         """A scalar."""
         return super().compute().exp()
-
-
-class ExtractionLikelihood(_Mean):
-    """Mean of `extraction_likelihood` over sequences, from 0 to 1.
-
-    Args:
-        n: tokens of an n-gram, at least 1.
-        kwargs: those of `torchmetrics.Metric`.
-
-    Example:
-        >>> from slug_lightning.lm.sequences import pad
-        >>> metric = ExtractionLikelihood(n=2)
-        >>> metric.update([[torch.tensor([2, 3, 4]), torch.tensor([3, 9])]], pad([torch.tensor([1, 2, 3, 4])]))
-        >>> metric.compute()
-        tensor(0.5000)
-    """
-
-    higher_is_better = True
-
-    def __init__(self, n: int = 10, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.n = _checked(n)
-
-    def update(self, completions: Sequence[Sequence[Tensor]], sequences: Sequences) -> None:
-        """Take in the completions of every prefix of sequences `[B, T]`."""
-        self._add(extraction_likelihood(completions, sequences, self.n))
-
-
-class NgramDiversity(_Mean):
-    """Mean of `ngram_diversity` over texts, from 0 to 1.
-
-    Args:
-        n: tokens of an n-gram, at least 1.
-        kwargs: those of `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = NgramDiversity(n=2)
-        >>> metric.update([torch.tensor([1, 2, 1, 2, 1]), torch.tensor([1, 2, 3])])
-        >>> metric.compute()
-        tensor(0.7500)
-    """
-
-    higher_is_better = True
-
-    def __init__(self, n: int = 4, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.n = _checked(n)
-
-    def update(self, texts: Sequence[Tensor]) -> None:
-        """Take in token ids, each `[T_i]`."""
-        self._add(ngram_diversity(texts, self.n))
-
-
-class Bleu(_Mean):
-    """Mean of `bleu` over pairs of texts, from 0 to 1.
-
-    Args:
-        kwargs: those of `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = Bleu()
-        >>> metric.update(["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "the cat"])
-        >>> metric.compute()
-        tensor(0.5000)
-    """
-
-    higher_is_better = True
-
-    def update(self, candidates: Sequence[str], references: Sequence[str]) -> None:
-        """Take in what the model says, and what it should say."""
-        self._add(bleu(candidates, references))
-
-
-def _checked(n: int) -> int:
-    if n < 1:
-        raise UnlearnError(f"n: {n} tokens are no n-gram; give at least 1")
-    return n

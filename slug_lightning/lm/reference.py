@@ -1,4 +1,4 @@
-"""What the original model says of a sequence, after training has changed it: from a copy, without adapters, or from disk."""
+"""The original model's likelihoods after training has changed it: from a copy, without adapters, or from disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,19 @@ __all__ = ["AdaptersOff", "FrozenCopy", "TopK"]
 
 
 class _Recomputed(ABC):
-    """Asks the original anew each time, by a forward without gradients: the logits are held, `[B, T, V]`, and no graph."""
+    """Runs the original each time, without gradients: its logits are held, `[B, T, V]`, and no graph."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._trained: set[str] = set()
+        self._digest = ""
 
     @abstractmethod
     def _logits(self, sequences: Sequences) -> Tensor:
         """Of the original."""
 
     def prepare(self, batches: Iterable[Batch]) -> None:  # noqa: B027 (on purpose)
-        """Nothing is needed beforehand."""
+        """Do nothing: nothing is needed beforehand."""
 
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
         """KL(p₀ ‖ p) of each sequence, `[B]`."""
@@ -41,15 +46,20 @@ class _Recomputed(ABC):
         with torch.no_grad():
             return log_likelihood(self._logits(sequences), sequences, start)
 
+    def digest(self) -> str:
+        """SHA-256 of the original's weights, without adapters."""
+        self._digest = self._digest or weights_digest(self.model, self._trained)
+        return self._digest
+
 
 class FrozenCopy(_Recomputed):
-    """A second model, which stays as the first one is now; it needs as much memory as that one's weights, in each process.
+    """A second model, which stays as the first one is now; it needs as much memory as that one's weights, on each rank.
 
     Args:
         model: a transformers causal language model; it shares nothing with the copy. Tied weights are tied in the copy too.
 
     Raises:
-        UnlearnError: if the model's weights are not here: on the meta device, or parted among processes.
+        UnlearnError: if the model's weights are not here: on the meta device, or sharded.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,40 +69,24 @@ class FrozenCopy(_Recomputed):
         >>> sequences = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
         >>> reference.kl(model(**sequences).logits, sequences).tolist()
         [0.0]
-        >>> reference.memory() == {"device": 4 * model.num_parameters() + 4 * 4 * 2, "disk": 0}  # two rotary tables
-        True
     """
 
     def __init__(self, model: nn.Module) -> None:
         refuse_absent(model)
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._digest = ""
-
-    def to(self, device: Union[str, torch.device]) -> FrozenCopy:
-        """Move the copy; it also follows the sequences that it is asked about."""
-        self.model.to(device)
-        return self
+        super().__init__(copy.deepcopy(model).requires_grad_(False).eval())
 
     def memory(self) -> dict[str, int]:
         """All of it on the device, tied weights once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return {"device": sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values()), "disk": 0}
 
-    def digest(self) -> str:
-        """SHA-256 of the copy's weights."""
-        self._digest = self._digest or weights_digest(self.model)
-        return self._digest
-
     @torch.no_grad()
     def _logits(self, sequences: Sequences) -> Tensor:
-        device = sequences["input_ids"].device
-        if next(self.model.parameters()).device != device:
-            self.to(device)
-        return logits_of(self.model, sequences)
+        return logits_of(self.model.to(sequences["input_ids"].device), sequences)
 
 
 class AdaptersOff(_Recomputed):
-    """The model itself with its adapters switched off; of all references the cheapest, where only adapters are trained.
+    """The model itself with its adapters disabled; the cheapest reference, where only adapters are trained.
 
     The original is the model without any adapter, so training must begin from fresh ones, which change nothing.
 
@@ -100,48 +94,41 @@ class AdaptersOff(_Recomputed):
         model: a `PeftModel` of a causal language model.
 
     Raises:
-        UnlearnError: if it has no adapters that can be switched off, or if this would not bring the original back, because
-            other weights are trained too or the adapters are merged into them.
+        UnlearnError: if it has no adapters that can be disabled, or if this would not restore the original, because other
+            weights are trained too or the adapters are merged into them.
 
     Example:
         >>> AdaptersOff(nn.Linear(1, 1))
         Traceback (most recent call last):
         ...
-        slug_lightning.errors.UnlearnError: reference: Linear has no adapters to switch off; give a model that \
-peft.get_peft_model made, or take FrozenCopy or TopK
+        slug_lightning.errors.UnlearnError: reference: Linear has no adapters to disable; give a model that \
+peft.get_peft_model made, or use FrozenCopy or TopK
     """
 
     def __init__(self, model: Any) -> None:
+        super().__init__(model)
         if not hasattr(model, "disable_adapter"):
             raise UnlearnError(
-                f"reference: {type(model).__name__} has no adapters to switch off; give a model that peft.get_peft_model made, "
-                "or take FrozenCopy or TopK"
+                f"reference: {type(model).__name__} has no adapters to disable; give a model that peft.get_peft_model made, "
+                "or use FrozenCopy or TopK"
             )
         refuse_absent(model)
         if any(getattr(module, "merged", False) for module in model.modules()):
-            raise UnlearnError("reference: the adapters are merged into the weights; call model.unmerge_adapter() before")
-        self.model = model
-        trained = _trained(model)
+            raise UnlearnError("reference: the adapters are merged into the weights; call model.unmerge_adapter() first")
+        self._trained = set(_trainable(model))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's own on trained biases, which is an error here
             with self._off():
-                remaining = _trained(model)
+                remaining = _trainable(model)
         if remaining:
             raise UnlearnError(
-                f"reference: {remaining[0]} is trained and no layer's adapter, so that switching these off does not bring the "
-                "original back; freeze it, or take FrozenCopy or TopK"
+                f"reference: {remaining[0]} is trainable but belongs to no adapter, so disabling the adapters does not restore "
+                "the original; freeze it, or use FrozenCopy or TopK"
             )
-        self._adapters = set(trained)
-        self._digest = ""
 
     def memory(self) -> dict[str, int]:
         """None that lasts."""
         return {"device": 0, "disk": 0}
-
-    def digest(self) -> str:
-        """SHA-256 of the weights without adapters: as it was before these were put in."""
-        self._digest = self._digest or weights_digest(self.model, self._adapters)
-        return self._digest
 
     @torch.no_grad()
     def _logits(self, sequences: Sequences) -> Tensor:
@@ -150,15 +137,15 @@ peft.get_peft_model made, or take FrozenCopy or TopK
 
     @contextmanager
     def _off(self) -> Iterator[None]:
-        # Switched on again, peft lets all active adapters be trained, also those that were frozen.
-        trained = {p: p.requires_grad for p in self.model.parameters()}
+        # When enabling adapters again, peft makes all active ones trainable, also those that were frozen.
+        trainable = {p: p.requires_grad for p in self.model.parameters()}
         try:
             with eval_mode(self.model), self.model.disable_adapter():
                 yield
         finally:
-            for parameter, requires_grad in trained.items():
+            for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
 
 
-def _trained(model: nn.Module) -> list[str]:
+def _trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -13,18 +13,14 @@ from slug_lightning.tensors.bits import digest_of
 Sequences = Mapping[str, Tensor]
 """`input_ids` and `attention_mask`, both `[B, T]` integers, under the names that transformers models take.
 
-The mask is 1 where a token counts. Padding stands on the right; which id it has makes no difference.
+The mask is 1 where a token counts. Padding is on the right; its id makes no difference.
 """
 Forward = Callable[[Sequences], Tensor]
 """Gives the logits, `[B, T, V]`, of sequences."""
 
 
 def pad(rows: Sequence[Tensor], pad_id: int = 0) -> dict[str, Tensor]:
-    """Put sequences of different lengths into one batch.
-
-    Args:
-        rows: token ids, each `[T_i]`.
-        pad_id: what stands where the mask is 0; any id of the vocabulary will do.
+    """Put rows of token ids, each `[T_i]`, into one batch, with `pad_id` where the mask is 0.
 
     Example:
         >>> batch = pad([torch.tensor([5, 6, 7]), torch.tensor([8])])
@@ -37,18 +33,13 @@ def pad(rows: Sequence[Tensor], pad_id: int = 0) -> dict[str, Tensor]:
 
 
 def counted(sequences: Sequences) -> list[Tensor]:
-    """The tokens that count, each `[T_i]`, on the CPU.
-
-    Example:
-        >>> [row.tolist() for row in counted(pad([torch.tensor([5, 6, 7]), torch.tensor([8])]))]
-        [[5, 6, 7], [8]]
-    """
+    """The tokens that count, each `[T_i]`, on the CPU: the inverse of `pad`."""
     ids, mask = sequences["input_ids"].cpu(), sequences["attention_mask"].cpu().bool()
-    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+    return [row[counts] for row, counts in zip(ids, mask, strict=True)]
 
 
 def targets(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """What each position but the last is to predict, `[B, T-1]`, and which of these count, bool.
+    """The token that each position but the last must predict, `[B, T-1]`, and which of these count, bool.
 
     Example:
         >>> ids, counts = targets(pad([torch.tensor([5, 6, 7]), torch.tensor([8])]))
@@ -60,11 +51,5 @@ def targets(sequences: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def digests(sequences: Sequences) -> list[str]:
-    """SHA-256 of the tokens of each sequence, whatever it is padded with.
-
-    Example:
-        >>> one, other = torch.tensor([5, 6]), torch.tensor([8])
-        >>> digests(pad([one, other]))[0] == digests(pad([one], pad_id=3))[0]
-        True
-    """
+    """SHA-256 of the tokens of each sequence, whatever it is padded with."""
     return [digest_of({"tokens": row}, "") for row in counted(sequences)]

@@ -1,4 +1,4 @@
-"""What the original model says of chosen sequences, on disk: of each position the likeliest tokens."""
+"""The original model's likelihoods of given sequences, on disk: its most likely tokens at each position."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, Attribu
 
 
 class _Row(NamedTuple):
-    """What is kept of one sequence of n + 1 tokens."""
+    """What is stored of one sequence of n + 1 tokens."""
 
     digest: str
     token: Tensor
     """Log p₀ of each token but the first, `[n]`, fp32."""
     top: Optional[tuple[Tensor, Tensor, Tensor]]
-    """The likeliest tokens, `[n, k]`, int32; their log-probabilities, `[n, k]`, fp16; that of all others, `[n]`, fp32."""
+    """The most likely tokens, `[n, k]`, int32; their log-probabilities, `[n, k]`, fp16; that of all others, `[n]`, fp32."""
 
     @property
     def bytes(self) -> int:
@@ -45,15 +45,15 @@ class _Row(NamedTuple):
 
 
 class TopK:
-    """What the original says of chosen sequences, kept on disk: of each position of a pair its k likeliest tokens.
+    """The original's likelihoods of given sequences, computed once: the k most likely tokens at each position of a pair.
 
-    All other tokens make one further bucket, so that the divergence is over k + 1 of them: a lower bound on that over the
-    vocabulary, and that itself where k reaches it. Of passages and refusals, only the log-probability of each token is kept.
+    All other tokens make one more bucket, so the divergence is over k + 1 buckets: a lower bound on that over the vocabulary,
+    and equal to it where k reaches the vocabulary. Of passages and refusals, only each token's log-probability is stored.
 
     A position of a pair takes 6 · k + 8 bytes, any other position 4: 128 pairs of 200 tokens with k = 64 take 10 MB, where all of
-    a vocabulary of 50257 in fp32 would take 5.1 GB. Log-probabilities are kept as fp16, whose rounding moves no probability by
-    more than 2⁻¹¹/e = 0.0002 (p·|log p| is at most 1/e), so that at the beginning the divergence is not 0 but below 10⁻⁶. In
-    training the model's own logits are held once more in fp32, where the full divergence holds two copies.
+    a vocabulary of 50257 in fp32 would take 5.1 GB. Log-probabilities are fp16, whose rounding changes no probability by more
+    than 2⁻¹¹/e = 0.0002 (p·|log p| is at most 1/e), so that at first the divergence is not 0 but below 10⁻⁶. Training holds one
+    more fp32 copy of the model's own logits, where the full divergence holds two.
 
     The files belong to the weights (by digest) and to k; where a run finds those of its original, it computes nothing. It
     computes anew what is damaged or was altered. While it prepares, it holds 64 MiB and a batch, and writes as many files as that
@@ -62,10 +62,10 @@ class TopK:
     Args:
         model: a transformers causal language model, while it is the original.
         folder: of the files, on a disk that all processes see; it may be shared among runs. Nothing is ever removed from it.
-        k: how many tokens to keep of each position; at least 1.
+        k: how many tokens to store for each position; at least 1.
 
     Raises:
-        UnlearnError: if k is too small, or the model's weights are not here: on the meta device, or parted among processes.
+        UnlearnError: if k is too small, or the model's weights are not here: on the meta device, or sharded.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,7 +82,7 @@ class TopK:
 
     def __init__(self, model: nn.Module, folder: Union[str, Path], k: int = 64) -> None:
         if k < 1:
-            raise UnlearnError(f"k: {k} is too small; give at least 1")
+            raise UnlearnError(f"k must be >= 1, got {k}")
         refuse_absent(model)
         self.model = model
         self.folder = Path(folder)
@@ -124,7 +124,7 @@ class TopK:
         """
         found = zip(*_found(self._tops, sequences, "pair"), strict=True)
         chosen, likeliest, rest = (torch.cat(parts).to(logits.device) for parts in found)
-        reference = torch.cat([likeliest.float(), rest[:, None]], 1).log_softmax(-1)  # as rounding leaves no sum of 1
+        reference = torch.cat([likeliest.float(), rest[:, None]], 1).log_softmax(-1)  # as rounded, they do not sum to 1
         scores, _, lengths = at_targets(logits, sequences)
         return mean_divergence(reference, bucketed(scores, chosen.long()), lengths)
 
@@ -227,20 +227,11 @@ class TopK:
 
 
 def bucketed(scores: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probabilities of chosen tokens, and of all others together.
+    """Log-probabilities of chosen tokens, and of all others together, `[N, k + 1]`.
 
-    Args:
-        scores: logits, `[N, V]`, fp32.
-        chosen: ids, `[N, k]`, different in each row.
-
-    Returns:
-        `[N, k + 1]`.
-
-    Example:
-        >>> bucketed(torch.zeros(1, 4), torch.tensor([[2]])).exp()
-        tensor([[0.2500, 0.7500]])
+    From logits `[N, V]`, fp32, and ids `[N, k]`, different in each row.
     """
-    # By the others' own logits: 1 - Σp has no digit left where the chosen ones have it all.
+    # By the others' own logits: 1 - Σp has no digit left where the chosen tokens have all the probability.
     lowest = torch.finfo(scores.dtype).min  # not -inf: where the model excludes all others, the gradient would be NaN
     rest = scores.scatter(1, chosen, lowest).logsumexp(-1, keepdim=True)
     top = scores[torch.arange(len(scores), device=scores.device)[:, None], chosen]  # gather would hold the scores too
@@ -248,7 +239,7 @@ def bucketed(scores: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _rows(names: Sequence[str], logits: Tensor, sequences: Sequences, k: int) -> list[_Row]:
-    """What is kept of each sequence, on the CPU; with `k` likeliest tokens, unless that is 0."""
+    """What is stored of each sequence, on the CPU; with the `k` most likely tokens, unless that is 0."""
     scores, ids, lengths = at_targets(logits, sequences)
     tokens = scores.log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu().split(lengths)
     if not k:
@@ -268,7 +259,7 @@ def _found(known: Mapping[str, Any], sequences: Sequences, name: str) -> list[An
     rows = digests(sequences)
     if missing := sum(row not in known for row in rows):
         raise UnlearnError(
-            f"reference: {missing} of {len(rows)} sequences are not among those that were prepared; give prepare() all batches "
-            f"of the training data, with these as {name!r}, in the first process, before training"
+            f"reference: {missing} of {len(rows)} sequences were not prepared; before training, pass all training batches to "
+            f"prepare() on rank 0, with these as {name!r}"
         )
     return [known[row] for row in rows]
