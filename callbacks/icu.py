@@ -1,10 +1,10 @@
-"""ICU inside a Trainer: after each epoch every passage is completed; what is forgotten rests, and at the right time all stops."""
+"""ICU inside a Trainer: after each epoch every passage is completed, forgotten ones rest, and training stops when all is done."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal, Optional, Union
@@ -28,27 +28,27 @@ Below = Union[float, Literal["unseen"]]
 
 
 class ICUCallback(pl.Callback):
-    """Watch a language model forget passages, let those rest that are forgotten, and stop when all is done.
+    """Watch a language model forget passages, let forgotten ones rest, and stop when all is done.
 
-    The method is Iterative Contrastive Unlearning (arXiv 2407.20271): the losses are the module's
-    (`slug_lightning.modules.CausalLMModule`), the passages and their pairs the datamodule's
-    (`slug_lightning.datamodules.PassageDataModule`), and what comes after each epoch is this callback's: every passage is
-    completed from its prefix and compared with its truth; by `forgotten` it is told whether it rests, and it returns as soon
-    as it is remembered again. Training ends when all of `stop` is reached, or nothing is remembered any more. The baselines
-    run under the same callback, with `refine=False`.
+    The method is Iterative Contrastive Unlearning (arXiv 2407.20271). The loss belongs to the module
+    (`slug_lightning.modules.CausalLMModule`), the passages and their pairs to the datamodule
+    (`slug_lightning.datamodules.PassageDataModule`). After each epoch, this callback completes every passage from its prefix and
+    compares it with its truth: passages that are `forgotten` rest, and return as soon as they are remembered again. Training
+    ends when all of `stop` is reached, or no passage is remembered. The baselines run under the same callback, with
+    `refine=False`.
 
     Args:
         forgotten: criteria, of which one is enough to call a passage forgotten. Default: its completion has a BLEU below 0.01.
         refine: whether forgotten passages rest.
         stop: metrics of the passages ("memorization_accuracy", "extraction_likelihood", or the name of a criterion), whose means
-            must all fall below a number, or below what the original model shows on passages that it has never seen
-            ("unseen"). Default: accuracy and likelihood below those of unseen passages.
+            must all fall to a number, or to the level of the original model on passages that it has never seen ("unseen").
+            Default: accuracy and likelihood at the level of unseen passages.
         n: length of the n-grams of the extraction likelihood, in tokens.
         prefixes: from how many prefixes of each passage the likelihood is estimated for the thresholds and after each epoch: 1,
             from the one that is completed anyway; several, evenly spaced. The report has it from all prefixes.
-        samples: how many completions are shown before and after.
+        samples: how many completions to show before and after.
         batch_size: sequences that are completed at once.
-        output_dir: folder for report, weights, checkpoint and figures; if it holds a run already, a numbered one beside it.
+        output_dir: folder for report, weights, checkpoint and figures; if it holds a run already, a numbered one next to it.
             Default: the logger's folder; without a logger, or with fast_dev_run, nothing is written.
 
     Example:
@@ -70,23 +70,26 @@ class ICUCallback(pl.Callback):
         batch_size: int = 64,
         output_dir: Optional[str] = None,
     ) -> None:
-        for name, value in (("n", n), ("prefixes", prefixes), ("batch_size", batch_size)):
-            if value < 1:
-                raise UnlearnError(f"{name}: {value} is too small; give at least 1")
-        if samples < 0:
-            raise UnlearnError(f"samples: {samples} completions cannot be shown; give at least 0")
+        for name, value, least in (
+            ("n", n, 1),
+            ("prefixes", prefixes, 1),
+            ("batch_size", batch_size, 1),
+            ("samples", samples, 0),
+        ):
+            if value < least:
+                raise UnlearnError(f"{name} must be >= {least}, got {value}")
         self.forgotten: list[Criterion] = [BleuBelow(0.01)] if forgotten is None else forgotten
         self.stop: dict[str, Below] = {MA: "unseen", EL: "unseen"} if stop is None else dict(stop)
         known = {MA, EL, *(criterion.name for criterion in self.forgotten)}
         if unknown := self.stop.keys() - known:
-            raise UnlearnError(f"stop: {', '.join(sorted(unknown))} is not known; give some of {', '.join(sorted(known))}")
+            raise UnlearnError(f"stop: unknown metric {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
         for name, below in self.stop.items():
             if below != "unseen" and not (isinstance(below, (int, float)) and math.isfinite(below)):
-                raise UnlearnError(f"stop: {name} can never fall below {below!r}; give a finite number, or 'unseen'")
+                raise UnlearnError(f"stop: {name} must be a finite number or 'unseen', got {below!r}")
         if len({criterion.name for criterion in self.forgotten}) < len(self.forgotten):
-            raise UnlearnError("forgotten: two criteria bound the same; the stricter one has no say, leave it out")
+            raise UnlearnError("forgotten: two criteria bound the same metric, so the stricter one has no effect; remove it")
         if not self.stop and not (refine and self.forgotten):
-            raise UnlearnError("stop: without a metric, and without passages that rest, nothing would end the training")
+            raise UnlearnError("stop: without a metric here, and without resting passages, nothing would end the training")
         self.refine = refine
         self.n = n
         self.prefixes = prefixes
@@ -106,25 +109,22 @@ class ICUCallback(pl.Callback):
         refuse_unsupported(trainer.strategy)
         refuse_surroundings(trainer)
         if not isinstance(pl_module, CausalLMModule):
-            raise UnlearnError(f"model: {type(pl_module).__name__} is no CausalLMModule; wrap the language model in one")
+            raise UnlearnError(f"model must be a CausalLMModule, got {type(pl_module).__name__}; wrap the language model in one")
         if pl_module.tokenizer is None:
-            raise UnlearnError(
-                "tokenizer: the model has none, so that completions have no text; give CausalLMModule(tokenizer=…)"
-            )
+            raise UnlearnError("tokenizer: the module has none, which completions need; give CausalLMModule(tokenizer=…)")
         _refuse_limits(trainer, self.refine)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "forget_passages"):
-            raise UnlearnError("datamodule: it serves no passages; fit with a PassageDataModule")
+            raise UnlearnError("datamodule: got no passages; fit with a PassageDataModule")
         wanted = [*self.stop.values(), *(criterion.below for criterion in self.forgotten)]
         if "unseen" in wanted and not data.unseen_passages:
             raise UnlearnError(
-                "unseen: a threshold is that of unseen passages, and the datamodule has none; give it unseen=…, or numbers "
-                "as thresholds"
+                "unseen: a threshold is 'unseen', but the datamodule has no unseen passages; give it unseen=…, or numbers here"
             )
         self.report = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the original model, or take over what a checkpoint says of it."""
+        """Measure the original model, or restore what a checkpoint says of it."""
         assert isinstance(pl_module, CausalLMModule)
         runner = Runner(trainer.strategy, trainer.state)
         with runner.processes.together():
@@ -137,13 +137,13 @@ class ICUCallback(pl.Callback):
             self._clock = Clock()
             self._other: Optional[float] = None
             if self._loaded:
-                self._go_on(trainer, pl_module)
+                self._resume(trainer, pl_module)
             else:
                 self.report = PassagesReport("unfinished", type(pl_module.lm_loss).__name__, decided=list(self.stop))
                 with self._clock.phase("report"):
                     self.report.before, self._first = self._measure()
                     self.report.thresholds, self.report.bounds = self._bounds()
-                self._judge(trainer, self._examine())
+                self._judge(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start("training")
@@ -153,26 +153,26 @@ class ICUCallback(pl.Callback):
             self._clock.start("validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validation within an epoch is no training; what it found of other text belongs to the epoch."""
+        """Take the perplexity of other text for this epoch's entry in the trace."""
         if _is_in_a_fit(trainer):
             found = trainer.callback_metrics.get("perplexity")
             self._other = None if found is None else float(found)
             self._clock.start("training")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Complete every passage, compare, let rest, and stop if all is forgotten."""
+        """Complete every passage, let forgotten ones rest, and stop if all is done."""
         with self._examiner.processes.together(), self._clock.phase("validation"):
             self._refinement.trained()
-            self._judge(trainer, self._examine())
+            self._judge(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what has become of it, tell the loggers, write the files."""
+        """Measure the trained model, send the report to the loggers, write the files."""
         assert self.report is not None and isinstance(pl_module, CausalLMModule)
         with self._examiner.processes.together():
             with self._clock.phase("report"):
                 self.report.after, last = self._measure()
             self._conclude(pl_module, last)
-            self._publish(trainer)
+            _publish(self.report, trainer.loggers)
             asked = self.output_dir or folder_of(trainer)
             folder = self._examiner.processes.broadcast("the folder", None if asked is None else fresh_folder(asked))
             if folder is not None:
@@ -182,7 +182,7 @@ class ICUCallback(pl.Callback):
                 self._progress.say(f"Saved in {folder}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found so far, as plain data: each passage's status, what the original did, and the trace."""
+        """What was found so far, as plain data: each passage's status, the original's measurements, and the trace."""
         if self.report is None:
             return {}
         return {
@@ -196,26 +196,22 @@ class ICUCallback(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there with the next fit."""
+        """Resume from there with the next fit."""
         self._loaded = state_dict
 
     # ---- what happens in them
 
-    def _go_on(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
-        """Take over from a checkpoint what the original model did, and the status of every passage.
+    def _resume(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
+        """Restore from a checkpoint the original's measurements and the status of every passage.
 
-        Of one that was saved within an epoch, Lightning ends the epoch first, so that its passages are looked at as ever.
+        If it was saved within an epoch, Lightning ends that epoch first, after which passages are examined as usual.
         """
         loaded, self._loaded = self._loaded, {}
         if loaded["digest"] != self._data.digest:
-            raise UnlearnError(
-                "datamodule: the checkpoint belongs to other passages; give the same ones, or fit without ckpt_path"
-            )
+            raise UnlearnError("datamodule: the checkpoint is of a run on other passages; give those, or fit without ckpt_path")
         asked = self._asked(type(module.lm_loss).__name__)
         if changed := [name for name, value in asked.items() if loaded["asked"][name] != value]:
-            raise UnlearnError(
-                f"{', '.join(changed)}: the checkpoint belongs to a run with others; give the same, or fit without ckpt_path"
-            )
+            raise UnlearnError(f"{', '.join(changed)} differ from the checkpoint's run; give the same, or fit without ckpt_path")
         self.report = PassagesReport.from_dict(loaded["report"])
         self._refinement.restore(loaded["passages"])
         self._first, self._other = loaded["first"], loaded["other"]
@@ -225,23 +221,13 @@ class ICUCallback(pl.Callback):
             trainer.should_stop = True
 
     def _asked(self, loss: str) -> dict[str, Any]:
-        """What is descended, and by what is judged, as plain data."""
+        """The settings that a resumed run must share, as plain data."""
         forgotten = {criterion.name: criterion.below for criterion in self.forgotten}
-        return {
-            "loss": loss,
-            "forgotten": forgotten,
-            "stop": self.stop,
-            "n": self.n,
-            "prefixes": self.prefixes,
-            "refine": self.refine,
-        }
-
-    def _examine(self) -> list[Finding]:
-        """Each passage to forget, as it is now."""
-        return self._examiner.of(self._data.forget_passages, self.prefixes)
+        shared = {"loss": loss, "forgotten": forgotten, "stop": self.stop}
+        return shared | {"n": self.n, "prefixes": self.prefixes, "refine": self.refine}
 
     def _measure(self) -> tuple[dict[str, dict[str, float]], list[Finding]]:
-        """Means over the passages to forget, those never seen, and the perplexity of other text; and each of the first."""
+        """Means over the forget set and unseen passages, and the perplexity of other text; and the forget set's findings."""
         forget = self._examiner.of(self._data.forget_passages, None, "passages to forget")
         means = {"forget": means_of(forget)}
         if self._data.unseen_passages:
@@ -250,9 +236,9 @@ class ICUCallback(pl.Callback):
         return means, forget
 
     def _bounds(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Of the means that stop the training, and of the values that let a passage rest.
+        """The thresholds of the means that stop the training, and of the values that let a passage rest.
 
-        Numbers as they were given, and of unseen passages what the original model shows on them, measured as after an epoch.
+        "unseen" becomes the original model's mean over unseen passages, measured as after an epoch.
         """
         resting = {criterion.name: criterion.below for criterion in self.forgotten}
         unseen: dict[str, float] = {}
@@ -264,53 +250,47 @@ class ICUCallback(pl.Callback):
         )
         return of_stop, of_resting
 
-    def _judge(self, trainer: pl.Trainer, found: list[Finding]) -> None:
-        """Tell remembered from forgotten, log it, and stop where there is nothing left to do."""
-        assert self.report is not None
-        thresholds, bounds, epoch = self.report.thresholds, self.report.bounds, len(self.report.trace)
-        verdicts = [c.forgotten([f["values"][c.name] for f in found], bounds[c.name]) for c in self.forgotten]
+    def _judge(self, trainer: pl.Trainer) -> None:
+        """Examine the passages to forget, log and record what is found, and stop where all is done."""
+        report = self.report
+        assert report is not None
+        found, epoch = self._examiner.of(self._data.forget_passages, self.prefixes), len(report.trace)
         trained = len(self._refinement.active) if epoch else 0
+        verdicts = [c.forgotten([f["values"][c.name] for f in found], report.bounds[c.name]) for c in self.forgotten]
         self._refinement.update([any(of_one) for of_one in zip(*verdicts, strict=True)] if verdicts else [False] * len(found))
         self._data.active = self._refinement.active
-        remembered, means = len(self._refinement.remembered), means_of(found)
-        entry: dict[str, Any] = {
-            "epoch": epoch,
-            "step": trainer.global_step,
-            "trained": trained,
-            "remembered": remembered,
-        } | means
-        entry["other_perplexity"], self._other = self._other, None
-        self.report.trace.append(entry)
+        means = means_of(found)
+        counts = {"trained": trained, "remembered": len(self._refinement.remembered)}
+        numbers: dict[str, Any] = counts | means | {"other_perplexity": self._other}
+        self._other = None
+        report.trace.append({"epoch": epoch, "step": trainer.global_step} | numbers)
+        reason = ""
         if self.refine and not self._refinement.active:
-            self._end(trainer, "every passage is forgotten")
-        elif self.stop and all(means[name] <= thresholds[name] for name in self.stop):
-            self._end(trainer, f"{' and '.join(self.stop)} have reached their thresholds")
+            reason = "every passage is forgotten"
+        elif self.stop and all(means[name] <= report.thresholds[name] for name in self.stop):
+            reason = f"{' and '.join(self.stop)} have reached their thresholds"
+        if reason:
+            report.status, report.reason = "unlearned", reason
+            trainer.should_stop = True
+        shown = {f"passages/{name}": value for name, value in numbers.items() if value is not None}
         for logger in trainer.loggers:
-            numbers = {name: value for name, value in entry.items() if name not in ("epoch", "step") and value is not None}
-            logger.log_metrics({f"passages/{name}": value for name, value in numbers.items()}, step=trainer.global_step)
-
-    def _end(self, trainer: pl.Trainer, reason: str) -> None:
-        assert self.report is not None
-        self.report.status, self.report.reason = "unlearned", reason
-        trainer.should_stop = True
+            logger.log_metrics(shown, step=trainer.global_step)
 
     def _conclude(self, module: CausalLMModule, last: list[Finding]) -> None:
-        """Put together what was found."""
+        """Fill in the rest of the report."""
         report = self.report
         assert report is not None
         names = ("memorization_accuracy", "extraction_likelihood", "bleu")
+        pairs = list(zip(self._first, last, strict=True))
         report.passages = [
             {"number": i, **status}
-            | {
-                "before": {name: was[name] for name in names},
-                "after": {name: now[name] for name in names},
-                "values": now["values"],
-            }
-            for i, (status, was, now) in enumerate(zip(self._refinement.to_list(), self._first, last, strict=True))
+            | {when: {name: found[name] for name in names} for when, found in (("before", was), ("after", now))}
+            | {"values": now["values"]}
+            for i, (status, (was, now)) in enumerate(zip(self._refinement.to_list(), pairs, strict=True))
         ]
         report.samples = [
             {"prompt": was["prefix"], "truth": was["truth"], "before": was["completion"], "after": now["completion"]}
-            for was, now in list(zip(self._first, last, strict=True))[: self.samples]
+            for was, now in pairs[: self.samples]
         ]
         if report.status == "unfinished":
             report.reason = f"the training ended after {len(report.trace) - 1} epochs, before all was forgotten"
@@ -324,46 +304,38 @@ class ICUCallback(pl.Callback):
         report.notes = list(self._data.notes.values())
         report.versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch", "transformers")}
 
-    def _publish(self, trainer: pl.Trainer) -> None:
-        """Tell the loggers how it ended."""
-        assert self.report is not None
-        for logger in trainer.loggers:
-            for when, measured in (("before", self.report.before), ("after", self.report.after)):
-                logger.log_metrics(
-                    {f"{when}/{texts}_{name}": v for texts, values in measured.items() for name, v in values.items()}, step=0
-                )
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_figure"):
-                for name, figure in self.report.figures().items():
-                    writer.add_figure(f"unlearn/{name}", figure)
-                writer.add_text("unlearn/completions", samples_table(self.report.samples))
-                writer.add_text("unlearn/report", f"<pre>{self.report.to_text()}</pre>")
-            logger.save()
+
+def _publish(report: PassagesReport, loggers: Iterable[Any]) -> None:
+    """Send the report to the loggers: scalars to all; figures, completions and table to TensorBoard."""
+    for logger in loggers:
+        for when, measured in (("before", report.before), ("after", report.after)):
+            logger.log_metrics(
+                {f"{when}/{texts}_{name}": v for texts, values in measured.items() for name, v in values.items()}, step=0
+            )
+        writer = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_figure"):
+            for name, figure in report.figures().items():
+                writer.add_figure(f"unlearn/{name}", figure)
+            writer.add_text("unlearn/completions", samples_table(report.samples))
+            writer.add_text("unlearn/report", f"<pre>{report.to_text()}</pre>")
+        logger.save()
 
 
 def _is_in_a_fit(trainer: pl.Trainer) -> bool:
-    """Not by itself (`trainer.validate`), and not as a check before it."""
+    """Whether validation runs within a fit: neither by itself (`trainer.validate`) nor as a sanity check."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def _refuse_limits(trainer: Any, refine: bool) -> None:
-    """Refuse what does not go together with epochs that get shorter, before anything is computed."""
+    """Refuse Trainer options that do not work with epochs that get shorter."""
     if not trainer.fast_dev_run and trainer.limit_train_batches != 1.0:
-        raise UnlearnError("Trainer(limit_train_batches=…): an epoch would leave out passages; give fewer to forget instead")
+        raise UnlearnError("Trainer(limit_train_batches=…): epochs would leave out passages; give fewer to forget instead")
     if refine and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is not None:
-        raise UnlearnError("Trainer(val_check_interval=…): epochs get shorter as passages rest; give a share, such as 0.5")
+        raise UnlearnError("Trainer(val_check_interval=…) must be a fraction, such as 0.5: epochs get shorter as passages rest")
 
 
 class Clock:
-    """Seconds by phase: one phase at a time, until another one starts.
-
-    Example:
-        >>> clock = Clock()
-        >>> with clock.phase("report"):
-        ...     pass
-        >>> sorted(clock.seconds), clock.seconds["training"]
-        (['report', 'training', 'validation'], 0.0)
-    """
+    """Seconds by phase: one phase at a time, until another one starts."""
 
     def __init__(self) -> None:
         self.seconds = {"training": 0.0, "validation": 0.0, "report": 0.0}

@@ -193,6 +193,14 @@ def test_a_run_that_is_done_stays_done(ordinary):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(module).items())
 
 
+def test_a_run_whose_epochs_have_ended_goes_on_with_more_of_them(tmp_path):
+    trainer(icu(output_dir=str(tmp_path / "run")), max_epochs=1).fit(language_model(), passages())
+    callback, last = icu(), tmp_path / "run" / "unlearned.ckpt"
+    trainer(callback, max_epochs=2).fit(language_model(), passages(), ckpt_path=last, weights_only=True)
+    assert [entry["epoch"] for entry in callback.report.trace] == [0, 1, 2]
+    assert callback.report.reason.startswith("the training ended after 2 epochs")
+
+
 def test_other_passages_cannot_go_on(ordinary):
     with pytest.raises(UnlearnError, match="other passages"):
         again(ordinary, ordinary.root / "ends" / "epoch=1.ckpt", data=passages(RECITED[::-1]))
@@ -237,5 +245,5 @@ class Dropping(Callback):
     ],
 )
 def test_other_bounds_cannot_go_on(ordinary, changed, name):
-    with pytest.raises(UnlearnError, match=f"^{name}: the checkpoint belongs to a run with others"):
+    with pytest.raises(UnlearnError, match=f"^{name} differ from the checkpoint's run"):
         again(ordinary, ordinary.root / "ends" / "epoch=1.ckpt", callback=changed)

@@ -87,14 +87,14 @@ def test_divergence_is_said_in_words():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stop": {"nonsense": 0.1}}, "stop: nonsense is not known"),
-        ({"stop": {MA: "unsen"}}, "stop: memorization_accuracy can never"),
-        ({"stop": {MA: math.nan}}, "stop: memorization_accuracy can never"),
+        ({"stop": {"nonsense": 0.1}}, "stop: unknown metric nonsense"),
+        ({"stop": {MA: "unsen"}}, "stop: memorization_accuracy must be .* got 'unsen'"),
+        ({"stop": {MA: math.nan}}, "stop: memorization_accuracy must be .* got nan"),
         ({"stop": {}, "refine": False}, "nothing would end"),
         ({"stop": {}, "forgotten": []}, "nothing would end"),
         ({"forgotten": [BleuBelow(0.1), BleuBelow(0.2)]}, "forgotten: two criteria"),
-        ({"samples": -1}, "samples: -1"),
-        *(({name: 0}, f"{name}: 0 is too small") for name in ("n", "prefixes", "batch_size")),
+        ({"samples": -1}, "samples must be >= 0, got -1"),
+        *(({name: 0}, f"{name} must be >= 1, got 0") for name in ("n", "prefixes", "batch_size")),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(options, message):
@@ -114,7 +114,7 @@ class Bare(Callback):
     [
         ({}, {}, {"unseen": None}, "give it unseen="),
         ({"stop": {MA: 0.1}, "forgotten": [MemorizationBelow()]}, {}, {"unseen": None}, "give it unseen="),
-        ({}, {"tokenizer": None}, {"tokenizer": tokenizer()}, "tokenizer: the model has none"),
+        ({}, {"tokenizer": None}, {"tokenizer": tokenizer()}, "tokenizer: the module has none"),
         ({}, {"tokenizer": None}, {}, "tokenizer: there is none"),
     ],
 )
@@ -130,7 +130,7 @@ def test_ngrams_longer_than_a_passage_are_refused(n):
 
 
 def test_other_modules_and_loaders_are_refused():
-    with pytest.raises(UnlearnError, match="is no CausalLMModule"):
+    with pytest.raises(UnlearnError, match="model must be a CausalLMModule, got"):
         trainer(icu()).fit(trained(), loader(True), loader(False))
     data = passages(tokenizer=tokenizer())
     data.setup()

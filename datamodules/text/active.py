@@ -1,4 +1,4 @@
-"""Serve only the passages that train now, to several processes, without a batch that is empty anywhere."""
+"""Serve only the passages that train now, shared among ranks so that no rank has an empty batch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class ActiveSampler(DistributedSampler):
-    """Draws this process' share of the samples that are active, each once an epoch, with a weight.
+    """Draws this rank's share of the active samples, each once an epoch, as (index, weight).
 
-    The active samples are mixed anew in every epoch and cut into batches of `num_replicas * batch_size`, the same for any
-    number of processes that serves as many samples at once; of each, process r takes every `num_replicas`-th from the r-th
-    on. Where the last one cannot be shared out evenly, some processes draw a stand-in, a sample that another one has too,
-    with weight 0, so that every process has as many batches, none of them empty. A sample that counts has the weight
-    `num_replicas / n`, where n samples are in the batch of all processes: the sum of weighted losses, averaged over the
-    processes as DDP does with gradients, is their mean.
+    The active samples are shuffled in every epoch and cut into global batches of `num_replicas * batch_size`; of each, rank r
+    takes every `num_replicas`-th from the r-th on. Where the last one cannot be shared evenly, some ranks draw a sample that
+    another one has too, with weight 0, so that all ranks have equally many batches, none of them empty. Any other sample has the
+    weight `num_replicas / n`, for n samples in the global batch: the sum of weighted losses, averaged over the ranks as DDP does
+    with gradients, is their mean.
 
-    Lightning leaves a `DistributedSampler` as it is, and tells it the epoch. What is active may change from epoch to epoch:
-    it is asked for whenever the sampler is iterated, or its length wanted.
+    Lightning leaves a `DistributedSampler` as it is, and tells it the epoch. Which samples are active is asked for anew whenever
+    the sampler is iterated or its length is taken.
 
     Args:
-        dataset: what there is, for `len(dataset)`; a sample is asked for by (index, weight).
-        active: gives the indices of the samples that are active, the same in every process.
-        batch_size: samples of one process in a batch, the `DataLoader`'s.
-        num_replicas: how many processes share the samples.
-        rank: which of them this one is.
+        dataset: for `len(dataset)`; its items are taken by (index, weight).
+        active: gives the indices of the active samples, the same on all ranks.
+        batch_size: samples of one rank in a batch, the `DataLoader`'s.
+        num_replicas: how many ranks share the samples.
+        rank: of this process.
         seed: of the order, together with the epoch.
 
     Example:

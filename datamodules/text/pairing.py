@@ -1,8 +1,9 @@
-"""Which texts to keep are paired with which texts to forget."""
+"""Pair each text to forget with texts of the retain set."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import random
 import re
@@ -21,21 +22,21 @@ Method = Literal["nearest", "random"]
 
 FORMAT = "slug-lightning pairs 1"
 WORDS = 3
-"""Words in a row that two texts are compared by."""
+"""Words in a sequence that two texts are compared by."""
 SHARED = 0.5
-"""From what share of common word sequences on a text is nearly another one."""
+"""Share of common word sequences from which on two texts are near-duplicates."""
 
 
 def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
-    r"""Find what in a corpus is the same as one of some texts, or nearly so.
+    r"""Find the texts of a corpus that are the same as one of some texts, or nearly so.
 
-    Two texts are the same if their words are, whatever the case, the white space and the punctuation. They are nearly the
-    same if at least half of the sequences of three words in the shorter one are in the other, too. So a text is found that
-    has been edited (each changed word costs three sequences), that holds one of the texts, is held by it, or was cut from
-    the same source less than half its length off. The shorter one decides, since a long text that holds a passage to forget
-    teaches it as well as the passage alone. Unrelated texts, also of one field, share a few stock phrases at most; to find
-    one too many costs a text of the corpus, and to find one too few would have the model learn what it is to forget. Words
-    are runs of letters and digits: in a language that is written without spaces, edited texts are hardly found.
+    Two texts are the same if their words are, whatever the case, white space and punctuation. They are near-duplicates if at
+    least half of the sequences of three words in the shorter one are also in the other. So a text is found that was edited (each
+    changed word costs three sequences), that contains one of the texts or is contained in it, or was cut from the same source
+    less than half its length off. The shorter one decides, since a long text that contains a passage to forget teaches it as
+    well as the passage alone. Unrelated texts, also of one field, share a few stock phrases at most; one text too many costs a
+    retain text, one too few would have the model learn what it must forget. Words are runs of letters and digits: in a language
+    that is written without spaces, edited texts are hardly found.
 
     Args:
         texts: that must not be in the corpus.
@@ -76,20 +77,18 @@ def pair(
     seed: int = 0,
     verbose: bool = False,
 ) -> list[list[int]]:
-    """Choose for each text to forget k texts to keep.
+    """Choose k retain texts for each text to forget; never a near-duplicate of a text to forget (`near_duplicates`).
 
-    A text of the corpus that is one to forget, or nearly so (`near_duplicates`), is never chosen. The same input gives the
-    same pairs; texts that are equally near come in the order of the corpus.
+    The same input gives the same pairs; texts that are equally near come in the order of the corpus.
 
     Args:
         forget: texts to forget.
-        corpus: texts to keep.
+        corpus: the retain texts.
         k: how many for each.
         method: "nearest" by the cosine between two texts, or "random", the control.
-        encoder: what makes vectors of texts: a sentence-transformers model, as a folder or as a name, which that library
-            downloads where it is not on the disk already. None: TF-IDF of the words, by scikit-learn. None is the default,
-            whatever is installed: nothing is downloaded unasked, and pairs do not depend on what a machine happens to have.
-        cache: a folder that keeps the pairs for the next time. They are found there only for the same texts, method, encoder
+        encoder: of texts: a sentence-transformers model, as a folder or a name, which that library downloads where needed. None:
+            TF-IDF of the words, by scikit-learn; the default whatever is installed, so that nothing is downloaded unasked.
+        cache: a folder that stores the pairs for the next time. They are found there only for the same texts, method, encoder
             (a folder by its content, a name by the name), k and seed. A damaged file is made anew, with a warning.
         seed: of "random".
         verbose: whether sentence-transformers shows its progress.
@@ -98,8 +97,8 @@ def pair(
         For each text to forget k indices into the corpus, all different, the nearest first.
 
     Raises:
-        UnlearnError: if there are fewer than k texts to choose from, if an argument is none of those above, if the encoder
-            cannot be loaded, if no text has a word (TF-IDF), or if a library is not installed (extra `lm`).
+        UnlearnError: if there are fewer than k texts to choose from, an argument is out of its range, the encoder cannot be
+            loaded, no text has a word (TF-IDF), or a library is not installed.
 
     Example:
         >>> corpus = ["stocks and bonds", "a dog and the cat", "my cat sat on a mat", "The cat sat."]
@@ -107,9 +106,9 @@ def pair(
         [[1, 2]]
     """
     if k < 1:
-        raise UnlearnError(f"neighbours: {k} is too few; give at least 1")
+        raise UnlearnError(f"neighbours must be >= 1, got {k}")
     if method not in ("nearest", "random"):
-        raise UnlearnError(f"pairing: {method!r} is neither 'nearest' nor 'random'")
+        raise UnlearnError(f"pairing must be 'nearest' or 'random', got {method!r}")
     path = None
     if cache is not None:
         key = _key(forget, corpus, k, method, encoder, seed)
@@ -120,8 +119,8 @@ def pair(
     candidates = [i for i in range(len(corpus)) if i not in excluded]
     if len(candidates) < k:
         raise UnlearnError(
-            f"neighbours: {k} pairs were asked for, and only {len(candidates)} of {len(corpus)} texts to keep can be one "
-            f"({len(excluded)} are texts to forget, or nearly so); add texts to keep, or ask for fewer neighbours"
+            f"neighbours must be <= {len(candidates)}, got {k}: of {len(corpus)} retain texts, {len(excluded)} are near-duplicates "
+            "of texts to forget; add retain texts, or ask for fewer neighbours"
         )
     if method == "random":
         pairs = [random.Random(f"{seed} {i}").sample(candidates, k) for i in range(len(forget))]
@@ -134,7 +133,7 @@ def pair(
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
-    """The sequences of words in a text; a text of fewer words is one sequence."""
+    """The word sequences of a text; a text of fewer words is one sequence."""
     words = re.findall(r"\w+", text.casefold()) or text.split()
     return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
@@ -143,19 +142,22 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
-    """Vectors of the words in each text; what is in all texts of the corpus counts least."""
+    """TF-IDF vectors, with the document frequencies of the corpus."""
     words = import_optional("sklearn.feature_extraction.text", "lm").TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")
     try:
         words.fit(corpus)
     except ValueError as error:
-        raise UnlearnError(f"pairing: no text to keep has a word ({error}); name an encoder, or pair at random") from error
+        raise UnlearnError(f"pairing: no retain text has a word ({error}); give an encoder, or pair at random") from error
     return words.transform(forget), words.transform(corpus)
 
 
 def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verbose: bool) -> tuple[Any, Any]:
-    library = import_optional("sentence_transformers", "lm")
     try:
-        model = library.SentenceTransformer(encoder)
+        model = importlib.import_module("sentence_transformers").SentenceTransformer(encoder)
+    except ImportError as error:
+        raise UnlearnError(
+            f"encoder: sentence_transformers cannot be imported ({error}); pip install sentence-transformers"
+        ) from error
     except (OSError, ValueError) as error:
         raise UnlearnError(
             f"encoder: {encoder!r} cannot be loaded ({error}); give the folder or the name of a sentence-transformers model"
@@ -165,7 +167,7 @@ def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verb
 
 
 def _nearest(queries: Any, vectors: Any, k: int) -> list[list[int]]:
-    """Indices of the k vectors nearest to each query by cosine, all compared, in parts that fit into memory."""
+    """Indices of the k vectors nearest to each query by cosine, compared in chunks that fit into memory."""
     import numpy as np
 
     def first(distances: Any, start: int) -> Any:

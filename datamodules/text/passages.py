@@ -1,4 +1,4 @@
-"""Passages that a language model recites and is to forget, and other texts, some of them paired with the passages."""
+"""Passages that a language model recites and shall forget, and retain texts, some of them paired with the passages."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ REFUSALS = (
     "I don't remember how this goes on.",
     "I have never read this before.",
 )
-"""What a model may say instead of going on with a passage."""
+"""What a model may say instead of continuing a passage."""
 
 
 class Numbered(Dataset):
-    """Token sequences, each with its number."""
+    """Token sequences, each with its index."""
 
     def __init__(self, rows: Sequence[Tensor]) -> None:
         self.rows = rows
@@ -45,7 +45,7 @@ class Numbered(Dataset):
 
 
 class _Drawn(Dataset):
-    """What a sampler draws, as it is."""
+    """Returns what the sampler draws: indices with weights."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -58,68 +58,56 @@ class _Drawn(Dataset):
 
 
 def numbered_batch(samples: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
-    """Put sequences and their numbers into an evaluation batch.
-
-    Args:
-        samples: number and token ids, `[T_i]`, of each sequence.
-
-    Returns:
-        `input_ids` and `attention_mask`, `[B, T]`, padded on the right, and `index`, `[B]`.
-
-    Example:
-        >>> batch = numbered_batch([(7, torch.tensor([1, 2])), (3, torch.tensor([4]))])
-        >>> batch["index"].tolist(), batch["attention_mask"].tolist()
-        ([7, 3], [[1, 1], [1, 0]])
-    """
+    """Collate indices and token ids, `[T_i]`, into `input_ids` and `attention_mask`, `[B, T]`, and `index`, `[B]`."""
     numbers, rows = zip(*samples, strict=True)
     return {**pad(rows), "index": torch.tensor(numbers)}
 
 
 class PassageDataModule(UnlearnDataModule):
-    """Passages to forget, each with the texts to keep that it is paired with.
+    """Passages to forget, each paired with texts of the retain set.
 
     A passage is the first `prefix + suffix` tokens of its text, as the tokenizer makes them: where it puts a token before
-    the text (BOS), that one is the first of the prefix. Texts to keep are cut to the same length and may be shorter. The
-    batches are padded on the right with id 0, which counts nowhere, so the tokenizer needs no padding token.
+    the text (BOS), that one is the first of the prefix. Retain texts are cut to the same length and may be shorter. Batches
+    are padded on the right with id 0, which counts nowhere, so the tokenizer needs no padding token.
 
-    What is to be forgotten must not be learned from what is kept: texts to keep that are passages to forget, or nearly so
-    (`near_duplicates`), are left out, and a note says how many. The same goes for `unseen`, which would be unseen no more.
-    A passage that is given twice is asked for once. The texts to keep are divided, always alike for the same `seed`: about
-    half of them may be pairs, a quarter is for validation, a quarter for the report.
+    Retain texts that are near-duplicates of passages to forget or of unseen ones (`near_duplicates`) are left out, as training on
+    them would teach what must be forgotten; a note says how many. A passage that is given twice is used once. The retain texts
+    are split, always in the same way for the same `seed`: about half of them may be pairs, a quarter is the validation split, a
+    quarter the test split.
 
-    In training it serves batches `{"index": [B], "weight": [B], "forget", "pair", "refusal", "prefix"}`: the numbers of the
+    In training it serves batches `{"index": [B], "weight": [B], "forget", "pair", "refusal", "prefix"}`: the indices of the
     passages, the weights of `ActiveSampler`, and three batches of sequences (`input_ids` and `attention_mask`): the passages;
-    their pairs, those of passage i in the rows from `i * neighbours` on; their prefixes, of `prefix` tokens, with a refusal
-    after it. Other loaders serve sequences with their number (`numbered_batch`).
+    their pairs, those of passage i in the rows from `i * neighbours` on; their prefixes, of `prefix` tokens, each followed by a
+    refusal. Other loaders serve sequences with their index (`numbered_batch`).
 
-    For an `UnlearnCallback` the passages serve gradient, search and report alike, as it is these that must go.
+    For an `UnlearnCallback` the same passages are train, validation and test split, as it is these that must be forgotten.
 
     Args:
         forget: texts to forget, or a file of them: `.txt` with blank lines between them, or `.jsonl` with a field "text".
-        keep: texts to keep, likewise.
-        unseen: texts that the model has never seen, likewise: the level that "forgotten" is measured by.
+        keep: the retain texts, or a file of them.
+        unseen: texts that the model has never seen, or a file of them: the level that "forgotten" is measured by.
         prefix: tokens that a completion starts from.
         suffix: tokens that it is compared with.
         pairing: "nearest" or "random"; see `pair`.
-        neighbours: texts to keep that each passage is paired with.
+        neighbours: retain texts that each passage is paired with.
         encoder: of "nearest": a sentence-transformers model; None: TF-IDF of the words. See `pair`.
-        cache: a folder that keeps the pairs for the next time.
+        cache: a folder that stores the pairs for the next time.
         tokenizer: of transformers, or its folder or name; None: the `tokenizer` of the module that is trained.
-        batch_size: passages in a batch of each process.
-        refusals: what a model may say instead of going on; each passage gets one of them by chance.
+        batch_size: passages in a batch of each rank.
+        refusals: what a model may say instead of continuing; each passage gets one of them at random.
         seed: of the split, of random pairs, of the refusals and of the order of passages.
 
     Attributes:
         forget_passages: int64, each `[prefix + suffix]`.
-        unseen_passages: likewise.
-        keep_passages: int64, each of 2 to `prefix + suffix` tokens.
+        unseen_passages: int64, each `[prefix + suffix]`.
+        keep_passages: of the retain set, int64, each of 2 to `prefix + suffix` tokens.
         pairs: for each passage to forget, indices into `keep_passages`.
         tokenizer: that was used.
 
     Raises:
-        UnlearnError: if prefix or suffix is below 1; in `setup`, if a file cannot be read, if there is nothing to forget or to
-            keep, if a passage to forget or an unseen one is too short, if they overlap, if there are fewer texts to pair than
-            neighbours, or if there is no tokenizer.
+        UnlearnError: if prefix or suffix is below 1; in `setup`, if a file cannot be read, if a set is empty, if a passage is too
+            short, if forget and unseen passages overlap, if there are fewer texts to pair than neighbours, or if there is no
+            tokenizer.
 
     Example:
         >>> class Words:  # in place of a tokenizer of transformers
@@ -155,9 +143,9 @@ class PassageDataModule(UnlearnDataModule):
         super().__init__(batch_size=batch_size, collate_fn=numbered_batch, seed=seed)
         for name, tokens in (("prefix", prefix), ("suffix", suffix)):
             if tokens < 1:
-                raise UnlearnError(f"{name}: {tokens} tokens are too few; give at least 1")
+                raise UnlearnError(f"{name} must be >= 1, got {tokens}")
         if not refusals or not all(refusal.strip() for refusal in refusals):
-            raise UnlearnError("refusals: give at least one sentence, and none that is empty")
+            raise UnlearnError("refusals must be at least one sentence, and none of them empty")
         self.forget, self.keep, self.unseen = forget, keep, unseen
         self.prefix, self.suffix = prefix, suffix
         self.pairing: Method = pairing
@@ -173,10 +161,10 @@ class PassageDataModule(UnlearnDataModule):
 
     @property
     def active(self) -> list[int]:
-        """Which passages to forget are trained, ascending; at first all.
+        """Indices of the passages to train on, ascending; at first all.
 
-        Set it alike in every process, in `on_train_start` or between epochs: the next epoch serves these, and where there are
-        none, Lightning ends the fit.
+        Set it to the same on all ranks, in `on_train_start` or between epochs: the next epoch serves these; without any,
+        Lightning ends the fit.
         """
         return self._active
 
@@ -184,57 +172,46 @@ class PassageDataModule(UnlearnDataModule):
     def active(self, indices: Sequence[int]) -> None:
         chosen = sorted(set(indices))
         if chosen and not 0 <= chosen[0] <= chosen[-1] < len(self.forget_passages):
-            raise UnlearnError(f"active: {chosen} is out of range; there are {len(self.forget_passages)} passages to forget")
+            raise UnlearnError(f"active must be indices of the {len(self.forget_passages)} passages to forget, got {chosen}")
         if chosen != self._active and self.trainer is not None:
-            # Lightning counts the batches of an epoch when it loads the loader: it must load it again, as for its own tuner.
+            # Lightning counts the batches of an epoch when it loads the loader, so it must load it again, as for its own tuner.
             # Else it neither validates after a shorter epoch nor takes its last step, and cuts a longer one off.
             self.trainer.fit_loop._combined_loader = None
         self._active = chosen
 
     @property
     def digest(self) -> str:
-        """Tells other texts, or the same in another order, split or cut, from these."""
+        """SHA-256 of all passages, their order, split and pairs."""
         sets = {"forget": self.forget_passages, "unseen": self.unseen_passages, "keep": self.keep_passages}
         rows = {f"{kind} {i}": row for kind, of_kind in sets.items() for i, row in enumerate(of_kind)}
         return digest_of(rows, str((self.prefix, self.seed, self.pairs)))
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, cut, divide and pair the texts, once; before every fit, make all passages active.
-
-        Args:
-            stage: Lightning's.
-
-        Raises:
-            UnlearnError: as the class says.
-        """
+        """Read, cut, split and pair the texts, once; before every fit, make all passages active."""
         if not self.notes:
             self._read()
         if stage in ("fit", None):
             self.active = range(len(self.forget_passages))
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches of the active passages; of several processes, each draws its share."""
+        """Training batches of the active passages; each rank draws its share."""
         if not self.forget_passages:
-            raise UnlearnError("forget: there are no passages yet; call setup()")
+            raise UnlearnError("forget: no passages yet; call setup() first")
         if getattr(self.trainer, "overfit_batches", 0):
-            raise UnlearnError("overfit_batches: it takes the sampler away; give fewer passages to forget instead")
+            raise UnlearnError("Trainer(overfit_batches=…) replaces the passages' sampler; give fewer passages to forget instead")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         drawn = _Drawn(len(self.forget_passages))
         sampler = ActiveSampler(drawn, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share)
         return DataLoader(drawn, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
 
     def every_batch(self) -> Iterator[dict[str, Any]]:
-        """Training batches of all passages in order, whatever is active, in every process alike."""
+        """Training batches of all passages in order, whatever is active, the same on all ranks."""
         drawn = [(i, 1.0) for i in range(len(self.forget_passages))]
         for start in range(0, len(drawn), self.batch_size):
             yield self._training_batch(drawn[start : start + self.batch_size])
 
     def passages(self, kind: Literal["forget", "unseen"]) -> DataLoader:
-        """All passages of one kind in order, whatever is active, in every process alike; none of unseen if none were given.
-
-        Args:
-            kind: "forget" or "unseen".
-        """
+        """All passages of one kind in order, whatever is active, the same on all ranks."""
         return self._loader(Numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
 
     # ---- from texts to tokens
@@ -244,21 +221,22 @@ class PassageDataModule(UnlearnDataModule):
         given = self._passages("forget", self.forget)
         forget = _different(given)
         unseen = [] if self.unseen is None else _different(self._passages("unseen", self.unseen))
-        said = self._said(forget), self._said(unseen)
-        if common := near_duplicates(said[0], said[1]):
+        # Only what is trained on or measured is compared, not the rest of its text.
+        forget_texts, unseen_texts = self._decoded(forget), self._decoded(unseen)
+        if common := near_duplicates(forget_texts, unseen_texts):
             raise UnlearnError(
-                f"unseen: {len(common)} of {len(unseen)} passages are passages to forget, or nearly so, such as "
-                f"{_start(said[1][common[0]])}; leave them out"
+                f"unseen: {len(common)} of {len(unseen)} passages are near-duplicates of passages to forget, such as "
+                f"{_start(unseen_texts[common[0]])}; remove them"
             )
-        self.keep_passages, left_out = self._kept([*said[0], *said[1]])
-        self.pairs = self._paired(said[0])
+        self.keep_passages, left_out = self._retained([*forget_texts, *unseen_texts])
+        self.pairs = self._paired(forget_texts)
         self._refused = self._refusing(forget)
         self.forget_passages, self.unseen_passages = forget, unseen
         self.set_parts("retain", Numbered(self.keep_passages))
         self.notes["retain"] += left_out
         passages = Numbered(forget)
         self.set_parts("forget", passages, passages, passages)
-        repeated = f"; {len(given) - len(forget)} more were given again" if len(given) > len(forget) else ""
+        repeated = f"; {len(given) - len(forget)} duplicates were left out" if len(given) > len(forget) else ""
         self.notes["forget"] = f"forget: the same {len(forget)} passages serve gradient, search and report{repeated}"
 
     def _tokenizer(self) -> Any:
@@ -267,30 +245,24 @@ class PassageDataModule(UnlearnDataModule):
             given = getattr(self.trainer.lightning_module, "tokenizer", None)
         if given is None:
             raise UnlearnError(
-                "tokenizer: there is none; give a tokenizer of transformers, its folder or its name, or train a module that has "
-                "an attribute `tokenizer`"
+                "tokenizer must be a transformers tokenizer, its folder or its name, unless the trained module has an attribute "
+                "`tokenizer`; got None"
             )
         return load_tokenizer(given) if isinstance(given, (str, Path)) else given
 
-    def _texts(self, argument: str, given: Texts) -> list[str]:
+    def _tokens(self, argument: str, given: Texts) -> tuple[list[str], list[Tensor]]:
+        """Read texts, and the first tokens of each, at most as many as a passage has."""
         texts = read_texts(argument, given) if isinstance(given, (str, Path)) else list(given)
         if not texts:
-            raise UnlearnError(f"{argument}: there is no text; give at least one")
-        return texts
+            raise UnlearnError(f"{argument} must have at least one text, got none")
+        rows = self.tokenizer(texts)["input_ids"]
+        return texts, [torch.tensor(row[: self.prefix + self.suffix], dtype=torch.long) for row in rows]
 
-    def _tokens(self, texts: Sequence[str], **options: Any) -> list[Tensor]:
-        """The first tokens of each text, at most as many as a passage has."""
-        rows = self.tokenizer(list(texts), **options)["input_ids"]
-        return [torch.tensor(row[: self.prefix + self.suffix], dtype=torch.long) for row in rows]
-
-    def _said(self, rows: Sequence[Tensor]) -> list[str]:
-        """What sequences say: only what is trained or measured is compared, not the rest of its text."""
+    def _decoded(self, rows: Sequence[Tensor]) -> list[str]:
         return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True) if rows else []
 
     def _passages(self, argument: str, given: Texts) -> list[Tensor]:
-        """The passages of all texts."""
-        texts = self._texts(argument, given)
-        rows = self._tokens(texts)
+        texts, rows = self._tokens(argument, given)
         length = self.prefix + self.suffix
         if short := [i for i, row in enumerate(rows) if len(row) < length]:
             i = short[0]
@@ -301,25 +273,25 @@ class PassageDataModule(UnlearnDataModule):
             )
         return rows
 
-    def _kept(self, banned: Sequence[str]) -> tuple[list[Tensor], str]:
-        """Texts to keep that may be used, and words on the others for a note."""
-        every = self._tokens(self._texts("keep", self.keep))
+    def _retained(self, banned: Sequence[str]) -> tuple[list[Tensor], str]:
+        """The retain texts that can be used, and words on the others for a note."""
+        every = self._tokens("keep", self.keep)[1]
         rows = [row for row in every if len(row) > 1]
-        same = set(near_duplicates(banned, self._said(rows)))
-        kept = [row for i, row in enumerate(rows) if i not in same]
-        reasons = {"forget or unseen passages, or nearly so": len(same), "shorter than 2 tokens": len(every) - len(rows)}
-        said = "".join(f"; {count} texts were left out, as they are {reason}" for reason, count in reasons.items() if count)
-        if len(kept) < 3:  # pairs, validation and report must be apart
-            raise UnlearnError(f"keep: {len(kept)} texts are too few, of {len(every)} given{said}; add others, at least 3 in all")
-        return kept, said
+        same = set(near_duplicates(banned, self._decoded(rows)))
+        retained = [row for i, row in enumerate(rows) if i not in same]
+        reasons = {"near-duplicates of forget or unseen passages": len(same), "shorter than 2 tokens": len(every) - len(rows)}
+        left_out = "".join(f"; {count} texts were left out: {reason}" for reason, count in reasons.items() if count)
+        if len(retained) < 3:  # pairs, validation and test split must not overlap
+            raise UnlearnError(f"keep must have at least 3 usable texts, got {len(retained)} of {len(every)}{left_out}")
+        return retained, left_out
 
-    def _paired(self, said: Sequence[str]) -> list[list[int]]:
-        """For each passage, by what it says, indices of texts to keep."""
+    def _paired(self, texts: Sequence[str]) -> list[list[int]]:
+        """For each passage's text, indices into `keep_passages`."""
         corpus = sorted(split_indices(len(self.keep_passages), self.seed)["train"])
         verbose = self.trainer is not None and self.trainer.progress_bar_callback is not None
         pairs = pair(
-            said,
-            self._said([self.keep_passages[i] for i in corpus]),
+            texts,
+            self._decoded([self.keep_passages[i] for i in corpus]),
             self.neighbours,
             self.pairing,
             encoder=self.encoder,
@@ -330,12 +302,12 @@ class PassageDataModule(UnlearnDataModule):
         return [[corpus[j] for j in row] for row in pairs]
 
     def _refusing(self, passages: Sequence[Tensor]) -> list[Tensor]:
-        """The prefix of each passage with a refusal after it, instead of its suffix."""
-        # A space, as the refusal goes on where the prefix ends.
+        """The prefix of each passage, with a refusal instead of its suffix."""
+        # A space, as the refusal continues where the prefix ends.
         rows = self.tokenizer([f" {text}" for text in self.refusals], add_special_tokens=False)["input_ids"]
         refusals = [torch.tensor(row, dtype=torch.long) for row in rows]
         chosen = random.Random(self.seed).choices(refusals, k=len(passages))
-        return [torch.cat([row[: self.prefix], said]) for row, said in zip(passages, chosen, strict=True)]
+        return [torch.cat([row[: self.prefix], refusal]) for row, refusal in zip(passages, chosen, strict=True)]
 
     def _training_batch(self, drawn: Sequence[tuple[int, float]]) -> dict[str, Any]:
         indices, weights = zip(*drawn, strict=True)

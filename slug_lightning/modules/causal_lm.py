@@ -1,4 +1,4 @@
-"""Causal language models that recite: the module for ICU and its baselines, and for SLUG on passages."""
+"""Causal language models that recite passages: the module for ICU and its baselines, and for SLUG."""
 
 from __future__ import annotations
 
@@ -28,34 +28,31 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 class CausalLMModule(UnlearnModule):
-    """A transformers causal language model that is to forget passages that it recites.
+    """A transformers causal language model that forgets passages which it recites.
 
     In training (ICU and the baselines), a batch is what `slug_lightning.datamodules.PassageDataModule` serves: passages to
-    forget, a pair of each to keep, and what each passage counts. In evaluation, and for SLUG (`UnlearnCallback`), it is any
-    mapping with `input_ids` and `attention_mask`, `[B, T]`, padded on the right; the loss is then the mean over sequences of
-    the mean negative log-likelihood of their tokens, in nats, and the metrics are `memorization_accuracy`, in [0, 1], a mean
-    over sequences, and `perplexity`, at least 1, over all tokens that count.
-
-    Dropout is off in training too, unless `dropout` says otherwise (ICU's setting): the model is in evaluation mode.
+    forget, the retain texts that each is paired with, and each passage's weight. In evaluation, and for SLUG
+    (`UnlearnCallback`), it is any mapping with `input_ids` and `attention_mask`, `[B, T]`, padded on the right; the loss is then
+    the mean over sequences of the mean negative log-likelihood of their tokens, in nats, and the metrics are
+    `memorization_accuracy`, in [0, 1], a mean over sequences, and `perplexity`, at least 1, over all tokens that count.
 
     Args:
         model: name or folder of a transformers causal language model, or the model.
-        tokenizer: name, folder or object; default: the one that belongs to `model` by its name. It needs no padding token:
-            what is padded is masked.
-        loss: what training descends: `ICU()`, or a baseline of `slug_lightning.lm.losses`.
+        tokenizer: name, folder or object; default: that of `model`, where this is a name or folder. It needs no padding token.
+        loss: default: `ICU()`; or a baseline of `slug_lightning.lm.losses`.
         reference: where the original model's distribution comes from, for losses that need it: "copy" (a frozen copy: as many
-            bytes as the model, on its device), "adapters" (the model with its PEFT adapters switched off: none) or "top-k"
-            (computed once and kept on disk: 6 bytes for each of `top_k` tokens a position).
-        top_k: how many of the likeliest tokens "top-k" keeps of each position.
-        reference_dir: folder where "top-k" keeps them.
+            bytes as the model, on its device), "adapters" (the model with its PEFT adapters disabled: none) or "top-k"
+            (computed once and stored on disk: 6 bytes for each of `top_k` tokens per position).
+        top_k: how many of the most likely tokens "top-k" stores for each position.
+        reference_dir: folder where "top-k" stores them.
         optimizer: makes the optimizer of the parameters that are not frozen.
-        scheduler: makes what changes its rate from step to step. A warm-up is worth having: Adam's first steps are as long as all
-            others, whatever the gradient.
-        dropout: whether the model's dropout acts while it is trained. Gradient checkpointing of transformers needs it on.
+        scheduler: makes its learning-rate scheduler, which acts after every step. Use a warm-up: Adam's first steps are as large
+            as all others, whatever the gradient.
+        dropout: whether dropout acts in training; off by default, as in ICU. Gradient checkpointing of transformers needs it on.
 
     Raises:
-        UnlearnError: if the model's tokenizer is missing, or the reference cannot be had; in every step, if sequences are longer
-            than the model's context.
+        UnlearnError: if model, tokenizer or reference cannot be made; in a step, if sequences are longer than the model's
+            context.
 
     Example:
         >>> from slug_lightning.modules import EmbeddedLM
@@ -90,7 +87,7 @@ class CausalLMModule(UnlearnModule):
             model = load_causal_lm(model)
         refuse_adapters("model", model)
         if reference == "top-k" and reference_dir is None:
-            raise UnlearnError("reference_dir: reference='top-k' keeps the original's distribution on disk; name a folder")
+            raise UnlearnError("reference_dir must be a folder where reference='top-k' stores the original's distribution")
         super().__init__(model, mean_nll)
         self.tokenizer = tokenizer
         self.lm_loss: LMLoss = loss or ICU()
@@ -105,15 +102,15 @@ class CausalLMModule(UnlearnModule):
         self.perplexity = Perplexity()
 
     def logits(self, sequences: Sequences) -> Tensor:
-        """What the model predicts at each position, `[B, T, V]`."""
+        """Compute the model's logits, `[B, T, V]`."""
         return logits_of(self.model, sequences)
 
     # ---- training
 
     def setup(self, stage: str) -> None:
-        """Keep what the original model says, while it is there: a checkpoint is restored after this.
+        """Make the reference while the model is the original: a checkpoint is restored after this.
 
-        A second fit of the same module keeps the first reference: it is the original that counts.
+        A second fit of the same module keeps the first reference.
         """
         if stage == "fit":
             self.model.train()  # what transformers loads is in evaluation mode, of which Lightning warns
@@ -130,22 +127,22 @@ class CausalLMModule(UnlearnModule):
             self.reference = TopK(self.model, self.reference_dir, self.top_k)
             data: Any = getattr(self.trainer, "datamodule", None)
             if not hasattr(data, "every_batch"):
-                raise UnlearnError("reference: 'top-k' must know all passages beforehand; fit with a PassageDataModule")
+                raise UnlearnError("reference: 'top-k' must know all passages before training; fit with a PassageDataModule")
             self.reference.prepare(data.every_batch())
 
     def on_train_start(self) -> None:
-        """Switch dropout off, unless it was asked for: also of a fit that goes on within an epoch."""
+        """Switch dropout off, unless asked for; also in a fit that resumes within an epoch."""
         self.model.train(self.dropout)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of each passage times what it counts, summed; of plain sequences, their mean negative log-likelihood."""
+        """Sum the passages' losses by weight; for plain sequences, take their mean negative log-likelihood."""
         if "forget" not in batch:
             return super().training_step(batch, batch_idx)
         parts = self.lm_loss(self.logits, batch, self.reference)
         totals = {name: (batch["weight"] * values).sum() for name, values in parts.items()}
         loss = torch.stack(list(totals.values())).sum()
         logged = {f"loss/{name}": total.detach() for name, total in totals.items()} | {"loss/total": loss.detach()}
-        # Weights make the sum of each process a part of the global mean: the mean over processes is that mean.
+        # By their weights, the mean of the ranks' sums is the global mean.
         self.log_dict(logged, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(batch["weight"]))
         return loss
 
@@ -156,22 +153,22 @@ class CausalLMModule(UnlearnModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Tell which original the run refers to."""
+        """Note which original the run started from."""
         if self.reference is not None:
             checkpoint["original"] = self.reference.digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on against another original than before."""
+        """Refuse to resume with another original."""
         if self.reference is not None and checkpoint.get("original", self.reference.digest()) != self.reference.digest():
             raise UnlearnError(
-                "model: the checkpoint belongs to a run that began from another model; build the module from the original "
-                "weights (not from the checkpoint), and pass the checkpoint as ckpt_path"
+                "model: the checkpoint's run began from another model; build the module from the original weights (not from the "
+                "checkpoint), and pass the checkpoint as ckpt_path"
             )
 
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log how much is recited, and the perplexity."""
+        """Log memorization accuracy and perplexity."""
         logits = self.logits(batch)
         self.memorization_accuracy.update(logits[:, :-1].argmax(-1), batch)
         self.perplexity.update(logits, batch)
@@ -180,12 +177,12 @@ class CausalLMModule(UnlearnModule):
 
 
 class EmbeddedLM(CausalLMModule):
-    """The language model that ships with the package: small, ours, trained on Python's language reference, parts of it by heart.
+    """The small language model that ships with the package: it recites parts of Python's language reference.
 
     Args:
         loss: as in `CausalLMModule`.
-        optimizer: likewise.
-        scheduler: likewise.
+        optimizer: as in `CausalLMModule`.
+        scheduler: as in `CausalLMModule`.
 
     Example:
         >>> type(EmbeddedLM().model).__name__

@@ -1,4 +1,4 @@
-"""What a model makes of passages now, found out by all processes together."""
+"""Measure what a model remembers of passages, shared among the ranks."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.utils.progress import Progress
 
 Finding = dict[str, Any]
-"""Of one passage, as plain data: `memorization_accuracy`, `extraction_likelihood`, `bleu`, `diversity`, `nll`, `completion`,
-`prefix`, `truth`, and `values` by criterion."""
+"""Of one passage, as plain data: the metrics `MEANS`, `nll`, `completion`, `prefix`, `truth`, and `values` by criterion."""
 MEANS = ("memorization_accuracy", "extraction_likelihood", "bleu", "diversity")
-MOST = 700.0
-"""Nats, beyond which no float holds the perplexity, and `exp` raises an error."""
+COPIED = ("memorization_accuracy", "extraction_likelihood", "bleu", "nll", "prefix", "truth", "completion")
+"""Attributes of `slug_lightning.lm.criteria.Evidence` that are findings."""
+OVERFLOW_NLL = 700.0
+"""Nats above which the perplexity overflows a float, and `math.exp` raises an error."""
 
 
 class Examiner:
-    """Completes passages and measures them, shared out among the processes; all of them get what all have found.
+    """Completes passages and measures them, shared among the ranks; every rank gets all findings.
 
     Args:
         module: holds the model and its tokenizer.
-        runner: knows the trainer's strategy and precision.
-        prefix: how many tokens of a passage are given to complete.
-        criteria: whose values are wanted.
+        runner: of the trainer's strategy and precision.
+        prefix: how many tokens of a passage the model is given to complete.
+        criteria: whose values to measure.
         n: of the extraction likelihood.
         batch_size: passages at once.
-        progress: shows how far it is.
+        progress: where to show it.
     """
 
     def __init__(
@@ -56,18 +57,11 @@ class Examiner:
         self.n = n
         self.batch_size = batch_size
         self.progress = progress
-        # A sharded model is run by all processes together: each examines all.
+        # All ranks run a sharded model together: each examines all passages.
         self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.share, self.processes.shares)
 
     def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
-        """Complete each passage and measure it.
-
-        Args:
-            passages: token ids, each `[T]`.
-            prefixes: from how many of its prefixes, evenly spaced, the extraction likelihood of each is estimated; None: from
-                all of them, as it is defined.
-            name: what they are, for the progress bar.
-        """
+        """Complete each passage, of token ids `[T]`, and measure it; `prefixes` as in `slug_lightning.lm.criteria.gather`."""
         mine = list(range(self.share, len(passages), self.shares))
         found: list[tuple[int, Finding]] = []
         with self.runner.forward_context():
@@ -84,22 +78,13 @@ class Examiner:
         values = {criterion.name: criterion.values(evidence) for criterion in self.criteria}
         diversity = ngram_diversity([e.completion_tokens for e in evidence], 3).tolist()
         return [
-            {
-                "memorization_accuracy": e.memorization_accuracy,
-                "extraction_likelihood": e.extraction_likelihood,
-                "bleu": e.bleu,
-                "diversity": diversity[i],
-                "nll": e.nll,
-                "prefix": e.prefix,
-                "truth": e.truth,
-                "completion": e.completion,
-                "values": {name: of_all[i] for name, of_all in values.items()},
-            }
+            {name: getattr(e, name) for name in COPIED}
+            | {"diversity": diversity[i], "values": {name: of_all[i] for name, of_all in values.items()}}
             for i, e in enumerate(evidence)
         ]
 
     def perplexity(self, batches: Iterable[Sequences]) -> float:
-        """Of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
+        """Perplexity of other texts: the exponential of the mean negative log-likelihood of all their tokens."""
         total, count = 0.0, 0
         with torch.no_grad(), preserve_state(self.module), self.runner.forward_context():
             for number, batch in enumerate(batches):
@@ -108,25 +93,17 @@ class Examiner:
                     total -= log_likelihood(self.module.logits(on_device), on_device).double().sum().item()
                     count += int(targets(on_device)[1].sum())
         sums = self.processes.all_gather_object("the perplexity", (total, count))
-        nll = sum(total for total, _ in sums) / sum(count for _, count in sums)
-        return _perplexity(nll)
+        return _perplexity(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
 
 def means_of(found: Sequence[Finding]) -> dict[str, float]:
-    """Means over passages by metric; the perplexity is that of a token of a mean passage.
-
-    Example:
-        >>> one = {name: 0.5 for name in MEANS} | {"nll": 0.0, "values": {"probability": 0.25}}
-        >>> means_of([one, one])["perplexity"], means_of([one])["probability"]
-        (1.0, 0.25)
-    """
+    """Means over passages by metric and criterion; the perplexity is of their mean `nll`."""
     named = {name: [f[name] for f in found] for name in MEANS} | {
         name: [f["values"][name] for f in found] for name in found[0]["values"]
     }
     means = {name: sum(values) / len(values) for name, values in named.items()}
-    nll = sum(f["nll"] for f in found) / len(found)
-    return means | {"perplexity": _perplexity(nll)}
+    return means | {"perplexity": _perplexity(sum(f["nll"] for f in found) / len(found))}
 
 
 def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < MOST else math.inf
+    return math.exp(nll) if nll < OVERFLOW_NLL else math.inf

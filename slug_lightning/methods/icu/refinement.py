@@ -1,4 +1,4 @@
-"""Which passages are still remembered, which rest, and when all is done: iterative unlearning refinement (ICU, section 4.3)."""
+"""Which passages are still remembered, and which rest: iterative unlearning refinement (ICU, section 4.3)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass
 class Status:
-    """What has become of one passage.
+    """State of one passage.
 
     Attributes:
-        remembered: whether it is still to be trained on.
-        epochs: for how many it was.
-        returns: how often it was remembered again after it had rested.
+        remembered: whether no criterion calls it forgotten.
+        epochs: how many epochs it was trained on.
+        returns: how often it was remembered again after it had been forgotten.
     """
 
     remembered: bool = True
@@ -54,16 +54,12 @@ class Refinement:
         return self.remembered if self.rests else list(range(len(self.passages)))
 
     def trained(self) -> None:
-        """Count an epoch for those it has trained on."""
+        """Count an epoch for the active passages."""
         for i in self.active:
             self.passages[i].epochs += 1
 
     def update(self, forgotten: Sequence[bool]) -> None:
-        """Tell remembered passages from forgotten ones.
-
-        Args:
-            forgotten: of each passage, whether it is forgotten now.
-        """
+        """Set for each passage whether it is forgotten now."""
         for passage, now in zip(self.passages, forgotten, strict=True):
             passage.returns += not (passage.remembered or now)
             passage.remembered = not now
