@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.criteria import BleuBelow, Criterion
+from slug_lightning.lm.criteria import BleuBelow, Bound, Criterion
 from slug_lightning.methods.icu.examination import Examiner, Finding, means_of
 from slug_lightning.methods.icu.refinement import Refinement
 from slug_lightning.modules.causal_lm import CausalLMModule
@@ -24,7 +24,6 @@ from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.run_folder import save_passages
 
 MA, EL = "memorization_accuracy", "extraction_likelihood"
-Below = Union[float, Literal["unseen"]]
 
 
 class ICUCallback(pl.Callback):
@@ -63,7 +62,7 @@ class ICUCallback(pl.Callback):
         *,
         forgotten: Optional[list[Criterion]] = None,
         refine: bool = True,
-        stop: Optional[dict[str, Below]] = None,
+        stop: Optional[dict[str, Bound]] = None,
         n: int = 10,
         prefixes: int = 1,
         samples: int = 8,
@@ -79,7 +78,7 @@ class ICUCallback(pl.Callback):
             if value < least:
                 raise UnlearnError(f"{name} must be >= {least}, got {value}")
         self.forgotten: list[Criterion] = [BleuBelow(0.01)] if forgotten is None else forgotten
-        self.stop: dict[str, Below] = {MA: "unseen", EL: "unseen"} if stop is None else dict(stop)
+        self.stop: dict[str, Bound] = {MA: "unseen", EL: "unseen"} if stop is None else dict(stop)
         known = {MA, EL, *(criterion.name for criterion in self.forgotten)}
         if unknown := self.stop.keys() - known:
             raise UnlearnError(f"stop: unknown metric {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
@@ -244,11 +243,11 @@ class ICUCallback(pl.Callback):
         unseen: dict[str, float] = {}
         if "unseen" in [*self.stop.values(), *resting.values()]:
             unseen = means_of(self._examiner.of(self._data.unseen_passages, self.prefixes, "unseen passages"))
-        of_stop, of_resting = (
-            {name: unseen[name] if below == "unseen" else float(below) for name, below in asked.items()}
-            for asked in (self.stop, resting)
-        )
-        return of_stop, of_resting
+
+        def levels(asked: dict[str, Bound]) -> dict[str, float]:
+            return {name: unseen[name] if below == "unseen" else float(below) for name, below in asked.items()}
+
+        return levels(self.stop), levels(resting)
 
     def _judge(self, trainer: pl.Trainer) -> None:
         """Examine the passages to forget, log and record what is found, and stop where all is done."""
@@ -280,11 +279,10 @@ class ICUCallback(pl.Callback):
         """Fill in the rest of the report."""
         report = self.report
         assert report is not None
-        names = ("memorization_accuracy", "extraction_likelihood", "bleu")
         pairs = list(zip(self._first, last, strict=True))
         report.passages = [
             {"number": i, **status}
-            | {when: {name: found[name] for name in names} for when, found in (("before", was), ("after", now))}
+            | {when: {name: found[name] for name in (MA, EL, "bleu")} for when, found in (("before", was), ("after", now))}
             | {"values": now["values"]}
             for i, (status, (was, now)) in enumerate(zip(self._refinement.to_list(), pairs, strict=True))
         ]

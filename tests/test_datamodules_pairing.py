@@ -138,18 +138,18 @@ def test_random_pairs_are_of_the_seed_and_all_different():
 
 
 def test_too_few_texts_to_choose_from_are_counted():
-    with pytest.raises(UnlearnError, match=r"neighbours: 3 .* only 2 of 4 texts to keep can be one \(2 are"):
+    with pytest.raises(UnlearnError, match="neighbours must be <= 2, got 3: 2 of 4 retain texts are near"):
         pair(FORGET, [*CORPUS[:2], *FORGET[:2]], 3)
-    with pytest.raises(UnlearnError, match="only 0 of 0"):
+    with pytest.raises(UnlearnError, match="neighbours must be <= 0, got 1: 0 of 0"):
         pair(FORGET, [], 1, "random")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "neighbours: 0 is too few"),
-        ({"method": "closest"}, "pairing: 'closest' is neither"),
-        ({"corpus": ["?!", "…"]}, "pairing: no text to keep has a word"),
+        ({"k": 0}, "neighbours must be >= 1, got 0"),
+        ({"method": "closest"}, "pairing must be .* got 'closest'"),
+        ({"corpus": ["?!", "…"]}, "pairing: no retain text has a word"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options, message):
@@ -158,15 +158,15 @@ def test_arguments_that_make_no_sense_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("library", "module", "options"),
+    ("module", "options", "message"),
     [
-        ("sklearn", "sklearn.feature_extraction.text", {}),
-        ("sentence_transformers", "sentence_transformers", {"encoder": "all-MiniLM-L6-v2"}),
+        ("sklearn.feature_extraction.text", {}, r'sklearn.* cannot be imported .* pip install "slug-lightning\[lm\]"'),
+        ("sentence_transformers", {"encoder": "all-MiniLM-L6-v2"}, "cannot import .* pip install sentence-transformers"),
     ],
 )
-def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, library, module, options):
+def test_a_library_that_is_not_installed_is_named_with_how_to_install_it(monkeypatch, module, options, message):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UnlearnError, match=rf'{library}.* cannot be imported .*"slug-lightning\[lm\]"'):
+    with pytest.raises(UnlearnError, match=message):
         pair(FORGET, CORPUS, **options)
     assert pair(FORGET, CORPUS, method="random")  # needs none
 

@@ -101,7 +101,7 @@ def test_passages_are_the_first_tokens_of_texts_and_texts_to_keep_may_be_shorter
     data = made(keep=[*KEEP, "kara losob", "kara"])
     assert listed(data.forget_passages) == tokens(FORGET) and listed(data.unseen_passages) == tokens(UNSEEN)
     assert listed(data.keep_passages) == tokens([*KEEP, "kara losob"])
-    assert data.notes["retain"].endswith("; 1 texts were left out, as they are shorter than 2 tokens")
+    assert data.notes["retain"].endswith("; 1 texts were left out: shorter than 2 tokens")
     for kind, expected in (("forget", FORGET), ("unseen", UNSEEN)):
         batches = list(data.passages(kind))
         assert [row for batch in batches for row in rows(batch)] == tokens(expected)
@@ -190,7 +190,7 @@ def test_forget_and_unseen_texts_in_keep_are_neither_pairs_nor_retain_nor_other_
     data = made(keep=[*KEEP[:10], *hidden, *KEEP[10:]], neighbours=16)
     assert listed(data.keep_passages) == tokens(KEEP)
     assert all(set(row) == set(kept(data.retain_dataloader("train"))) for row in data.pairs)
-    assert data.notes["retain"].endswith("; 4 texts were left out, as they are forget or unseen passages, or nearly so")
+    assert data.notes["retain"].endswith("; 4 texts were left out: near-duplicates of forget or unseen passages")
 
 
 def test_only_what_is_trained_is_compared():
@@ -202,7 +202,7 @@ def test_a_passage_that_is_given_twice_is_asked_for_once():
     data = made(forget=[*FORGET, FORGET[3], f"{FORGET[4]} and more"])
     assert listed(data.forget_passages) == tokens(FORGET)
     assert data.active == list(range(11))
-    assert data.notes["forget"].endswith("; 2 more were given again")
+    assert data.notes["forget"].endswith("; 2 duplicates were left out")
 
 
 def test_without_unseen_texts_there_are_no_unseen_passages():
@@ -216,13 +216,13 @@ def test_without_unseen_texts_there_are_no_unseen_passages():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix": 0}, "prefix: 0 tokens are too few"),
-        ({"suffix": -1}, "suffix: -1 tokens are too few"),
-        ({"refusals": ()}, "refusals: "),
-        ({"refusals": ["no", " "]}, "refusals: "),
-        ({"forget": []}, "forget: there is no text"),
-        ({"keep": []}, "keep: there is no text"),
-        ({"unseen": []}, "unseen: there is no text"),
+        ({"prefix": 0}, "prefix must be >= 1, got 0"),
+        ({"suffix": -1}, "suffix must be >= 1, got -1"),
+        ({"refusals": ()}, "refusals must be"),
+        ({"refusals": ["no", " "]}, "refusals must be"),
+        ({"forget": []}, "forget must have at least one text"),
+        ({"keep": []}, "keep must have at least one text"),
+        ({"unseen": []}, "unseen must have at least one text"),
         (
             {"forget": [*FORGET, "kara losob nuvu"]},
             r"forget: 1 of 12 texts are shorter than prefix \+ suffix, 5 \+ 3 = 8 tokens, such as number 11 with 3, "
@@ -231,14 +231,14 @@ def test_without_unseen_texts_there_are_no_unseen_passages():
         ({"unseen": ["kara", *UNSEEN]}, "unseen: 1 of 6 texts are shorter .* number 0 with 1, 'kara'"),
         (
             {"unseen": [*UNSEEN, FORGET[2]]},
-            f"unseen: 1 of 6 passages are passages to forget, or nearly so, such as '{FORGET[2][:20]}",
+            f"unseen: 1 of 6 passages are near-duplicates of passages to forget, such as '{FORGET[2][:20]}",
         ),
-        ({"keep": FORGET}, "keep: 0 texts are too few, of 11 given; 11 texts were left out, as they are forget"),
-        ({"keep": KEEP[:2]}, "keep: 2 texts are too few"),
-        ({"neighbours": 17}, "neighbours: 17 pairs were asked for, and only 16 of 16 texts"),
-        ({"neighbours": 0}, "neighbours: 0 is too few"),
-        ({"pairing": "closest"}, "pairing: 'closest'"),
-        ({"tokenizer": None}, "tokenizer: there is none; give"),
+        ({"keep": FORGET}, "keep must have at least 3 usable texts, got 0 of 11; 11 texts were left out: near-dup"),
+        ({"keep": KEEP[:2]}, "keep must have at least 3 usable texts, got 2 of 2"),
+        ({"neighbours": 17}, "neighbours must be <= 16, got 17: 0 of 16"),
+        ({"neighbours": 0}, "neighbours must be >= 1, got 0"),
+        ({"pairing": "closest"}, "pairing must be .* got 'closest'"),
+        ({"tokenizer": None}, "tokenizer must be .* got None"),
         ({"tokenizer": "/no/such/folder"}, "tokenizer: '/no/such/folder' cannot be loaded"),
     ],
 )
@@ -252,7 +252,7 @@ def test_nothing_is_half_done_after_a_refusal():
     for _ in range(2):
         with pytest.raises(UnlearnError, match="neighbours"):
             data.setup("fit")
-    with pytest.raises(UnlearnError, match="forget: there are no passages yet"):
+    with pytest.raises(UnlearnError, match="forget: no passages yet"):
         data.train_dataloader()
 
 
@@ -261,7 +261,7 @@ def test_active_passages_must_exist():
     data.active = (5, 2, 5)
     assert data.active == [2, 5]
     for wrong in ([11], [-1]):
-        with pytest.raises(UnlearnError, match="active: .* there are 11 passages"):
+        with pytest.raises(UnlearnError, match="active must be indices of the 11 passages"):
             data.active = wrong
     assert data.active == [2, 5]
 
@@ -292,12 +292,12 @@ def test_files_serve_as_lists_do(tmp_path):
     ("name", "content", "message"),
     [
         ("none.txt", None, "forget: .*none.txt cannot be read"),
-        ("texts.csv", "text\n", "forget: .*texts.csv is neither .txt nor .jsonl"),
-        ("empty.txt", " \n\n", "forget: there is no text"),
+        ("texts.csv", "text\n", "forget must be a .txt or .jsonl file, .* got .*texts.csv"),
+        ("empty.txt", " \n\n", "forget must have at least one text"),
         ("odd.jsonl", '{"text": "a"}\n{"words": "b"}', 'forget: line 2 of .*odd.jsonl has no string under "text"'),
         ("number.jsonl", '{"text": 5}', 'line 1 of .* has no string under "text"'),
         ("list.jsonl", "[1]", 'line 1 of .* has no string under "text"'),
-        ("broken.jsonl", '\n{"text": "a', "line 2 of .*broken.jsonl is no JSON"),
+        ("broken.jsonl", '\n{"text": "a', "line 2 of .*broken.jsonl is not JSON"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "forget: .*latin.txt cannot be read .*UTF-8"),
     ],
 )

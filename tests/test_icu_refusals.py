@@ -115,7 +115,7 @@ class Bare(Callback):
         ({}, {}, {"unseen": None}, "give it unseen="),
         ({"stop": {MA: 0.1}, "forgotten": [MemorizationBelow()]}, {}, {"unseen": None}, "give it unseen="),
         ({}, {"tokenizer": None}, {"tokenizer": tokenizer()}, "tokenizer: the module has none"),
-        ({}, {"tokenizer": None}, {}, "tokenizer: there is none"),
+        ({}, {"tokenizer": None}, {}, "tokenizer must be .* got None"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(callback, module, data, message):

@@ -31,9 +31,6 @@ class ActiveSampler(DistributedSampler):
         seed: of the order, together with the epoch.
 
     Example:
-        >>> sampler = ActiveSampler(range(9), lambda: [1, 4, 6], batch_size=2)
-        >>> sorted(sampler)
-        [(1, 0.5), (4, 1.0), (6, 0.5)]
         >>> shares = [ActiveSampler(range(9), lambda: [1, 4, 6], batch_size=2, num_replicas=2, rank=r) for r in range(2)]
         >>> [[(index, round(weight, 2)) for index, weight in share] for share in shares]
         [[(1, 0.67), (4, 0.67)], [(6, 0.67), (1, 0.0)]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import re
@@ -28,19 +27,14 @@ SHARED = 0.5
 
 
 def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
-    r"""Find the texts of a corpus that are the same as one of some texts, or nearly so.
+    r"""Find the texts of a corpus that nearly duplicate one of some texts.
 
-    Two texts are the same if their words are, whatever the case, white space and punctuation. They are near-duplicates if at
-    least half of the sequences of three words in the shorter one are also in the other. So a text is found that was edited (each
-    changed word costs three sequences), that contains one of the texts or is contained in it, or was cut from the same source
-    less than half its length off. The shorter one decides, since a long text that contains a passage to forget teaches it as
-    well as the passage alone. Unrelated texts, also of one field, share a few stock phrases at most; one text too many costs a
-    retain text, one too few would have the model learn what it must forget. Words are runs of letters and digits: in a language
-    that is written without spaces, edited texts are hardly found.
-
-    Args:
-        texts: that must not be in the corpus.
-        corpus: where to look.
+    They do if at least half of the sequences of three words in the shorter one are also in the other, whatever the case, white
+    space and punctuation. So a text is found that was edited (each changed word costs three sequences), that contains one of the
+    texts or is contained in it, or was cut from the same source less than half its length off. The shorter one decides, since a
+    long text that contains a passage to forget teaches it as well as the passage alone. Unrelated texts, even of one field,
+    share only a few stock phrases. Words are runs of letters and digits: in a language without spaces, edited texts are rarely
+    found.
 
     Returns:
         Indices into the corpus, ascending.
@@ -84,7 +78,7 @@ def pair(
     Args:
         forget: texts to forget.
         corpus: the retain texts.
-        k: how many for each.
+        k: how many to choose for each.
         method: "nearest" by the cosine between two texts, or "random", the control.
         encoder: of texts: a sentence-transformers model, as a folder or a name, which that library downloads where needed. None:
             TF-IDF of the words, by scikit-learn; the default whatever is installed, so that nothing is downloaded unasked.
@@ -99,11 +93,6 @@ def pair(
     Raises:
         UnlearnError: if there are fewer than k texts to choose from, an argument is out of its range, the encoder cannot be
             loaded, no text has a word (TF-IDF), or a library is not installed.
-
-    Example:
-        >>> corpus = ["stocks and bonds", "a dog and the cat", "my cat sat on a mat", "The cat sat."]
-        >>> pair(["the cat sat"], corpus, k=2)
-        [[1, 2]]
     """
     if k < 1:
         raise UnlearnError(f"neighbours must be >= 1, got {k}")
@@ -119,8 +108,8 @@ def pair(
     candidates = [i for i in range(len(corpus)) if i not in excluded]
     if len(candidates) < k:
         raise UnlearnError(
-            f"neighbours must be <= {len(candidates)}, got {k}: of {len(corpus)} retain texts, {len(excluded)} are near-duplicates "
-            "of texts to forget; add retain texts, or ask for fewer neighbours"
+            f"neighbours must be <= {len(candidates)}, got {k}: {len(excluded)} of {len(corpus)} retain texts are near-duplicates"
+            " of texts to forget; add retain texts, or ask for fewer neighbours"
         )
     if method == "random":
         pairs = [random.Random(f"{seed} {i}").sample(candidates, k) for i in range(len(forget))]
@@ -153,10 +142,12 @@ def _tf_idf(forget: Sequence[str], corpus: Sequence[str]) -> tuple[Any, Any]:
 
 def _embeddings(encoder: str, forget: Sequence[str], corpus: Sequence[str], verbose: bool) -> tuple[Any, Any]:
     try:
-        model = importlib.import_module("sentence_transformers").SentenceTransformer(encoder)
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(encoder)
     except ImportError as error:
         raise UnlearnError(
-            f"encoder: sentence_transformers cannot be imported ({error}); pip install sentence-transformers"
+            f"encoder: cannot import sentence-transformers ({error}); pip install sentence-transformers"
         ) from error
     except (OSError, ValueError) as error:
         raise UnlearnError(

@@ -25,13 +25,9 @@ BATCH_TOKENS = 4096
 
 
 def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
-    """Predict every token of each sequence from the true ones before it.
+    """Predict every token of each sequence, of ids `[T_i]`, from the true ones before it.
 
-    Args:
-        model: a causal language model of transformers, alone or with PEFT adapters; in evaluation mode meanwhile.
-        rows: token ids, each `[T_i]`.
-        batch_tokens: most tokens in a forward with padding, unless one sequence has more; their logits, vocabulary × 4 bytes
-            each, are held about three times.
+    A forward has at most `batch_tokens` tokens with padding, or one sequence; it holds about three fp32 copies of their logits.
 
     Returns:
         For each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the
@@ -49,27 +45,13 @@ def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH
 
 
 def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
-    """Continue each prefix greedily.
+    """Continue each prefix, of ids `[P_i]`, greedily by at most `counts[i]` tokens, or up to an end-of-sequence token.
 
     Each completion is the one that its prefix gets alone, up to rounding: padding is on the left, masked, and has no position.
-
-    Args:
-        model: as in `teacher_forced`.
-        prefixes: token ids, each `[P_i]`, at least one.
-        counts: how many tokens to add to each.
-        batch_tokens: most tokens in a batch with padding and completions; of each, the keys and values are held.
-
-    Returns:
-        For each prefix the added tokens, at most `counts[i]`, on the CPU. An end-of-sequence token is the last one.
+    A batch has at most `batch_tokens` tokens with padding and completions; the keys and values of each are held.
 
     Raises:
         UnlearnError: if a prefix is empty, or the model has no cache of keys and values.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-        >>> [len(tokens) for tokens in complete(model, [torch.tensor([5, 6, 7]), torch.tensor([8])], [2, 4])]
-        [2, 4]
     """
     if not all(map(len, prefixes)):
         raise UnlearnError("prefixes: each must have at least one token, but one is empty")
@@ -100,11 +82,11 @@ def complete_prefixes(
     needed where the rest is predicted correctly.
 
     Args:
-        model: as in `teacher_forced`.
+        model: a causal language model of transformers, alone or with PEFT adapters; in evaluation mode meanwhile.
         rows: token ids, each `[T_i]`.
         predicted: this model's predictions of each, as `teacher_forced` gives them.
         lengths: how many tokens the prefixes of each have, from 1 to `T_i - 1`.
-        batch_tokens: most tokens in a batch.
+        batch_tokens: as in `complete`.
 
     Returns:
         For each sequence, for each of its `lengths`, the completion as `complete` would give it.

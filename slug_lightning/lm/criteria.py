@@ -17,6 +17,9 @@ from slug_lightning.lm.completion import complete_prefixes, teacher_forced
 from slug_lightning.lm.metrics import bleu, extraction_likelihood, memorization_accuracy
 from slug_lightning.lm.sequences import pad
 
+Bound = Union[float, Literal["unseen"]]
+"""A number, or the mean over passages that the model never saw."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -63,7 +66,7 @@ def gather(
     wrongly, or for each of its `prefixes`.
 
     Args:
-        model: a causal language model of transformers; in evaluation mode meanwhile.
+        model: as in `complete_prefixes`.
         tokenizer: gives the texts, by `decode`.
         passages: token ids, each `[T_i]`.
         prefix: how many tokens of a passage the model is given to complete.
@@ -125,7 +128,7 @@ class Criterion(ABC):
     """
 
     name: ClassVar[str]
-    below: Union[float, Literal["unseen"]]
+    below: Bound
 
     def __post_init__(self) -> None:
         if self.below != "unseen" and not (isinstance(self.below, (int, float)) and 0 <= self.below <= 1):
@@ -153,7 +156,7 @@ class BleuBelow(Criterion):
         [True, True, False, False]
     """
 
-    below: Union[float, Literal["unseen"]] = 0.01
+    below: Bound = 0.01
     name = "bleu"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
@@ -174,7 +177,7 @@ class BertScoreBelow(Criterion):
     """
 
     model: str
-    below: Union[float, Literal["unseen"]] = "unseen"
+    below: Bound = "unseen"
     name = "bertscore"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
@@ -224,7 +227,7 @@ class MemorizationBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
-    below: Union[float, Literal["unseen"]] = "unseen"
+    below: Bound = "unseen"
     name = "memorization_accuracy"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
@@ -240,7 +243,7 @@ class ExtractionBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
-    below: Union[float, Literal["unseen"]] = "unseen"
+    below: Bound = "unseen"
     name = "extraction_likelihood"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
@@ -262,7 +265,7 @@ class ProbabilityBelow(Criterion):
         below: the bound, 0 to 1; or "unseen": the mean over passages that the model never saw.
     """
 
-    below: Union[float, Literal["unseen"]] = "unseen"
+    below: Bound = "unseen"
     name = "probability"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:

@@ -59,11 +59,6 @@ def log_likelihood(logits: Tensor, sequences: Sequences, start: int = 1) -> Tens
 
     Returns:
         `[B]`, fp32; 0 for a shorter sequence.
-
-    Example:
-        >>> sequences = {"input_ids": torch.tensor([[0, 1, 1]]), "attention_mask": torch.ones(1, 3).long()}
-        >>> log_likelihood(torch.zeros(1, 3, 4), sequences) / math.log(4)
-        tensor([-2.])
     """
     scores, ids, lengths = at_targets(logits, sequences, start)
     return -summed(cross_entropy(scores, ids, reduction="none"), lengths)

@@ -20,19 +20,10 @@ def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
 
     Args:
         predictions: `[B, T-1]` token ids.
-        sequences: `[B, T]`, padded on the right.
+        sequences: `[B, T]`, each of at least two tokens.
 
     Returns:
         `[B]` fp32 from 0 to 1, on the device of the predictions.
-
-    Raises:
-        UnlearnError: if a sequence has no token to predict.
-
-    Example:
-        >>> from slug_lightning.lm.sequences import pad
-        >>> texts = pad([torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2])])
-        >>> memorization_accuracy(torch.tensor([[2, 3, 9, 5], [2, 0, 0, 0]]), texts)
-        tensor([0.7500, 1.0000])
     """
     ids, counts = (part.to(predictions.device) for part in targets(sequences))
     if not counts.any(1).all():
@@ -61,15 +52,6 @@ def extraction_likelihood(
 
     Returns:
         `[B]` fp32 from 0 to 1, on the CPU.
-
-    Raises:
-        UnlearnError: if a sequence has no prefix that leaves n tokens, or not one completion for each prefix.
-
-    Example:
-        >>> from slug_lightning.lm.sequences import pad
-        >>> said = [torch.tensor([2, 3, 4]), torch.tensor([3, 9])]  # after [1] and after [1, 2]
-        >>> extraction_likelihood([said], pad([torch.tensor([1, 2, 3, 4])]), n=2)
-        tensor([0.5000])
     """
     rows = counted(sequences)
     lengths = [range(1, len(row) - n + 1) for row in rows] if lengths is None else lengths
@@ -92,16 +74,8 @@ def extraction_likelihood(
 def ngram_diversity(texts: Sequence[Tensor], n: int = 4) -> Tensor:
     """Share of different n-grams among the n-grams of a text (distinct-n): low where it repeats itself.
 
-    Args:
-        texts: token ids, each `[T_i]`.
-        n: tokens of an n-gram.
-
     Returns:
-        fp32 above 0 and at most 1, one for each text; 0 for a text that is shorter than n.
-
-    Example:
-        >>> ngram_diversity([torch.tensor([1, 2, 1, 2, 1]), torch.tensor([1, 2, 3])], n=2)
-        tensor([0.5000, 1.0000])
+        fp32 above 0 and at most 1, one for each text, of ids `[T_i]`; 0 for a text that is shorter than n.
     """
     grams = [_ngrams(text, n) for text in texts]
     return torch.tensor([len(set(found)) / max(len(found), 1) for found in grams], dtype=torch.float32)
@@ -114,19 +88,8 @@ def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
     ICU's bound for "forgotten", without it 2 %. Texts shorter than four words are judged by the n-grams that they have
     (effective order), so that a recited text gets 1 at any length.
 
-    Args:
-        candidates: what the model says.
-        references: what it should, or should no longer, say; as many.
-
     Returns:
         fp32 from 0 to 1, one for each pair; 0 where either is empty.
-
-    Raises:
-        UnlearnError: if sacrebleu is not installed.
-
-    Example:
-        >>> bleu(["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "the cat"])
-        tensor([1., 0.])
     """
     scorer = import_optional("sacrebleu.metrics", "lm").BLEU(effective_order=True, smooth_method="none")
     scores = [scorer.sentence_score(said, [true]).score for said, true in zip(candidates, references, strict=True)]
@@ -158,18 +121,7 @@ class _Mean(Metric):
 
 
 class MemorizationAccuracy(_Mean):
-    """Mean of `memorization_accuracy` over sequences, from 0 to 1.
-
-    Args:
-        kwargs: those of `torchmetrics.Metric`.
-
-    Example:
-        >>> from slug_lightning.lm.sequences import pad
-        >>> metric = MemorizationAccuracy()
-        >>> metric.update(torch.tensor([[2, 3, 9, 5]]), pad([torch.tensor([1, 2, 3, 4, 5])]))
-        >>> metric.compute()
-        tensor(0.7500)
-    """
+    """Mean of `memorization_accuracy` over sequences, from 0 to 1."""
 
     higher_is_better = True
 
@@ -185,16 +137,6 @@ class Perplexity(_Mean):
 
     That of torchmetrics goes by a softmax, which is 0 in fp32 for a token that gradient ascent has made very unlikely: one such
     token makes the perplexity of a whole corpus infinite.
-
-    Args:
-        kwargs: those of `torchmetrics.Metric`.
-
-    Example:
-        >>> metric = Perplexity()
-        >>> half = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # p = 1/2
-        >>> metric.update(half, {"input_ids": torch.tensor([[0, 1]]), "attention_mask": torch.ones(1, 2).long()})
-        >>> round(metric.compute().item(), 4)
-        2.0
     """
 
     higher_is_better = False

@@ -60,15 +60,6 @@ class FrozenCopy(_Recomputed):
 
     Raises:
         UnlearnError: if the model's weights are not here: on the meta device, or sharded.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
-        >>> reference = FrozenCopy(model)
-        >>> sequences = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
-        >>> reference.kl(model(**sequences).logits, sequences).tolist()
-        [0.0]
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,13 +87,6 @@ class AdaptersOff(_Recomputed):
     Raises:
         UnlearnError: if it has no adapters that can be disabled, or if this would not restore the original, because other
             weights are trained too or the adapters are merged into them.
-
-    Example:
-        >>> AdaptersOff(nn.Linear(1, 1))
-        Traceback (most recent call last):
-        ...
-        slug_lightning.errors.UnlearnError: reference: Linear has no adapters to disable; give a model that \
-peft.get_peft_model made, or use FrozenCopy or TopK
     """
 
     def __init__(self, model: Any) -> None:

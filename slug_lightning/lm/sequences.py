@@ -39,13 +39,7 @@ def counted(sequences: Sequences) -> list[Tensor]:
 
 
 def targets(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The token that each position but the last must predict, `[B, T-1]`, and which of these count, bool.
-
-    Example:
-        >>> ids, counts = targets(pad([torch.tensor([5, 6, 7]), torch.tensor([8])]))
-        >>> ids.tolist(), counts.tolist()
-        ([[6, 7], [0, 0]], [[True, True], [False, False]])
-    """
+    """The token that each position but the last must predict, `[B, T-1]`, and which of these count, bool."""
     mask = sequences["attention_mask"].bool()
     return sequences["input_ids"][:, 1:], mask[:, 1:] & mask[:, :-1]
 

@@ -66,18 +66,6 @@ class TopK:
 
     Raises:
         UnlearnError: if k is too small, or the model's weights are not here: on the meta device, or sharded.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
-        >>> reference = TopK(model, tempfile.mkdtemp(), k=4)
-        >>> sequences = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
-        >>> reference.prepare([{"pair": sequences}])
-        >>> bool(reference.kl(model(**sequences).logits, sequences).abs() < 1e-6)
-        True
-        >>> reference.memory()["disk"] < 1000
-        True
     """
 
     def __init__(self, model: nn.Module, folder: Union[str, Path], k: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""The evidence of a run that made a language model forget passages: plain data -> JSON, tables, figures."""
+"""The report of a run that made a language model forget passages: plain data -> JSON, tables, figures."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class PassagesReport(JsonFile):
-    """Everything that a run over passages found out.
+    """The outcome of a run over passages.
 
     Attributes:
-        status: "unlearned" where what was to stop the training did; "unfinished" where the epochs ended before that.
+        status: "unlearned" where the stopping rule ended the training; "unfinished" where the epochs ended before.
         method: name of the loss.
         reason: what ended the training, in words.
-        thresholds: at or below which the mean of a metric stops the training, by name; of unseen passages where that was asked.
-        bounds: at or below which a passage counts as forgotten, by criterion; likewise.
-        decided: names of the metrics that decided when to stop; what is reported besides had no say.
+        thresholds: at or below which the mean of a metric stops the training, by name.
+        bounds: at or below which a passage counts as forgotten, by criterion.
+        decided: names of the metrics that decided when to stop.
         passages: of each passage to forget: `number`, `remembered`, `epochs` trained, `returns`, `values` by criterion at the
             end, metrics `before` and `after`.
         trace: before the first and after each epoch: `epoch`, `step`, how many passages were `trained` and how many are
             `remembered`, means of the metrics over all passages (`extraction_likelihood` from some prefixes, which decides;
-            `before` and `after` have it from all), `other_perplexity` on validation data.
-        before: means by set of texts ("forget", "unseen", "other") and metric, of the original model.
-        after: the same of the model that has forgotten.
+            `before` and `after` have it from all), `other_perplexity` on the retain set's validation split.
+        before: means by set of texts ("forget", "unseen", "other": the retain set's test split) and metric, of the original.
+        after: the same of the trained model.
         samples: completions of some passages: `prompt`, `truth`, `before`, `after`.
         cost: `seconds` by phase ("training", "validation" in and after each epoch, "report"), the ratio of validation to
             training, bytes of the `reference`, how many passages were trained on in all epochs.
-        notes: what was decided on the way.
+        notes: decisions made during the run.
         versions: of the libraries.
 
     Example:
@@ -92,19 +92,12 @@ class PassagesReport(JsonFile):
         return stream.getvalue().rstrip("\n")
 
     def figures(self) -> dict[str, Figure]:
-        """Pictures of the run: "forgetting", the metrics over the epochs with what they must fall below."""
+        """Figures of the run: "forgetting", the metrics over the epochs with their thresholds."""
         return {"forgetting": forgetting_figure(self.trace, self.bounds | self.thresholds)}
 
 
 def samples_table(samples: list[dict[str, str]]) -> str:
-    """Completions before and after, as a Markdown table.
-
-    Example:
-        >>> print(samples_table([{"prompt": "to be", "truth": "or not", "before": "or not", "after": "| a" + chr(10) + "b"}]))
-        | prompt (its end) | truth | before | after |
-        |---|---|---|---|
-        | to be | or not | or not | ¦ a⏎b |
-    """
+    """Completions before and after, as a Markdown table."""
     rows = ["| prompt (its end) | truth | before | after |", "|---|---|---|---|"]
     for sample in samples:
         cells = (sample["prompt"][-80:], *(sample[name] for name in ("truth", "before", "after")))

@@ -27,16 +27,9 @@ OVERFLOW_NLL = 700.0
 
 
 class Examiner:
-    """Completes passages and measures them, shared among the ranks; every rank gets all findings.
+    """Completes passages from their first `prefix` tokens and measures them, shared among the ranks, which all get all findings.
 
-    Args:
-        module: holds the model and its tokenizer.
-        runner: of the trainer's strategy and precision.
-        prefix: how many tokens of a passage the model is given to complete.
-        criteria: whose values to measure.
-        n: of the extraction likelihood.
-        batch_size: passages at once.
-        progress: where to show it.
+    `n` is that of the extraction likelihood; `batch_size` passages are completed at once.
     """
 
     def __init__(

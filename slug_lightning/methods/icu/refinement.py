@@ -9,34 +9,19 @@ from typing import Any
 
 @dataclass
 class Status:
-    """State of one passage.
-
-    Attributes:
-        remembered: whether no criterion calls it forgotten.
-        epochs: how many epochs it was trained on.
-        returns: how often it was remembered again after it had been forgotten.
-    """
+    """State of one passage."""
 
     remembered: bool = True
     epochs: int = 0
+    """In which it was trained on."""
     returns: int = 0
+    """How often it was remembered again after it had been forgotten."""
 
 
 class Refinement:
     """The status of every passage, epoch by epoch. A passage rests as soon as one criterion calls it forgotten.
 
-    Args:
-        count: number of passages.
-        rests: whether forgotten passages rest; else all of them are trained on to the end.
-
-    Example:
-        >>> refinement = Refinement(3)
-        >>> refinement.update([False, True, True])
-        >>> refinement.active
-        [0]
-        >>> refinement.update([True, False, True])
-        >>> refinement.active, refinement.passages[1].returns
-        ([1], 1)
+    With `rests=False`, all passages are trained on to the end.
     """
 
     def __init__(self, count: int, rests: bool = True) -> None:
