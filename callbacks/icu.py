@@ -310,7 +310,7 @@ def _publish(report: PassagesReport, loggers: Iterable[Any]) -> None:
             logger.log_metrics(
                 {f"{when}/{texts}_{name}": v for texts, values in measured.items() for name, v in values.items()}, step=0
             )
-        writer = getattr(logger, "experiment", None)
+        writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "add_figure"):
             for name, figure in report.figures().items():
                 writer.add_figure(f"unlearn/{name}", figure)

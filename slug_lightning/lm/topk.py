@@ -105,11 +105,7 @@ class TopK:
             self._open()
 
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
-        """KL(p₀ ‖ p) of each sequence over k + 1 buckets, `[B]`.
-
-        Raises:
-            UnlearnError: if a sequence was not prepared as a pair.
-        """
+        """KL(p₀ ‖ p) over k + 1 buckets, `[B]`, of sequences that were prepared as pairs."""
         found = zip(*_found(self._tops, sequences, "pair"), strict=True)
         chosen, likeliest, rest = (torch.cat(parts).to(logits.device) for parts in found)
         reference = torch.cat([likeliest.float(), rest[:, None]], 1).log_softmax(-1)  # as rounded, they do not sum to 1
@@ -117,16 +113,12 @@ class TopK:
         return mean_divergence(reference, bucketed(scores, chosen.long()), lengths)
 
     def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
-        """Log p₀ of each sequence, `[B]`.
-
-        Raises:
-            UnlearnError: if a sequence was not prepared.
-        """
+        """Log p₀, `[B]`, of sequences that were prepared."""
         rows = _found(self._tokens, sequences, "forget")
         return torch.stack([row[start - 1 :].sum() for row in rows]).to(sequences["input_ids"].device)
 
     def memory(self) -> dict[str, int]:
-        """The size of the files."""
+        """Bytes of the files."""
         return {"device": 0, "disk": sum(path.stat().st_size for path in self._files)}
 
     def digest(self) -> str:
@@ -147,7 +139,7 @@ class TopK:
             self._write(pending)
 
     def _measured(self, sequences: Sequences, is_pair: bool) -> list[_Row]:
-        """What the original says of those sequences that are not known yet."""
+        """The original's likelihoods of those sequences that are not known yet."""
         known: Mapping[str, Any] = self._tops if is_pair else self._tokens
         names = digests(sequences)
         missing = {name: i for i, name in enumerate(names) if name not in known}
@@ -156,7 +148,7 @@ class TopK:
         self._is_original = self._is_original or weights_digest(self.model) == self._digest  # asked once for each prepare()
         if not self._is_original:
             raise UnlearnError(
-                f"reference: the model is no longer the original, and what that said is not in {self.folder} yet; call prepare() "
+                f"reference: the model is no longer the original, whose likelihoods are not all in {self.folder}; call prepare() "
                 "before training, before its precision is changed and before a checkpoint is restored"
             )
         device = next(self.model.parameters()).device
