@@ -1,4 +1,4 @@
-"""Where forget and retain come from."""
+"""Datamodules with data to forget and to retain."""
 
 from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.datamodules.concept import ConceptDataModule

@@ -1,9 +1,9 @@
-"""Forget and retain, each in three parts: one for the gradient, one for the search, one for the report."""
+"""A forget set and a retain set, each split into train (gradient), val (search) and test (report)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,111 +14,76 @@ from slug_lightning.utils.loaders import SPLITS, Split
 from slug_lightning.utils.names import by_concept, concept_of, labelled, listed
 
 
+def _shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def split_indices(count: int, seed: int = 0) -> dict[Split, list[int]]:
-    """Divide `range(count)` at random, but always alike: about 1/2 train, 1/4 val, 1/4 test, none of them empty.
-
-    Args:
-        count: how many samples there are, at least 3.
-        seed: of the permutation.
-
-    Raises:
-        ValueError: if there are fewer than 3 samples.
-
-    Example:
-        >>> {split: len(part) for split, part in split_indices(10).items()}
-        {'train': 6, 'val': 2, 'test': 2}
-    """
+    """Split `range(count)` at random into about 1/2 train, 1/4 val and 1/4 test, none of them empty."""
     if count < 3:
-        raise ValueError(f"{count} samples cannot be divided into three parts")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        raise ValueError(f"{count} samples cannot be split in three")
+    order = _shuffled(count, seed)
     part = max(1, count // 4)
     return {"train": order[2 * part :], "val": order[:part], "test": order[part : 2 * part]}
 
 
-def three_parts(
-    kind: str, train: Dataset, val: Dataset | None, test: Dataset | None, seed: int = 0
+def make_splits(
+    label: str, train: Any, val: Dataset | None = None, test: Dataset | None = None, seed: int = 0
 ) -> tuple[dict[Split, Dataset], str]:
-    """Complete the three parts of one set: a part that is missing is split off `train`.
+    """Complete the splits of one set: those that are not given are split off `train`.
 
-    `train` is mixed in any case: samples of one class tend to stand together, and a contrastive batch needs them apart.
-
-    Args:
-        kind: "forget" or "retain", with the concept where there are several, for messages.
-        train: map-style dataset for the gradient.
-        val: the one for the search, or None.
-        test: the one for the report, or None.
-        seed: of the split and of the order.
-
-    Returns:
-        The parts, and a sentence that says how they came about.
-
-    Raises:
-        UnlearnError: if a part is empty, or if `train` is too small to be split.
-
-    Example:
-        >>> parts, sentence = three_parts("forget", list(range(8)), None, None)
-        >>> sentence
-        'one set of 8 samples was split into 4 (gradient), 2 (search), 2 (report), seed 0'
+    `train` is shuffled in any case: samples of one class tend to stand together, and a contrastive batch needs them mixed.
+    Returns the splits, and a sentence on how they came about.
     """
-    count = len(cast(Sized, train))
-    given: dict[Split, Dataset | None] = {"val": val, "test": test}
-    if any(dataset is not None and len(cast(Sized, dataset)) == 0 for dataset in (train, val, test)):
-        raise UnlearnError(f"{kind}: the set is empty; give at least one sample for each of gradient, search and report")
-    missing = [split for split, dataset in given.items() if dataset is None]
+    given: dict[Split, Any] = {"train": train, "val": val, "test": test}
+    if any(dataset is not None and len(dataset) == 0 for dataset in given.values()):
+        raise UnlearnError(f"{label}: a dataset is empty; give at least one sample each for train, validation and test")
+    missing = [split for split in SPLITS if given[split] is None]
+    count = len(train)
     if missing and count < 3:
         raise UnlearnError(
-            f"{kind}: {count} samples are too few to keep gradient, search and report apart; give at least 3, or sets of your "
-            "own for search and report in an UnlearnDataModule"
+            f"{label}: {count} samples are too few for separate train, validation and test splits; give at least 3, or "
+            "validation and test sets of your own in an UnlearnDataModule"
         )
-    order = split_indices(count, seed) if missing else {"train": _mixed(count, seed), "val": [], "test": []}
-    parts = {split: part if (part := given.get(split)) is not None else Subset(train, order[split]) for split in SPLITS}
-    if len(missing) == 1:  # the share of a part that was given stays with the gradient
-        other = next(split for split in given if split not in missing)
-        parts["train"] = Subset(train, order["train"] + order[other])
-    sizes = "{} (gradient), {} (search), {} (report)".format(*(len(cast(Sized, parts[split])) for split in SPLITS))
-    return parts, f"one set of {count} samples was split into {sizes}, seed {seed}" if missing else f"three sets of {sizes}"
-
-
-def _mixed(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    indices = split_indices(count, seed) if missing else {"train": _shuffled(count, seed)}
+    for split in SPLITS[1:]:
+        if split in indices and split not in missing:  # it was given: its share stays in train
+            indices["train"] += indices.pop(split)
+    splits = {split: Subset(train, indices[split]) if split in indices else given[split] for split in SPLITS}
+    sizes = "{} train, {} validation, {} test".format(*(len(splits[split]) for split in SPLITS))
+    return splits, f"one set of {count} samples split into {sizes} (seed {seed})" if missing else f"three sets: {sizes}"
 
 
 class UnlearnDataModule(pl.LightningDataModule):
-    """Where forget and retain come from: two datasets, or up to six; for several concepts, a dict of each forget set.
+    """Serve a forget set and a retain set; for several concepts, one forget set each.
 
-    A set without a `val` or `test` of its own is split (about 1/2 gradient, 1/4 search, 1/4 report), always alike
-    for the same `seed`, and the report says so.
+    Validation and test sets that are not given are split off: about 1/2 of the samples serve the gradient (train), 1/4 the
+    search (val) and 1/4 the report (test). The split depends on `seed` alone, and the report states it.
 
-    As a Lightning datamodule it serves the retain set, so that `then="continue"` trains on what is kept.
-    A subclass that makes its sets late overrides `setup` and calls `set_parts` there.
+    As a Lightning datamodule it serves the retain set, so that `then="continue"` trains on it.
+    A subclass that makes its datasets late overrides `setup` and calls `set_parts` there.
 
     Args:
-        forget: map-style dataset of what is to be forgotten; its samples carry the labels or captions that the
-            module's steps expect. Several concepts: a dict of datasets by the concept's name.
-        retain: map-style dataset of what is to be kept.
-        forget_val: forget data for the search, if not to be split off `forget`. Of several concepts, a dict of those
-            that have some.
-        forget_test: forget data for the report, likewise.
-        retain_val: retain data for the search, likewise.
-        retain_test: retain data for the report, likewise.
+        forget: map-style dataset to forget; its samples carry the labels or captions that the module's steps expect.
+            For several concepts, a dict of datasets by the concept's name.
+        retain: map-style dataset to retain.
+        forget_val: forget data for the search. For several concepts, a dict that may leave some out.
+        forget_test: likewise for the report.
+        retain_val: retain data for the search.
+        retain_test: likewise for the report.
         batch_size: samples in a batch. A contrastive loss depends on it.
         num_workers: worker processes of each loader.
         collate_fn: as in `torch.utils.data.DataLoader`.
         seed: of the splits and of the order of samples within them.
 
     Attributes:
-        notes: how each set was split, by its kind, as in `notes["retain"]`; of a concept with a name, `notes["forget 'cat'"]`.
+        notes: how each set was split, under "retain", "forget", or "forget 'cat'" for a concept with a name.
 
     Raises:
-        UnlearnError: if a set is empty or too small, or if the concepts' names cannot be told apart.
+        UnlearnError: if a set is empty or too small, or if two concepts' names cannot be told apart.
 
     Example:
         >>> from torch.utils.data import TensorDataset
-        >>> data = UnlearnDataModule(TensorDataset(torch.arange(8)), TensorDataset(torch.arange(100, 140)), batch_size=4)
-        >>> [len(batch[0]) for batch in data.forget_dataloader("train")]
-        [4]
-        >>> sum(len(batch[0]) for batch in data.retain_dataloader("val"))
-        10
         >>> pets = {"cat": TensorDataset(torch.arange(8)), "dog": TensorDataset(torch.arange(8, 14))}
         >>> data = UnlearnDataModule(pets, TensorDataset(torch.arange(100, 140)))
         >>> data.concepts, len(data.forget_dataloader("train", "dog").dataset)
@@ -149,7 +114,7 @@ class UnlearnDataModule(pl.LightningDataModule):
         self._retain: dict[Split, Dataset] = {}
         if forget is not None:
             named = by_concept("forget", forget)
-            val, test = alike("forget_val", forget_val, named), alike("forget_test", forget_test, named)
+            val, test = for_concepts("forget_val", forget_val, named), for_concepts("forget_test", forget_test, named)
             for concept, dataset in named.items():
                 self.set_parts("forget", dataset, val.get(concept), test.get(concept), concept=concept)
         if retain is not None:
@@ -157,43 +122,37 @@ class UnlearnDataModule(pl.LightningDataModule):
 
     @property
     def concepts(self) -> list[str]:
-        """The names of the concepts to forget, as far as `setup` has made their sets."""
+        """Names of the concepts to forget whose datasets are set."""
         return [concept_of(self) if name is None else name for name in self._forget]
 
     def set_parts(
-        self,
-        kind: str,
-        train: Dataset,
-        val: Dataset | None = None,
-        test: Dataset | None = None,
-        *,
-        concept: str | None = None,
+        self, kind: str, train: Dataset, val: Dataset | None = None, test: Dataset | None = None, *, concept: str | None = None
     ) -> None:
-        """Set the data of `kind`, "forget" or "retain"; what is missing is split off `train`.
+        """Set the splits of one set; those not given are split off `train`.
 
         Args:
             kind: "forget" or "retain".
             train: map-style dataset for the gradient.
             val: for the search.
             test: for the report.
-            concept: of "forget": the name of the concept; call it once for each. None: the only one, without a name.
+            concept: name of the concept to forget; call once for each. None: the only one, without a name.
         """
         label = labelled(kind, concept)
-        parts, sentence = three_parts(label, train, val, test, self.seed)
+        splits, sentence = make_splits(label, train, val, test, self.seed)
         self.notes[label] = f"{label}: {sentence}"
         if kind == "forget":
-            self._forget[concept] = parts
+            self._forget[concept] = splits
         elif concept is not None:
-            raise UnlearnError(f"concept: {kind} data belong to no concept; leave {concept!r} out")
+            raise UnlearnError(f"concept: must be None for {kind} data, got {concept!r}")
         else:
-            self._retain = parts
+            self._retain = splits
 
     def forget_dataloader(self, split: Split, concept: str | None = None) -> DataLoader:
-        """Batches of what is to be forgotten.
+        """Return the forget batches of one split.
 
         Args:
             split: "train" (gradient), "val" (search) or "test" (report).
-            concept: which; None where there is but one.
+            concept: which one; may be None if there is only one.
 
         Raises:
             UnlearnError: if there is no such concept, or if there are several and none is named.
@@ -201,7 +160,7 @@ class UnlearnDataModule(pl.LightningDataModule):
         return self._loader(self._forget[self.key_of(concept)][split])
 
     def retain_dataloader(self, split: Split) -> DataLoader:
-        """Batches of what is to be kept; `split` as in `forget_dataloader`."""
+        """Return the retain batches of one split, as `forget_dataloader` does."""
         if not self._retain:
             raise no_dataset("retain", self)
         return self._loader(self._retain[split])
@@ -216,43 +175,29 @@ class UnlearnDataModule(pl.LightningDataModule):
         return self.retain_dataloader("test")
 
     def key_of(self, concept: str | None) -> str | None:
-        """Under what a concept's sets are kept: its name, or None if it was given without one."""
+        """Return the key of a concept's splits: its name, or None if it was given without one."""
         if not self._forget:
             raise no_dataset("forget", self)
         keys = dict(zip(self.concepts, self._forget, strict=True))
         if concept is None and len(keys) == 1:
             (concept,) = keys
         if concept not in keys:
-            problem = "there are several, name one of" if concept is None else f"{concept!r} is none of"
-            raise UnlearnError(f"concept: {problem} {listed(list(keys), 20)}")
+            raise UnlearnError(f"concept: must be one of {listed(list(keys), 20)}, got {concept!r}")
         return keys[concept]
 
     def _loader(self, dataset: Dataset) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-        )
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=self.collate_fn)
 
 
 def no_dataset(kind: str, datamodule: UnlearnDataModule) -> UnlearnError:
-    """What to raise where the sets of `kind` are asked for before they are there."""
+    """Make the error for a set that is read before it is set."""
     return UnlearnError(f"{kind}: no dataset was given; pass {kind}=… to {type(datamodule).__name__}, or call its setup()")
 
 
-def alike(argument: str, given: Any, forget: Mapping[str | None, Any]) -> dict[str | None, Any]:
-    """An argument by concept, which may leave concepts out, but has no names other than those of the forget sets.
-
-    Raises:
-        UnlearnError: if it has other names.
-
-    Example:
-        >>> alike("forget_val", {"cat": [1]}, {"cat": [2], "dog": [3]})
-        {'cat': [1]}
-    """
+def for_concepts(argument: str, given: Any, forget: Mapping[str | None, Any]) -> dict[str | None, Any]:
+    """Return an argument by concept; it may leave concepts out, but must not name any that has no forget set."""
     named = {} if given is None else by_concept(argument, given)
     if not named.keys() <= forget.keys():
-        names = f"a dict by the concepts' names, {listed(list(forget), 20)}"
-        raise UnlearnError(f"{argument}: give {'no dict, as the concept has no name' if None in forget else names}")
+        expected = "no dict, as the concept has no name" if None in forget else f"a dict by concept, {listed(list(forget), 20)}"
+        raise UnlearnError(f"{argument}: give {expected}")
     return named

@@ -2,55 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.names import by_concept, labelled
+from slug_lightning.utils.names import by_concept, labelled, listed
 
 Classes = int | str | list[int | str]
 
 
 class ConceptDataModule(UnlearnDataModule):
-    """Forget the samples of a dataset that a selector names, and retain all the others.
+    """Forget the samples of a dataset that a selector picks, and retain all others.
 
-    Exactly one of `classes`, `indices` and `where` says which; for several concepts, it is a dict by the concept's name. A
-    sample may belong to several concepts; what belongs to none is retained. The choice is made in `setup`, which reads each
-    sample once, however many concepts there are, except for `indices` and for the `classes` of a dataset with `targets`,
-    such as torchvision's: then no sample is read.
+    Give exactly one of `classes`, `indices` and `where`; for several concepts, as a dict by the concept's name. A sample may
+    belong to several concepts; one that belongs to none is retained. `setup` reads each sample once, however many concepts
+    there are; it reads none for `indices`, or for `classes` if the dataset has `targets`, as torchvision's have.
 
     Args:
         dataset: map-style dataset with the concepts and the rest.
-        classes: the class to forget, or several: labels as they stand in the samples, or names where the dataset has
-            a `class_to_idx`, such as torchvision's.
+        classes: the class to forget, or several: labels as in the samples, or names if the dataset has a `class_to_idx`,
+            as torchvision's have.
         indices: positions in `dataset` of the samples to forget.
         where: called with each sample; true for those to forget.
-        label: where in a sample its class is: a position, or a key. -1 is the last element, or `dataset.targets`.
-        test_dataset: other samples for the report, divided into forget and retain by the same `classes` or `where`.
-            Without it the report's share is split off `dataset`.
+        label: position or key of the class in a sample. -1 is the last element, or `dataset.targets`.
+        test_dataset: samples for the report, split into forget and retain by the same `classes` or `where`. If None, the
+            report's share is split off `dataset`.
         batch_size: samples in a batch.
         num_workers: worker processes of each loader.
         collate_fn: as in `torch.utils.data.DataLoader`.
         seed: of the splits and of the order of samples within them.
 
     Raises:
-        UnlearnError: if not exactly one selector is given, if the concepts' names cannot be told apart, if the dataset has
-            no indices, or if an index is out of range or given twice; in `setup`, if a class does not exist or nothing is
-            left to forget or to retain.
+        UnlearnError: if not exactly one selector is given, if two concepts' names cannot be told apart, if the dataset is a
+            stream, or if an index is out of range or repeated; in `setup`, if a class does not exist or nothing is left to
+            forget or to retain.
 
     Example:
         >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> digits = TensorDataset(torch.zeros(40, 2), torch.arange(40) % 10)
-        >>> data = ConceptDataModule(digits, classes=3)
-        >>> data.setup("fit")
-        >>> data.notes["forget"]
-        'forget: one set of 4 samples was split into 2 (gradient), 1 (search), 1 (report), seed 0'
-        >>> [labels.unique().tolist() for images, labels in data.forget_dataloader("train")]
-        [[3]]
         >>> data = ConceptDataModule(digits, classes={"three": 3, "the even ones": [0, 2, 4, 6, 8]})
         >>> data.setup("fit")
         >>> {name: len(data.forget_dataloader("train", name).dataset) for name in data.concepts}
@@ -76,35 +70,27 @@ class ConceptDataModule(UnlearnDataModule):
         given = [name for name, selector in selectors.items() if selector is not None]
         if len(given) != 1:
             raise UnlearnError(
-                f"classes, indices, where: give exactly one, to say what to forget; given: {', '.join(given) or 'none of them'}"
+                f"classes, indices, where: give exactly one, to select what to forget; given: {', '.join(given) or 'none'}"
             )
         for name, source in (("dataset", dataset), ("test_dataset", test_dataset)):
             if isinstance(source, IterableDataset):
                 raise UnlearnError(
-                    f"{name}: a stream ({type(source).__name__}) has no indices to select; give a map-style dataset, "
-                    "or forget and retain loaders of your own to the callback"
+                    f"{name}: must be a map-style dataset, as a stream ({type(source).__name__}) has no indices; or pass "
+                    "forget and retain loaders of your own to the callback"
                 )
         if indices is not None and test_dataset is not None:
-            raise UnlearnError("test_dataset: indices say nothing about another dataset; give classes or where")
-        (self.selector,) = given
-        self.selected = by_concept(self.selector, selectors[self.selector])
-        """By concept (None: the only one, without a name) what selects its samples."""
-        if indices is not None:
-            count = _length(dataset)
-            self.selected = {name: _checked(labelled("indices", name), own, count) for name, own in self.selected.items()}
+            raise UnlearnError("test_dataset: cannot be combined with indices, which belong to dataset; give classes or where")
         self.dataset = dataset
         self.test_dataset = test_dataset
         self.label = label
+        (self.selector,) = given
+        self.selected = by_concept(self.selector, selectors[self.selector])
+        if indices is not None:
+            for concept, own in self.selected.items():
+                self.selected[concept] = _checked(labelled("indices", concept), own, len(cast(Sized, dataset)))
 
     def setup(self, stage: str | None = None) -> None:
-        """Divide the dataset, once; further calls change nothing.
-
-        Args:
-            stage: Lightning's; it makes no difference.
-
-        Raises:
-            UnlearnError: if a class does not exist, or if nothing is left to forget or to retain.
-        """
+        """Split the dataset into forget and retain; further calls change nothing."""
         if self.notes:
             return
         forget, retain = self._divide("dataset", self.dataset)
@@ -112,13 +98,14 @@ class ConceptDataModule(UnlearnDataModule):
         retain_test = None
         if self.test_dataset is not None:
             forget_test, retain_test = self._divide("test_dataset", self.test_dataset)
-        for concept, chosen in forget.items():
-            self.set_parts("forget", chosen, test=forget_test.get(concept), concept=concept)
+        for concept, own in forget.items():
+            self.set_parts("forget", own, test=forget_test.get(concept), concept=concept)
         self.set_parts("retain", retain, test=retain_test)
 
-    def _divide(self, name: str, dataset: Dataset) -> tuple[dict[str | None, Subset], Subset]:
-        """The samples of each concept, and those of none."""
-        count = _length(dataset)
+    def _divide(self, name: str, dataset: Any) -> tuple[dict[str | None, Subset], Subset]:
+        """Return the samples of each concept, and those of none."""
+        count = len(dataset)
+        chosen: dict[str | None, list[int]]
         if self.selector == "indices":
             chosen = {concept: sorted(own) for concept, own in self.selected.items()}
         elif self.selector == "where":
@@ -132,43 +119,37 @@ class ConceptDataModule(UnlearnDataModule):
             chosen = self._of_classes(name, dataset)
         for concept, own in chosen.items():
             if not own:
-                problem = f"none of the {count} samples is selected" + (f" for {concept!r}" if concept else "")
-                raise UnlearnError(f"{name}: {problem}; select what is to be forgotten")
+                which = f" for {concept!r}" if concept else ""
+                raise UnlearnError(f"{name}: none of the {count} samples is selected{which}; select at least one to forget")
         anything = set().union(*chosen.values())
         if len(anything) == count:
-            raise UnlearnError(
-                f"{name}: all {count} samples are selected, so there is nothing left to retain; "
-                "select fewer, or add samples of other kinds"
-            )
+            raise UnlearnError(f"{name}: all {count} samples are selected, none is left to retain; select fewer, or add others")
         retained = [i for i in range(count) if i not in anything]
         return {concept: Subset(dataset, own) for concept, own in chosen.items()}, Subset(dataset, retained)
 
-    def _of_classes(self, name: str, dataset: Dataset) -> dict[str | None, list[int]]:
-        """Where the samples of the wanted classes are, by concept."""
+    def _of_classes(self, name: str, dataset: Any) -> dict[str | None, list[int]]:
+        """Return the indices of each concept's classes."""
         root: Any = dataset
-        positions: Sequence[int] = range(_length(dataset))
+        positions: Sequence[int] = range(len(dataset))
         while type(root) is Subset:
             root, positions = root.dataset, [root.indices[i] for i in positions]
         targets = getattr(root, "targets", None) if self.label == -1 else None
-        labels = self._plain(root[i][self.label] if targets is None else targets[i] for i in positions)
-        found: dict[Any, list[int]] = {}
-        for i, one in enumerate(labels):
-            found.setdefault(one, []).append(i)
+        found: dict[Any, list[int]] = defaultdict(list)
+        for i, one in enumerate(self._plain(root[i][self.label] if targets is None else targets[i] for i in positions)):
+            found[one].append(i)
         names = getattr(root, "class_to_idx", {})
         chosen = {}
         for concept, classes in self.selected.items():
             wanted = [names.get(one, one) for one in ([classes] if isinstance(classes, (int, str)) else classes)]
-            absent = [one for one in wanted if one not in found]
-            if absent:
-                there = sorted(found, key=lambda one: (str(type(one)), one))
-                some = ", ".join(repr(one) for one in there[:10]) + ", …" * (len(there) > 10)
+            if absent := [one for one in wanted if one not in found]:
+                known = listed(sorted(found, key=lambda one: (str(type(one)), one)), 10)
                 which = labelled("classes", concept)
-                raise UnlearnError(f"{which}: no sample of {name} has the class {absent[0]!r}; there are {some}")
+                raise UnlearnError(f"{which}: no sample of {name} has the class {absent[0]!r}; there are {known}")
             chosen[concept] = sorted(i for one in set(wanted) for i in found[one])
         return chosen
 
     def _plain(self, read: Iterable[Any]) -> list[Any]:
-        """Labels as plain numbers or strings, so that they compare and print as the user writes them."""
+        """Return labels as plain numbers or strings, so that they compare and print as the user writes them."""
         try:
             labels = [one.item() if hasattr(one, "item") else one for one in read]
             set(labels)
@@ -180,17 +161,12 @@ class ConceptDataModule(UnlearnDataModule):
         return labels
 
 
-def _length(dataset: Dataset) -> int:
-    return len(cast(Sequence[Any], dataset))
-
-
 def _checked(argument: str, indices: Sequence[int], count: int) -> list[int]:
-    """Indices as a list, all different and within the dataset."""
+    """Return indices as a list, after checking that they are distinct and in range."""
     indices = [int(i) for i in indices]
-    beyond = [i for i in indices if not 0 <= i < count]
-    if beyond:
+    if beyond := [i for i in indices if not 0 <= i < count]:
         raise UnlearnError(f"{argument}: {beyond[0]} is out of range; the dataset has {count} samples, 0 to {count - 1}")
-    repeated = {i for i in indices if indices.count(i) > 1} if len(set(indices)) < len(indices) else set()
-    if repeated:
-        raise UnlearnError(f"{argument}: {min(repeated)} is given more than once; give each sample once")
+    if len(set(indices)) < len(indices):
+        repeated = min(i for i in indices if indices.count(i) > 1)
+        raise UnlearnError(f"{argument}: {repeated} is given more than once; give each sample once")
     return indices

@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from slug_lightning.datamodules.base import UnlearnDataModule, split_indices, three_parts
+from slug_lightning.datamodules.base import UnlearnDataModule, make_splits, split_indices
 from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.errors import UnlearnError
@@ -105,7 +105,7 @@ class DictData(pl.LightningDataModule):
         return {"forget": loader(range(50, 56))}
 
 
-# split_indices and three_parts
+# split_indices and make_splits
 
 
 @examples(60)
@@ -128,17 +128,17 @@ def test_split_refuses_what_cannot_be_three(count):
     with pytest.raises(ValueError, match=f"^{count} samples"):
         split_indices(count)
     with pytest.raises(UnlearnError, match="forget: .*(empty|at least 3)"):
-        three_parts("forget", numbers(range(count)), None, None)
+        make_splits("forget", numbers(range(count)), None, None)
 
 
-def test_three_parts_splits_off_only_what_is_missing():
+def test_make_splits_splits_off_only_what_is_missing():
     train, own = numbers(range(12)), numbers(range(50, 53))
-    both, note = three_parts("forget", train, own, own)
+    both, note = make_splits("forget", train, own, own)
     assert both["val"] is both["test"] is own
     assert sorted(read(both["train"])) == list(range(12))
-    assert note == "three sets of 12 (gradient), 3 (search), 3 (report)"
+    assert note == "three sets: 12 train, 3 validation, 3 test"
     for given_name, missing in (("val", "test"), ("test", "val")):
-        parts, note = three_parts("retain", train, *((own, None) if given_name == "val" else (None, own)))
+        parts, note = make_splits("retain", train, *((own, None) if given_name == "val" else (None, own)))
         assert parts[given_name] is own
         assert sorted(read(parts["train"]) + read(parts[missing])) == list(range(12))
         assert len(parts[missing]) == 3
@@ -146,15 +146,15 @@ def test_three_parts_splits_off_only_what_is_missing():
 
 
 def test_train_is_mixed_even_if_nothing_is_split():
-    parts, _ = three_parts("forget", numbers(range(50)), numbers([1]), numbers([2]))
+    parts, _ = make_splits("forget", numbers(range(50)), numbers([1]), numbers([2]))
     assert read(parts["train"]) != list(range(50))
 
 
 @pytest.mark.parametrize("empty", range(3))
 def test_an_empty_set_is_refused_wherever_it_stands(empty):
     sets = [numbers([] if i == empty else range(5)) for i in range(3)]
-    with pytest.raises(UnlearnError, match="retain: the set is empty"):
-        three_parts("retain", *sets)
+    with pytest.raises(UnlearnError, match="retain: a dataset is empty"):
+        make_splits("retain", *sets)
 
 
 # UnlearnDataModule
@@ -202,6 +202,8 @@ def test_datamodule_without_a_set_says_which():
     with pytest.raises(UnlearnError, match="retain: no dataset"):
         UnlearnDataModule(numbers(FORGET)).retain_dataloader("train")
     with pytest.raises(UnlearnError, match="forget: no dataset"):
+        UnlearnDataModule(retain=numbers(RETAIN)).forget_dataloader("train")
+    with pytest.raises(UnlearnError, match="forget: no dataset"):
         resolve(None, None, UnlearnDataModule(retain=numbers(RETAIN)))
 
 
@@ -213,7 +215,7 @@ def test_loader_is_split_without_loss(options):
     found = resolve(loader(FORGET, **options), loader(RETAIN), None)
     assert_partition(parts_of(found), FORGET)
     assert_partition(parts_of(found, "retain"), RETAIN)
-    assert found.notes[0] == "forget: one set of 24 samples was split into 12 (gradient), 6 (search), 6 (report), seed 0"
+    assert found.notes[0] == "forget: one set of 24 samples split into 12 train, 6 validation, 6 test (seed 0)"
 
 
 def test_loader_settings_are_kept():
@@ -315,7 +317,7 @@ def test_a_stream_is_read_once_over_the_three_splits(stream):
 
 @pytest.mark.parametrize("wrong", [5, object()])
 def test_what_is_no_loader_is_refused(wrong):
-    with pytest.raises(UnlearnError, match=f"forget: a {type(wrong).__name__} is no DataLoader"):
+    with pytest.raises(UnlearnError, match=f"forget: must be a DataLoader, .*got {type(wrong).__name__}"):
         resolve(wrong, loader(RETAIN), None)
 
 
@@ -327,7 +329,7 @@ def test_a_generator_is_refused():
 def test_an_empty_list_and_an_empty_loader_are_refused():
     with pytest.raises(UnlearnError, match="forget: the list of loaders is empty"):
         resolve([], loader(RETAIN), None)
-    with pytest.raises(UnlearnError, match="retain: the set is empty"):
+    with pytest.raises(UnlearnError, match="retain: a dataset is empty"):
         resolve(loader(FORGET), loader([]), None)
 
 

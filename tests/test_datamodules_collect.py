@@ -218,18 +218,18 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path):
     (tmp_path / "pairs.csv-7.png").unlink()
     found = collect("cat", [table], tmp_path / "made", at_least=3)
     assert len(captions(tmp_path / "made", "forget")) == len(captions(tmp_path / "made", "retain")) == 3
-    assert "left out: 2 pictures that cannot be read, such as" in str(found) and "pairs.csv-1.png" in str(found)
+    assert "left out: 2 images that cannot be read, such as" in str(found) and "pairs.csv-1.png" in str(found)
 
 
 def test_too_few_say_how_many_are_needed_and_leave_nothing(tmp_path):
     table = write(tmp_path, map(picture, range(9)), ["cat"] * 3 + ["two CATS"] * 2 + ["cats, cathedral"] + ["dog"] * 3)
     before = set(tmp_path.iterdir())
-    needed = "at least 5 are needed, 3 for the gradient, 1 for the search and 1 for the report"
-    with pytest.raises(UnlearnError, match=f"^forget: 3 different pictures are too few, {needed}; .*aliases") as caught:
+    needed = "at least 5 are needed, 3 for train, 1 for validation and 1 for test"
+    with pytest.raises(UnlearnError, match=f"^forget: 3 different images are too few, {needed}; .*aliases") as caught:
         collect("cat", [table], tmp_path / "made", at_least=5)
     assert "named in 3 of 9 captions" in str(caught.value)
-    assert "taken for something else: 'cats', 'cathedral'; if one of these is meant" in str(caught.value)
-    with pytest.raises(UnlearnError, match=f"^retain: 3 different pictures are too few, {needed}"):
+    assert "not taken for the concept: 'cats', 'cathedral'; give those that mean it" in str(caught.value)
+    with pytest.raises(UnlearnError, match=f"^retain: 3 different images are too few, {needed}"):
         collect("cat", [table], tmp_path / "made", aliases=["cats"], at_least=5)
     assert set(tmp_path.iterdir()) == before
 
@@ -239,14 +239,14 @@ def test_too_few_say_how_many_are_needed_and_leave_nothing(tmp_path):
     [
         ({"name": " "}, "name: a name is empty"),
         ({"aliases": [""]}, "name: a name is empty"),
-        ({"templates": ["a photo"]}, r"templates: \['a photo'\]; give at least one, each with {}"),
+        ({"templates": ["a photo"]}, r"templates: must be at least one, each with {} .*, got \['a photo'\]"),
         ({"templates": []}, "templates: "),
-        ({"at_least": 2}, "at_least: 2 pictures cannot serve"),
-        ({"output": "."}, "output: .* exists"),
-        ({"output": "no/folder"}, "output: .*the folder that it should lie in does not"),
+        ({"at_least": 2}, "at_least: must be >= 3, .* got 2"),
+        ({"output": "."}, "output: must be a new folder"),
+        ({"output": "no/folder"}, "output: must be a new folder in an existing one, got .*no/folder"),
         ({"sources": ["{here}/none.csv"]}, "none.csv: there is no such file"),
-        ({"sources": ["{here}/none.txt"]}, "sources: .*none.txt is no .csv"),
-        ({"sources": ["{here}/.."]}, "sources: the folder .* CSV files, not one"),
+        ({"sources": ["{here}/none.txt"]}, "sources: must be a .csv or .tsv file, .* got .*none.txt"),
+        ({"sources": ["{here}/.."]}, "sources: the folder .* must have one CSV file"),
         ({"caption_column": "text"}, "caption_column: .* has no column 'text'"),
     ],
 )
@@ -269,7 +269,7 @@ def test_the_command_writes_what_a_config_reads(tmp_path, capsys):
     assert main(args) == 0
     told = capsys.readouterr().out
     assert "kitten: named in 8 of 16 captions" in told and "left out: 4 copies" in told
-    assert "forget: one set of 4 samples was split into 2 (gradient), 1 (search), 1 (report), seed 3" in told
+    assert "forget: one set of 4 samples split into 2 train, 1 validation, 1 test (seed 3)" in told
     config = yaml.safe_load(told.splitlines()[-1])["data"]
     assert config["class_path"] == "slug_lightning.datamodules.ImageTextDataModule"
     data = ImageTextDataModule(**config["init_args"], **TOOLS)
@@ -279,7 +279,7 @@ def test_the_command_writes_what_a_config_reads(tmp_path, capsys):
 
 def test_the_command_fails_with_2_and_the_reason(tmp_path, capsys):
     assert main(["collect", "--name", "cat", "--from", source(tmp_path), "--output", str(tmp_path / "made")]) == 2
-    assert "slug-lightning: forget: 4 different pictures are too few, at least 20 are needed" in capsys.readouterr().err
+    assert "slug-lightning: forget: 4 different images are too few, at least 20 are needed" in capsys.readouterr().err
 
 
 def test_help_states_the_defaults_of_the_function(capsys):

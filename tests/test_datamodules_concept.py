@@ -231,7 +231,7 @@ def test_options_reach_the_loaders():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "classes, indices, where: .*given: none of them"),
+        ({}, "classes, indices, where: .*given: none"),
         ({"classes": 1, "indices": [1]}, "classes, indices, where: .*given: classes, indices"),
         ({"indices": [1, 40]}, "indices: 40 is out of range; the dataset has 40 samples, 0 to 39"),
         ({"indices": [-1]}, "indices: -1 is out of range"),
@@ -246,7 +246,7 @@ def test_options_reach_the_loaders():
         ({"classes": [0, 9]}, "the class 9"),
         ({"classes": 0, "label": "kind"}, "label: .*'kind' .TypeError"),
         ({"classes": 0, "label": 5}, "label: .* 5 .IndexError"),
-        ({"indices": [1], "test_dataset": labelled()}, "test_dataset: indices say nothing"),
+        ({"indices": [1], "test_dataset": labelled()}, "test_dataset: cannot be combined with indices"),
         ({"classes": 4, "test_dataset": labelled([0, 1])}, "no sample of test_dataset has the class 4"),
         ({"classes": 0, "test_dataset": labelled([0, 0])}, "test_dataset: all 2 samples"),
         ({"classes": 0, "test_dataset": Digits(0)}, "no sample of test_dataset"),
@@ -259,7 +259,7 @@ def test_errors_name_argument_and_remedy(arguments, message):
 
 @pytest.mark.parametrize("name", ["dataset", "test_dataset"])
 def test_streams_are_refused(name):
-    with pytest.raises(UnlearnError, match=f"^{name}: a stream .Stream. has no indices"):
+    with pytest.raises(UnlearnError, match=f"^{name}: must be a map-style dataset, as a stream .Stream. has no indices"):
         ConceptDataModule(**{"dataset": labelled(), name: Stream()}, classes=1)
 
 
@@ -270,7 +270,7 @@ def test_several_labels_in_one_sample_are_refused(target):
 
 
 def test_at_most_ten_classes_are_shown():
-    with pytest.raises(UnlearnError, match="there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"):
+    with pytest.raises(UnlearnError, match="there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more$"):
         make(labelled(range(30)), classes=99)
 
 

@@ -116,14 +116,11 @@ def test_choices_come_from_answers_of_the_same_kind(tmp_path):
 
 def test_notes_say_how_pictures_were_divided_and_what_kept_answers_name(tmp_path):
     data = made(tmp_path, seed=3)
-    assert data.notes["forget"] == (
-        "forget: three sets of 8 (gradient), 4 (search), 4 (report), "
-        "all questions about each of 8 pictures in one of them, seed 3"
-    )
-    assert "name what is to be forgotten" not in data.notes["retain"]
+    assert data.notes["forget"] == ("forget: three sets: 8 train, 4 validation, 4 test; split by image (8 images, seed 3)")
+    assert "name what to forget" not in data.notes["retain"]
     retain = written(tmp_path, "others", people("Bob", 3) + people("ANNIE with a dog", 2))
     data = made(tmp_path, retain=retain)
-    assert data.notes["retain"].endswith("; 4 answers name what is to be forgotten, such as 'ANNIE with a dog'")
+    assert data.notes["retain"].endswith("; 4 retain answers name what to forget, such as 'ANNIE with a dog'")
 
 
 def test_several_concepts_have_files_of_their_own(tmp_path):
@@ -144,7 +141,7 @@ def test_one_picture_may_be_asked_about_in_both_files_but_not_the_same(tmp_path)
     (tmp_path / "below").mkdir()
     same = [{**people("Ann", 1)[0], "image": "below/../Ann0.png"}, *other]
     with pytest.raises(
-        UnlearnError, match=r"forget, retain: 2 questions of 16 are in retain too, such as 'who is this\?'.*Ann0.png"
+        UnlearnError, match=r"forget, retain: 2 of 16 questions are in retain too, such as 'who is this\?'.*Ann0.png"
     ):
         made(tmp_path, retain=written(tmp_path, "same", same, pictures=False))
 
@@ -160,9 +157,9 @@ LINE = {"image": "a.png", "question": "who?", "answer": "Ann"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": ', "forget: line 2 of .*forget.jsonl is no JSON"),
-        ("[1]", "line 2 of .* is no object"),
-        ({**LINE, "alias": ["Ann"]}, "line 2 .* has 'alias', and there are only 'image', 'question', .*; rename or remove it"),
+        ('{"image": ', "forget: line 2 of .*forget.jsonl is not JSON"),
+        ("[1]", "line 2 of .* is not an object"),
+        ({**LINE, "alias": ["Ann"]}, "line 2 .* may only have 'image', 'question', .*, got 'alias'; rename or remove it"),
         ({"question": "who?", "answer": "Ann"}, 'line 2 .* has no text under "image"'),
         ({**LINE, "image": ["a.png"]}, 'line 2 .* has no text under "image"'),
         ({**LINE, "question": []}, 'line 2 .* has no text under "question"'),
@@ -182,13 +179,13 @@ def test_a_line_that_is_not_as_it_should_be_is_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"choices": 1}, "choices: 1 leave nothing to choose; give at least 2, or 0"),
-        ({"choices": 2, "retain": "sky"}, "choices: of kind 'name' all answers name 'Ann'; give 0"),
-        ({"forget": {"Ann": "same.jsonl", "Cy": "same.jsonl"}}, "forget: 'Ann', 'Cy' have the same file; give one for each"),
+        ({"choices": 1}, "choices: must be >= 2, or 0 .*, got 1"),
+        ({"choices": 2, "retain": "sky"}, "choices: all answers of kind 'name' name 'Ann'; give 0"),
+        ({"forget": {"Ann": "same.jsonl", "Cy": "same.jsonl"}}, "forget: 'Ann', 'Cy' have the same source; give one for each"),
         ({"forget": "nowhere.jsonl"}, "forget: nowhere.jsonl cannot be read"),
-        ({"retain": "few"}, "retain: 2 pictures are too few .*; give at least 3"),
+        ({"retain": "few"}, "retain: 2 images are too few .*; give at least 3"),
         ({"retain": "empty"}, "retain: there is no question in .*empty.jsonl; give at least one"),
-        ({"retain": "missing"}, "gone0.png: there is no such image file; mend its path"),
+        ({"retain": "missing"}, "gone0.png: there is no such image file; correct its path"),
     ],
 )
 def test_errors_name_argument_and_remedy(tmp_path, arguments, message):

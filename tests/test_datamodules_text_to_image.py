@@ -185,8 +185,8 @@ def test_two_sources_may_come_with_words_or_without(tmp_path):
     with pytest.raises(UnlearnError) as error:
         made(**sources, **prompts, concept=["tiger", "lion"])
     assert str(error.value) == (
-        "forget: the captions never name the concept: none of 3 contains any of ['tiger', 'lion'] as whole words, see 'a cat'; "
-        "add to concept the words they use, or mend the captions"
+        "forget: none of 3 captions contains any of ['tiger', 'lion'] as whole words, see 'a cat'; "
+        "add the words they use to concept, or correct the captions"
     )
 
 
@@ -218,8 +218,8 @@ def test_prompts_that_are_given_serve_search_and_report_and_are_labelled(tmp_pat
         assert {int(sample["steps"]) for loader in (forget, retain) for sample in read(loader)} == {steps}
         assert {int(sample["seed"]) for sample in read(retain)} == set(noise_seeds(split, times))
     assert data.notes["forget"] == (
-        "forget: three sets of 4 (gradient), 6 (search), 9 (report); search and report draw the same 3 prompts, 2 and 3 times "
-        "each, from other seeds, in 4 and 9 steps"
+        "forget: three sets: 4 train, 6 validation, 9 test; search and report draw the same 3 prompts, 2 and 3 times "
+        "each, from different seeds, in 4 and 9 steps"
     )
     keep = {"data": str(tmp_path / "data"), "concept": "owl", "forget_prompts": ["owl"]}
     data = made(**keep, retain_prompts=str(tmp_path / "keep.txt"), report_seeds=1)
@@ -300,36 +300,36 @@ CAT = {"data": "{here}", "concept": "cat", "forget_prompts": ["cat"], "retain_pr
         (CAT | {"forget": "{here}"}, "given: concept, data, forget"),
         (CAT | {"labels": {"steps": THINGS}}, "labels: 'steps' is the name of another part of a sample"),
         (CAT | {"labels": {"thing": ["a", "b", "A"]}}, "labels: thing has the class 'a' more than once"),
-        (CAT | {"asked": None}, "asked: name the judge in labels, 'thing', 'style', .*; nothing was given"),
-        (CAT | {"asked": "colour"}, "asked: name the judge .*; 'colour' is none of them"),
-        (CAT | {"labels": None, "asked": None}, "labels: asked or prompts are given, and no judge"),
+        (CAT | {"asked": None}, "asked: must name the judge .*'thing', 'style', got None"),
+        (CAT | {"asked": "colour"}, "asked: must name the judge .*, got 'colour'"),
+        (CAT | {"labels": None, "asked": None}, "labels: asked or prompts are given, but no judge"),
         (CAT | {"asked": {"cat": "thing"}}, "asked: give no dict, as the concept has no name"),
         (
             {"data": "{here}", "concept": {"cat": "cat", "dog": "dog"}, "asked": {"cat": "thing"}},
-            "asked 'dog': name the judge in labels, .*; nothing was given",
+            "asked 'dog': must name the judge .*, got None",
         ),
         (
             CAT | {"concept": {"cat": "cat"}, "forget_prompts": {"feline": ["cat"]}},
-            "forget_prompts: give a dict by the concepts' names, 'cat'",
+            "forget_prompts: give a dict by concept, 'cat'",
         ),
         (
             {"forget": {"cat": "{here}"}, "retain": "{here}/more", "concept": "cat"},
-            "concept: give a dict by the concepts' names, 'cat'",
+            "concept: give a dict by concept, 'cat'",
         ),
         (CAT | {"forget_prompts": ["cat", "a zebra"]}, "forget_prompts: 'a zebra' does not name one class of 'thing' in labels"),
         (CAT | {"forget_prompts": ["a cat and a dog"]}, "forget_prompts: 'a cat and a dog' does not name one class of 'thing'"),
-        (CAT | {"forget_prompts": ["an owl"]}, r"forget_prompts: the prompts never name the concept: none of 1 .*\['cat'\]"),
+        (CAT | {"forget_prompts": ["an owl"]}, r"forget_prompts: none of 1 prompts contains any of \['cat'\]"),
         (CAT | {"forget_prompts": []}, "forget_prompts: there is no prompt"),
         (CAT | {"forget_prompts": "{here}/none.txt"}, "forget_prompts: .*none.txt cannot be read"),
-        (CAT | {"retain_prompts": ["dog", "a Cat in noto style"]}, "retain_prompts: 'a Cat in noto style' names what is to be"),
-        (CAT | {"retain_prompts": ["dog", "cat and dog in noto style"]}, "retain_prompts: .* names what is to be forgotten"),
+        (CAT | {"retain_prompts": ["dog", "a Cat in noto style"]}, "retain_prompts: 'a Cat in noto style' names what to forget"),
+        (CAT | {"retain_prompts": ["dog", "cat and dog in noto style"]}, "retain_prompts: .* names what to forget"),
         (CAT | {"retain_prompts": ["a zebra"]}, "retain_prompts: 'a zebra' does not name one class of any judge"),
         (
             CAT | {"labels": {"style": STYLES}, "asked": "style", "forget_prompts": None},
-            "forget: of 1 captions held out .* none can serve as a prompt, as .* does not name one class .*; give forget_prompts",
+            "forget: none of 1 captions held out .* can serve as a prompt, as .* does not name one class .*; give forget_prompts",
         ),
-        (CAT | {"search_seeds": 0}, "search, report: 0 pictures of a prompt"),
-        (CAT | {"report_steps": 0}, "search_steps, report_steps: 0 steps draw nothing"),
+        (CAT | {"search_seeds": 0}, "search, report: the number of images per prompt .* got 0"),
+        (CAT | {"report_steps": 0}, "search_steps, report_steps: must be >= 1, got 0"),
     ],
 )
 def test_errors_name_argument_and_remedy(tmp_path, arguments, message):
@@ -342,7 +342,7 @@ def test_errors_name_argument_and_remedy(tmp_path, arguments, message):
 def test_a_class_that_is_to_be_forgotten_is_not_kept_under_other_words(tmp_path):
     """The words of the concept and the class may differ; then the class counts, too."""
     source = write(tmp_path, ["my kitty, a cat", "a dog"])
-    with pytest.raises(UnlearnError, match="retain_prompts: 'a cat' names what is to be forgotten"):
+    with pytest.raises(UnlearnError, match="retain_prompts: 'a cat' names what to forget"):
         made(data=source, concept="kitty", forget_prompts=["my kitty, a cat"], retain_prompts=["a cat"])
 
 

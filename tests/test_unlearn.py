@@ -418,7 +418,7 @@ def empty():
         ({"forget": [], "retain": loader(False)}, trained, "forget: .*empty"),
         ({"retain": loader(True)}, trained, "same data"),
         ({"forget": None}, trained, "forget: nothing was given.*pass forget="),
-        ({"forget": 3}, trained, "forget: a int is no DataLoader"),
+        ({"forget": 3}, trained, "forget: must be a DataLoader, .*got int"),
         ({"forget": iter([1])}, trained, "forget: an iterator can be read only once"),
         ({"forget_metric": "val_accuracy"}, trained, "forget_metric: .*val_accuracy.*only.*val_acc.*val_loss"),
         ({"retain_metric": ["val_acc", "nope"]}, trained, "retain_metric: .*nope.*only"),

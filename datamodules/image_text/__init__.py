@@ -1,1 +1,1 @@
-"""Pictures with texts, from files."""
+"""Images with texts, from files."""

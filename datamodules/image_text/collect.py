@@ -1,4 +1,4 @@
-"""From a name to a forget set: the pairs whose captions name it, and others to keep, without copies, in a folder of their own."""
+"""Collect the image-text pairs whose captions name a concept, and others to retain, without copies, into a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from slug_lightning.datamodules.base import split_indices, three_parts
+from slug_lightning.datamodules.base import make_splits, split_indices
 from slug_lightning.datamodules.image_text.pairs import Pair, decode, open_pairs, whole_words
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import listed
@@ -24,47 +24,37 @@ from slug_lightning.utils.optional_imports import import_optional
 
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}")
 SIDE, FINE = 8, 32
-"""Pixels of a side of the pictures that are compared: so few that encoding and size hardly show; and to make sure."""
+"""Side in pixels of two thumbnails that are compared: coarse, so that encoding and size hardly show; and fine, to confirm."""
 LIKENESS = 0.8
-"""Root mean square difference of the finer ones, in standard deviations of the picture, up to which they are copies: of a page of
-text, or a mark on white, the coarse ones are alike whatever it says."""
+"""Root mean square difference of fine thumbnails, in standard deviations of the image, up to which they are copies: pages of
+text, or marks on white, have the same coarse thumbnail whatever they say."""
 ALIKE = 7.0
-"""Root mean square difference, in levels from 0 to 255, up to which two shrunk pictures are copies. The embedded pictures, saved
-at 48 pixels instead of 64 as JPEG of quality 60, are at most 6.8 off; different ones, at least 10.7."""
+"""Root mean square difference, in levels from 0 to 255, up to which coarse thumbnails are of copies. The embedded drawings, saved
+at 48 pixels instead of 64 as JPEG of quality 60, differ by at most 6.8; different ones, by at least 10.7."""
 
 
 @dataclass
 class Found:
-    """What `collect` found; `str` says it in sentences.
-
-    Attributes:
-        name: of what is to be forgotten.
-        read: how many pairs the sources hold.
-        named: in how many captions its name or an alias stands.
-        longer: words of other captions that begin like a name, in lower case, and how often: "octopuses" for "octopus".
-        copies: how many pairs were left out because of a picture that is a copy of another.
-        unreadable: why, of each pair that was left out because its picture is missing or cannot be decoded.
-        parts: of "forget" and "retain", how many pairs there are, and for what.
-    """
+    """What `collect` found; `str` writes it in sentences."""
 
     name: str
-    read: int = 0
-    named: int = 0
-    longer: Counter[str] = field(default_factory=Counter)
-    copies: int = 0
-    unreadable: list[str] = field(default_factory=list)
-    parts: dict[str, str] = field(default_factory=dict)
+    read: int = 0  # pairs in the sources
+    named: int = 0  # captions that contain the name or an alias
+    longer: Counter[str] = field(default_factory=Counter)  # words of others that start with a name: "octopuses" for "octopus"
+    copies: int = 0  # pairs left out because their image is a copy of another
+    unreadable: list[str] = field(default_factory=list)  # why, for each pair whose image is missing or cannot be decoded
+    parts: dict[str, str] = field(default_factory=dict)  # a sentence on the splits of "forget" and of "retain"
 
     def __str__(self) -> str:
         told = [f"{self.name}: named in {self.named} of {self.read} captions"]
         if self.copies:
-            told.append(f"left out: {self.copies} copies of other pictures")
+            told.append(f"left out: {self.copies} copies of other images")
         if self.unreadable:
-            told.append(f"left out: {len(self.unreadable)} pictures that cannot be read, such as {self.unreadable[0]}")
+            told.append(f"left out: {len(self.unreadable)} images that cannot be read, such as {self.unreadable[0]}")
         told += [f"{kind}: {sentence}" for kind, sentence in self.parts.items()]
         if self.longer:
             words = listed([word for word, _ in self.longer.most_common()])
-            told.append(f"taken for something else: {words}; if one of these is meant, too, give it as an alias")
+            told.append(f"not taken for the concept: {words}; give those that mean it as aliases")
         return "\n".join(told)
 
 
@@ -80,59 +70,44 @@ def collect(
     seed: int = 0,
     **columns: Any,
 ) -> Found:
-    """Write the image-text pairs that name something, and others, into a folder, for an `ImageTextDataModule`.
+    """Write the image-text pairs that name a concept, and others to retain, into a folder for `ImageTextDataModule`.
 
-    The folder gets `forget.csv` and `retain.csv` with the pictures in `images/`. Their columns are "filepath"; "title", the
-    caption, which for what is to be forgotten is made by a template; "caption", as it was found; and "part": "train" (gradient),
-    "val" (search) or "test" (report), as a datamodule with the same seed divides them. No picture is in it twice, so none is
-    both tuned and reported on, or both forgotten and kept. Copies are known by their looks, whatever the encoding and the size.
+    The folder gets `forget.csv` and `retain.csv` with the images in `images/`. Their columns are "filepath"; "title", the
+    caption, which in the forget set is made by a template; "caption", as it was found; and "part": the split ("train", "val" or
+    "test") that a datamodule with the same seed puts it in. No image is in the folder twice, so none is in two splits or sets.
+    Copies are recognised by their looks, whatever the encoding and the size.
 
     Args:
-        name: of what is to be forgotten, as it stands in the captions: as whole words, whatever the case.
+        name: of the concept to forget, as in the captions: as whole words, ignoring case.
         sources: each a CSV file, a folder with one, or tar shards, as `ImageTextDataModule` reads them. They are read twice.
-        output: the folder; it is there whole or not at all.
-        aliases: other names of it, plurals too. Whatever names none is kept.
-        templates: of captions, with {} for `name`; pictures get one after the other.
-        at_least: how many pictures there must be, to forget and to retain; 3 or more.
-        limit: how many pairs to retain at most: the first.
+        output: the folder to make; it is written whole or not at all.
+        aliases: other names of the concept, plurals too. Pairs that contain none of its names are retained.
+        templates: of captions, with {} for `name`, assigned to the images in turn.
+        at_least: minimum number of images to forget and to retain; 3 or more.
+        limit: retain only the first so many pairs.
         seed: of the split.
         columns: `image_column`, `caption_column` and `delimiter` of a CSV, as in `ImageTextDataModule`.
 
-    Returns:
-        What was found, in numbers.
-
     Raises:
-        UnlearnError: if an argument is not what it should be, if a source cannot be read, or if there are too few pictures.
-
-    Example:
-        >>> import tempfile
-        >>> from slug_lightning.embedded import SHARD
-        >>> folder = Path(tempfile.mkdtemp()) / "airplane"
-        >>> print(collect("airplane", [str(SHARD)], folder, at_least=5, limit=100))
-        airplane: named in 5 of 1170 captions
-        forget: one set of 5 samples was split into 3 (gradient), 1 (search), 1 (report), seed 0
-        retain: one set of 100 samples was split into 50 (gradient), 25 (search), 25 (report), seed 0
-        >>> print((folder / "forget.csv").read_text().split()[1])
-        images/000000.png,a
+        UnlearnError: if an argument is invalid, if a source cannot be read, or if there are too few images.
     """
     output, names = Path(output), [name, *aliases]
-    naming = whole_words("name", names)
+    naming, found = whole_words("name", names), Found(name)
     if not templates or any("{}" not in template for template in templates):
-        raise UnlearnError(f"templates: {list(templates)}; give at least one, each with {{}} where the name should stand")
+        raise UnlearnError(f"templates: must be at least one, each with {{}} where the name should stand, got {list(templates)}")
     if at_least < 3:
-        raise UnlearnError(f"at_least: {at_least} pictures cannot serve gradient, search and report; give 3 or more")
+        raise UnlearnError(f"at_least: must be >= 3, for train, validation and test, got {at_least}")
     if output.exists() or not output.parent.is_dir():
-        raise UnlearnError(f"output: {output} exists, or the folder that it should lie in does not; name another")
-    found = Found(name)
+        raise UnlearnError(f"output: must be a new folder in an existing one, got {output}")
     with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as beside:
-        pictures = _Pictures(Path(beside) / "whole", found)
-        forget = list(pictures.new(_naming(_read(sources, columns), naming, names, found)))
+        folder = _Folder(Path(beside) / "whole", found)
+        forget = list(folder.new(_naming(_read(sources, columns), naming, names, found)))
         for number, row in enumerate(forget):
             row["title"] = templates[number % len(templates)].replace("{}", name)
-        pictures.write("forget", forget, at_least, seed)
+        folder.write("forget", forget, at_least, seed)
         others = (pair for pair in _read(sources, columns) if not naming.search(pair.caption))
-        pictures.write("retain", list(islice(pictures.new(others), limit)), at_least, seed)
-        pictures.folder.rename(output)
+        folder.write("retain", list(islice(folder.new(others), limit)), at_least, seed)
+        folder.path.rename(output)
     return found
 
 
@@ -142,7 +117,7 @@ def _read(sources: Sequence[str], columns: dict[str, Any]) -> Iterator[Pair]:
 
 
 def _naming(pairs: Iterator[Pair], naming: re.Pattern[str], names: list[str], found: Found) -> Iterator[Pair]:
-    """The pairs whose captions name it; of the others, words are counted that the user may have meant."""
+    """Yield the pairs whose captions name the concept; in the others, count words that the user may have meant."""
     longer = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})\w+", re.IGNORECASE)
     for pair in pairs:
         found.read += 1
@@ -153,23 +128,19 @@ def _naming(pairs: Iterator[Pair], naming: re.Pattern[str], names: list[str], fo
             found.longer.update(map(str.casefold, longer.findall(pair.caption)))
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values).mean()))
+class _Folder:
+    """The folder that is being made, in which no image is twice."""
 
-
-class _Pictures:
-    """The folder that is being made, in which no picture is twice."""
-
-    def __init__(self, folder: Path, found: Found) -> None:
-        self.folder, self.found = folder, found
+    def __init__(self, path: Path, found: Found) -> None:
+        self.path, self.found = path, found
         self.box = import_optional("PIL.Image", "clip").Resampling.BOX
-        (folder / "images").mkdir(parents=True)
+        (path / "images").mkdir(parents=True)
         self.count = 0
-        # Small pictures by their mean in steps of ALIKE. Means differ by no more than pictures, so a copy is at most a step away.
-        self.small: defaultdict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        # Thumbnails by their mean in steps of ALIKE. Means differ by no more than images, so a copy is at most a step away.
+        self.thumbnails: defaultdict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
 
     def new(self, pairs: Iterable[Pair]) -> Iterator[dict[str, str]]:
-        """Keep the pictures that can be read and are no copies; gives the rows of their table."""
+        """Store the images that can be read and are not copies; yield their rows."""
         for pair in pairs:
             try:
                 image = decode(pair, "RGBA")
@@ -181,40 +152,38 @@ class _Pictures:
                 continue
             path = Path("images") / f"{self.count:06}.{image.format.lower()}"
             self.count += 1
-            (self.folder / path).write_bytes(pair.image if isinstance(pair.image, bytes) else pair.image.read_bytes())
+            (self.path / path).write_bytes(pair.image if isinstance(pair.image, bytes) else pair.image.read_bytes())
             yield {"filepath": path.as_posix(), "title": pair.caption, "caption": pair.caption}
 
     def _is_copy(self, image: Any) -> bool:
-        """Whether a picture looks like one that was kept; if not, it is remembered."""
+        """Return whether an image looks like one that was stored; if not, remember it."""
         # Colours times opacity: what lies below transparent points is not seen.
         whole = image.convert("RGBa")
         own, fine = (np.asarray(whole.resize((side, side), self.box), dtype=np.float32) for side in (SIDE, FINE))
         step = int(own.mean() // ALIKE)
-        near = [other for neighbour in (step - 1, step, step + 1) for other in self.small[neighbour]]
+        near = [other for neighbour in (step - 1, step, step + 1) for other in self.thumbnails[neighbour]]
         if near:
             apart = np.square(np.stack([coarse for coarse, _ in near]) - own).mean(axis=(1, 2, 3))
-            # Two levels are what an encoding may change in a picture of one colour.
+            # Two levels are what an encoding may change in an image of one colour.
             most = max(LIKENESS * fine[..., :3].std(axis=(0, 1)).mean(), 2.0)
-            if any(_rms(near[i][1] - fine) <= most for i in np.flatnonzero(apart <= ALIKE**2)):
+            if any(np.sqrt(np.square(near[i][1] - fine).mean()) <= most for i in np.flatnonzero(apart <= ALIKE**2)):
                 return True
-        self.small[step].append((own, fine.astype(np.uint8)))
+        self.thumbnails[step].append((own, fine.astype(np.uint8)))
         return False
 
     def write(self, kind: str, rows: list[dict[str, str]], at_least: int, seed: int) -> None:
-        """Write the table of `kind`, with the part of each picture."""
+        """Write the table of one set, with the split of each image."""
         if len(rows) < at_least:
-            sizes = "{} for the gradient, {} for the search and {} for the report".format(
-                *(len(part) for part in split_indices(at_least).values())
-            )
+            sizes = "{} for train, {} for validation and {} for test".format(*map(len, split_indices(at_least).values()))
             raise UnlearnError(
-                f"{kind}: {len(rows)} different pictures are too few, at least {at_least} are needed, {sizes}; read more "
+                f"{kind}: {len(rows)} different images are too few, at least {at_least} are needed, {sizes}; read more "
                 f"sources, give more aliases, or lower at_least\n{self.found}"
             )
-        parts, self.found.parts[kind] = three_parts(kind, cast(Any, rows), None, None, seed)
-        for split, part in parts.items():
+        splits, self.found.parts[kind] = make_splits(kind, rows, seed=seed)
+        for split, part in splits.items():
             for row in cast(Subset, part).indices:
                 rows[row]["part"] = split
-        with open(self.folder / f"{kind}.csv", "w", encoding="utf-8", newline="") as file:
+        with open(self.path / f"{kind}.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)

@@ -9,47 +9,55 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from slug_lightning.datamodules.base import UnlearnDataModule
-from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Tokenize, Transform, open_pairs, whole_words
+from slug_lightning.datamodules.base import UnlearnDataModule, for_concepts
+from slug_lightning.datamodules.image_text.pairs import (
+    ImageTextPairs,
+    Tokenize,
+    Transform,
+    open_pairs,
+    refuse_shared,
+    sources_by_concept,
+    whole_words,
+)
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import by_concept, labelled, listed
 from slug_lightning.utils.optional_imports import import_optional
 
 CONFIG = "open_clip_config.json"
-Words = str | list[str]
+Texts = str | list[str]
 
 
 class ImageTextDataModule(UnlearnDataModule):
     """Image-text pairs to forget and to retain, from files.
 
-    Either `forget` and `retain` are two sources, or `data` is one and `concept` divides it by its captions. A source is
-    a `.csv` or `.tsv` file with image paths relative to its folder, a folder with one such file, or tar shards
-    (see `ImageTextShards`). Samples are read as `ImageTextPairs` says, without random augmentation.
+    Either `forget` and `retain` are two sources, or `data` is one, which `concept` divides by its captions. A source is a `.csv`
+    or `.tsv` file with image paths relative to its folder, a folder with one such file, or tar shards (see
+    `ImageTextShards`). Samples are as `ImageTextPairs` has them, without random augmentation.
 
     Args:
-        forget: source of what is to be forgotten; for several concepts, a dict of sources by the concept's name.
-        retain: source of what is to be kept.
+        forget: source of the pairs to forget; for several concepts, a dict of sources by the concept's name.
+        retain: source of the pairs to retain.
         data: one source for both. It is read twice, however many concepts there are.
-        concept: with `data`: what is to be forgotten, and other names of it. A pair whose caption contains any of
-            them, as whole words and whatever the case, is to be forgotten; so list plurals too. For several concepts, a
-            dict of such words by the concept's name. A pair may belong to several; one that names none is retained.
+        concept: with `data`: the name of the concept to forget, and its other names. A pair whose caption contains any of
+            them as whole words, ignoring case, is forgotten; so list plurals too. For several concepts, a dict of such names
+            by the concept. A pair may belong to several; one that belongs to none is retained.
         model: an open_clip model's name, or `local-dir:` and a folder, or `hf-hub:` and a repository, whose
             preprocessing and tokenizer are used; no weights are loaded.
-        pretrained: open_clip's tag of the model's weights, or a file; some weights want a normalisation of their own.
+        pretrained: open_clip's tag of the model's weights, or a file; some weights have a normalisation of their own.
         transform: instead of the model's: makes a float tensor `[3, H, W]` of a PIL image.
         tokenize: instead of the model's: makes token ids `[N, T]` of a list of N texts.
-        image_column: of a CSV, the column of image paths.
-        caption_column: of a CSV, the column of captions.
-        delimiter: of a CSV; None finds it.
+        image_column: the CSV's column of image paths.
+        caption_column: the CSV's column of captions.
+        delimiter: the CSV's delimiter; None detects it.
         label_columns: columns of a CSV, or fields of the `.json` in a shard, with integer labels for the samples.
         labels: class names by label name, looked for in the captions; see `ImageTextPairs`.
-        limit: how many pairs to retain at most: the first.
+        limit: retain only the first so many pairs.
         batch_size: samples in a batch. A contrastive loss depends on it.
         num_workers: worker processes of each loader.
         seed: of the splits and of the order of samples within them.
 
     Raises:
-        UnlearnError: if the arguments do not say where the data, the preprocessing and the tokenizer come from, or if the
+        UnlearnError: if the arguments do not say where the data, the preprocessing and the tokenizer come from, or if two
             concepts' names cannot be told apart; in `setup`, if a source cannot be read, or if nothing is left to forget
             or to retain.
 
@@ -57,16 +65,8 @@ class ImageTextDataModule(UnlearnDataModule):
         >>> import torch
         >>> from slug_lightning.embedded import SHARD
         >>> data = ImageTextDataModule(
-        ...     data=str(SHARD), concept="airplane", limit=100,
-        ...     transform=lambda image: torch.zeros(3, *image.size),
-        ...     tokenize=lambda texts: torch.ones(len(texts), 5).long(),
-        ... )
-        >>> data.setup("fit")
-        >>> data.notes["forget"]
-        'forget: one set of 5 samples was split into 3 (gradient), 1 (search), 1 (report), seed 0'
-        >>> data = ImageTextDataModule(
         ...     data=str(SHARD), concept={"airplane": "airplane", "felines": ["cat", "tiger"]}, limit=100,
-        ...     transform=data.transform, tokenize=data.tokenize,
+        ...     transform=lambda image: torch.zeros(3, *image.size), tokenize=list,
         ... )
         >>> data.setup("fit")
         >>> {name: sum(len(data.forget_dataloader(split, name).dataset) for split in ("train", "val", "test"))
@@ -83,7 +83,7 @@ class ImageTextDataModule(UnlearnDataModule):
         forget: str | dict[str, str] | None = None,
         retain: str | None = None,
         data: str | None = None,
-        concept: Words | dict[str, Words] | None = None,
+        concept: Texts | dict[str, Texts] | None = None,
         model: str | None = None,
         pretrained: str | None = None,
         transform: Transform | None = None,
@@ -104,20 +104,16 @@ class ImageTextDataModule(UnlearnDataModule):
         if given not in self.combinations:
             raise UnlearnError(
                 "give forget and retain (two sources), or data and concept (one source to divide); "
-                f"given: {', '.join(sorted(given)) or 'none of them'}"
+                f"given: {', '.join(sorted(given)) or 'none'}"
             )
-        self.forget = {} if forget is None else by_concept("forget", forget)
-        if retain is not None and retain in self.forget.values():
-            raise UnlearnError(f"forget, retain: both are {retain}; leave out of retain what is to be forgotten")
-        if repeated := [name for name, source in self.forget.items() if list(self.forget.values()).count(source) > 1]:
-            raise UnlearnError(f"forget: {listed(repeated)} have the same source; give one for each concept")
+        self.forget = {} if forget is None else sources_by_concept(forget, retain)
         words = {} if concept is None else by_concept("concept", concept)
         self.words: dict[str | None, list[str]] = {name: [own] if isinstance(own, str) else own for name, own in words.items()}
         self.finders = {name: whole_words(labelled("concept", name), own) for name, own in self.words.items()}
+        for_concepts("concept", concept, self.forget or self.words)
         if model is None and (transform is None or tokenize is None):
             raise UnlearnError("model: give an open_clip model, or both transform and tokenize")
-        reserved = [name for name in (*(label_columns or ()), *(labels or ())) if name in ("image", "text")]
-        if reserved:
+        if reserved := [name for name in (*(label_columns or ()), *(labels or ())) if name in ("image", "text")]:
             raise UnlearnError(f"labels: {reserved[0]!r} is the name of another part of a sample; choose another")
         self.retain, self.data = retain, data
         self.concept = [concept] if isinstance(concept, str) else concept
@@ -133,14 +129,7 @@ class ImageTextDataModule(UnlearnDataModule):
         self.limit = limit
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the sources and divide them, once; further calls change nothing.
-
-        Args:
-            stage: Lightning's; it makes no difference.
-
-        Raises:
-            UnlearnError: if a source cannot be read, or if nothing is left to forget or to retain.
-        """
+        """Read the sources and divide them; further calls change nothing."""
         if self.notes:
             return
         if self.model is not None and (self.transform is None or self.tokenize is None):
@@ -151,7 +140,7 @@ class ImageTextDataModule(UnlearnDataModule):
         if self.retain is not None:
             forget = opened = {name: self._open(labelled("forget", name), source) for name, source in self.forget.items()}
             retain = self._open("retain", self.retain, limit=self.limit)
-            _refuse_shared(opened, retain)
+            refuse_shared("pairs", {name: _keys(pairs) for name, pairs in opened.items()}, _keys(retain))
         else:
             forget, retain = self._divide(self.data or "")
         for concept, pairs in forget.items():
@@ -161,11 +150,11 @@ class ImageTextDataModule(UnlearnDataModule):
             self.notes["retain"] += f"; only the first {self.limit} pairs were read (limit)"
 
     def set_pairs(self, kind: str, pairs: Dataset, concept: str | None = None) -> None:
-        """Set the data of `kind` to pairs that were read; a subclass may make other samples of some."""
+        """Set the data of one set to pairs; a subclass may make other samples of some."""
         self.set_parts(kind, pairs, concept=concept)
 
     def _divide(self, data: str) -> tuple[dict[str | None, Dataset], ImageTextPairs]:
-        """The pairs of each concept, and those of none, of one source."""
+        """Return the pairs of each concept, and those of none, from one source."""
         every = [word for own in self.words.values() for word in own]
         named = whole_words("concept", every)
         forget = self._open("data", data, where=lambda caption: named.search(caption) is not None)
@@ -173,41 +162,26 @@ class ImageTextDataModule(UnlearnDataModule):
         for concept, finder in self.finders.items():
             own = [i for i, pair in enumerate(forget.pairs) if finder.search(pair.caption)]
             if not own:
-                which = labelled("concept", concept)
-                raise UnlearnError(
-                    f"{which}: no caption of {data} contains any of {self.words[concept]} as whole words; add other names"
-                )
+                which, words = labelled("concept", concept), self.words[concept]
+                raise UnlearnError(f"{which}: no caption of {data} contains any of {words} as whole words; add other names")
             chosen[concept] = forget if concept is None else Subset(forget, own)
         retain = self._open("data", data, where=lambda caption: named.search(caption) is None, limit=self.limit)
         if not len(retain):
             raise UnlearnError(f"concept: every caption of {data} contains one of {listed(every)}; add pairs to retain")
         return chosen, retain
 
-    def _open(self, kind: str, source: str, **choice: Any) -> ImageTextPairs:
-        """The dataset of one source; `choice` is `where` and `limit`."""
+    def _open(self, argument: str, source: str, **choice: Any) -> ImageTextPairs:
+        """Return the dataset of one source; `choice` is `where` and `limit`."""
         tools: dict[str, Any] = {"transform": self.transform, "tokenize": self.tokenize}  # set by now
-        return ImageTextPairs(open_pairs(kind, source, **self.columns), labels=self.labels, **tools, **choice)
+        return ImageTextPairs(open_pairs(argument, source, **self.columns), labels=self.labels, **tools, **choice)
+
+
+def _keys(pairs: ImageTextPairs) -> list[tuple[str, str]]:
+    return [(pair.caption, pair.name) for pair in pairs.pairs]
 
 
 def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Transform, Tokenize]:
-    """Take the preprocessing and the tokenizer of an open_clip model, without its weights.
-
-    Args:
-        model: its name, or `local-dir:` and a folder, or `hf-hub:` and a repository.
-        pretrained: for a name: the tag of its weights, or a file.
-
-    Returns:
-        A function of a PIL image that gives float32 `[3, H, W]`, and one of N texts that gives int64 `[N, T]`.
-
-    Raises:
-        UnlearnError: if open_clip is not installed, or if there is no such model or tag.
-
-    Example:
-        >>> from PIL import Image
-        >>> transform, tokenize = clip_preprocessing("ViT-B-32", "laion2b_s34b_b79k")
-        >>> transform(Image.new("RGB", (300, 200))).shape, tokenize(["a cat", "a dog"]).shape
-        (torch.Size([3, 224, 224]), torch.Size([2, 77]))
-    """
+    """Load an open_clip model's preprocessing (of a PIL image, to float32 `[3, H, W]`) and tokenizer, without its weights."""
     open_clip = import_optional("open_clip", "clip")
     transforms = import_optional("open_clip.transform", "clip")
     schema, name = import_optional("open_clip.factory", "clip").parse_model_name(model)
@@ -218,27 +192,16 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
         preprocess = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}
         if pretrained and not preprocess and not Path(pretrained).is_file():
             tags = open_clip.list_pretrained_tags_by_model(model)
-            raise UnlearnError(f"pretrained: {model} has no {pretrained!r}, and it is no file; there are {tags}")
+            raise UnlearnError(f"pretrained: must be a file or one of {model}'s tags, {tags}, got {pretrained!r}")
         architecture = open_clip.get_model_config(model)
     else:
         download = import_optional("open_clip.pretrained", "clip").download_pretrained_from_hf
         file = Path(name) / CONFIG if schema == "local-dir" else Path(download(name, filename=CONFIG))
         if not file.is_file():
-            raise UnlearnError(f"model: {file} does not exist; a local-dir: is the folder of an open_clip model")
+            raise UnlearnError(f"model: {file} does not exist; local-dir: must name the folder of an open_clip model")
         config = json.loads(file.read_text(encoding="utf-8"))
         architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
     settings = transforms.merge_preprocess_dict(transforms.PreprocessCfg(), preprocess)
     settings["size"] = architecture["vision_cfg"].get("image_size", settings["size"])
     transform = transforms.image_transform_v2(transforms.PreprocessCfg(**settings), is_train=False)
     return transform, open_clip.get_tokenizer(model)
-
-
-def _refuse_shared(forget: Mapping[str | None, ImageTextPairs], retain: ImageTextPairs) -> None:
-    kept = {(pair.name, pair.caption) for pair in retain.pairs}
-    for concept, pairs in forget.items():
-        shared = [pair.name for pair in pairs.pairs if (pair.name, pair.caption) in kept]
-        if shared:
-            raise UnlearnError(
-                f"{labelled('forget', concept)}, retain: {len(shared)} of {len(pairs)} forget pairs are in retain too, such as "
-                f"{shared[0]}; leave them out of retain, or give both as data with a concept"
-            )

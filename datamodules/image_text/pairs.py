@@ -1,4 +1,4 @@
-"""Image-text pairs as map-style datasets: from a folder with a CSV, or from tar shards."""
+"""Image-text pairs as map-style datasets, from a CSV or from tar shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from glob import glob
 from itertools import islice
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.names import by_concept, labelled, listed
 from slug_lightning.utils.optional_imports import import_optional
 
 Transform = Callable[[Any], Tensor]
@@ -25,56 +26,36 @@ Transform = Callable[[Any], Tensor]
 Tokenize = Callable[[list[str]], Any]
 """N texts to token ids, int64, `[N, T]`, as open_clip's tokenizers do, or to any N objects."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What pictures are read as, whatever their names say: other formats make Pillow start other programs."""
+"""What images are read as, whatever their suffix: for other formats Pillow starts other programs."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 class Pair(NamedTuple):
-    """An image, not yet decoded, and its caption.
+    """An encoded image and its caption."""
 
-    Attributes:
-        name: where it comes from, for messages: the image's path, or shard and key.
-        image: the image's path, or its encoded bytes.
-        caption: the text.
-        labels: integer labels by name.
-    """
-
-    name: str
-    image: Path | bytes
+    name: str  # for messages: the image's path, or shard and key
+    image: Path | bytes  # its path, or its encoded bytes
     caption: str
     labels: dict[str, int]
 
 
 class ImageTextPairs(Dataset):
-    """Pairs as a map-style dataset; an image is decoded when its sample is asked for.
+    """Pairs as a map-style dataset; an image is decoded when its sample is read.
 
     A sample is a dict: "image", float32 `[3, H, W]`; "text", int64 `[T]`; and each label's name with an int.
 
     Args:
         pairs: read once, no further than `limit` needs.
-        transform: makes a tensor of a PIL image.
-        tokenize: makes token ids of a list of texts. Long captions are cut as it does.
-        where: called with each caption; only pairs for which it is true are kept.
-        limit: keep only the first so many.
+        transform, tokenize: make the tensors of an image and of texts.
+        where: called with each caption; pairs for which it is false are left out.
+        limit: only the first so many pairs.
         labels: class names by label name. A sample's label is the index of the one class name that its caption
-            contains as whole words, whatever the case, or -1 if it contains none or several; a name within a longer
+            contains as whole words, ignoring case, or -1 if it contains none or several; a name within a longer
             one ("truck" in "fire truck") does not count.
 
     Raises:
         UnlearnError: if an image file is missing or a class name is empty or repeated; when a sample is read, if its
             image cannot be decoded.
-
-    Example:
-        >>> import io, torch
-        >>> from PIL import Image
-        >>> Image.new("RGB", (4, 4)).save(file := io.BytesIO(), "PNG")
-        >>> pairs = [Pair("one", file.getvalue(), "A red fire truck", {})]
-        >>> data = ImageTextPairs(
-        ...     pairs, lambda image: torch.zeros(3, *image.size), lambda texts: torch.ones(len(texts), 5).long(),
-        ...     labels={"vehicle": ["truck", "fire truck"]},
-        ... )
-        >>> {name: getattr(value, "shape", value) for name, value in data[0].items()}
-        {'image': torch.Size([3, 4, 4]), 'text': torch.Size([5]), 'vehicle': 1}
     """
 
     def __init__(
@@ -97,7 +78,7 @@ class ImageTextPairs(Dataset):
         ]
         for pair in self.pairs:
             if isinstance(pair.image, Path) and not pair.image.is_file():
-                raise UnlearnError(f"{pair.name}: there is no such image file; mend its path, or leave out its row")
+                raise UnlearnError(f"{pair.name}: there is no such image file; correct its path, or remove its row")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -108,7 +89,7 @@ class ImageTextPairs(Dataset):
 
 
 class ImageTextFolder(ImageTextPairs):
-    r"""The images that a CSV names, with the captions beside them.
+    r"""The images and captions that a CSV lists.
 
     Args:
         folder: where relative image paths start.
@@ -117,7 +98,7 @@ class ImageTextFolder(ImageTextPairs):
         tokenize: makes token ids of a list of texts.
         image_column: the column of image paths.
         caption_column: the column of captions.
-        delimiter: between columns. None takes the one of `,` tab `;` `|` that divides the header most.
+        delimiter: between columns. None takes the one of `,` tab `;` `|` that is most frequent in the header.
         label_columns: columns of integer labels, which the samples carry under the same names.
         options: `where`, `limit` and `labels` of `ImageTextPairs`.
 
@@ -129,13 +110,9 @@ class ImageTextFolder(ImageTextPairs):
         >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (4, 4)).save(folder / "cat.png")
-        >>> _ = (folder / "pairs.csv").write_text("filepath,title,style\ncat.png,a small cat,2\n")
-        >>> data = ImageTextFolder(
-        ...     folder, folder / "pairs.csv", lambda image: torch.zeros(3, *image.size),
-        ...     lambda texts: torch.ones(len(texts), 5).long(), label_columns=["style"],
-        ... )
-        >>> len(data), data[0]["style"]
-        (1, 2)
+        >>> _ = (folder / "pairs.csv").write_text("filepath,title\ncat.png,a small cat\n")
+        >>> ImageTextFolder(folder, folder / "pairs.csv", lambda image: torch.zeros(3, *image.size), list)[0]["text"]
+        'a small cat'
     """
 
     def __init__(
@@ -156,12 +133,12 @@ class ImageTextFolder(ImageTextPairs):
 
 
 class ImageTextShards(ImageTextPairs):
-    """The pairs of webdataset shards, kept in memory as they are encoded.
+    """The pairs of webdataset shards, held in memory as encoded.
 
     A sample of a shard is an image (`.jpg`, `.jpeg`, `.png`, `.webp`), a `.txt` with its caption, and perhaps a
-    `.json`; one that lacks image or caption is passed over. The shards are read once, from the first on, and the pairs
-    chosen stay in memory, so that they have indices: choose with `where`, or set a `limit`. With a limit the rest
-    is not read, so the shards should be shuffled, as usual.
+    `.json`; one that lacks image or caption is skipped. The shards are read once, in order, and the chosen pairs stay
+    in memory, so that they have indices: choose with `where`, or set a `limit`. Nothing is read beyond the limit, so
+    the shards should be shuffled, as usual.
 
     Args:
         shards: paths of the tar files: one, a brace pattern such as `cc3m-{0000..0331}.tar`, a glob such as
@@ -172,34 +149,24 @@ class ImageTextShards(ImageTextPairs):
         options: `where`, `limit` and `labels` of `ImageTextPairs`.
 
     Raises:
-        UnlearnError: if webdataset is not installed, if a shard is missing or damaged, or if there is no pair in any.
+        UnlearnError: if webdataset is not installed, if a shard is missing or damaged, or if none holds a pair.
 
     Example:
         >>> import torch
         >>> from slug_lightning.embedded import SHARD
-        >>> data = ImageTextShards(
-        ...     str(SHARD), lambda image: torch.zeros(3, *image.size), lambda texts: torch.ones(len(texts), 5).long(),
-        ...     limit=4,
-        ... )
+        >>> data = ImageTextShards(str(SHARD), lambda image: torch.zeros(3, *image.size), list, limit=4)
         >>> len(data), data[0]["image"].shape
         (4, torch.Size([3, 64, 64]))
     """
 
     def __init__(
-        self,
-        shards: str,
-        transform: Transform,
-        tokenize: Tokenize,
-        *,
-        label_columns: Sequence[str] = (),
-        **options: Any,
+        self, shards: str, transform: Transform, tokenize: Tokenize, *, label_columns: Sequence[str] = (), **options: Any
     ) -> None:
-        pairs = _read_shards(shards, label_columns)
-        super().__init__(pairs, transform, tokenize, **options)
+        super().__init__(_read_shards(shards, label_columns), transform, tokenize, **options)
 
 
 def whole_words(argument: str, names: Sequence[str]) -> re.Pattern[str]:
-    """Find any of `names` as whole words, whatever the case and the spaces; group i + 1 is the i-th name."""
+    """Compile a pattern that finds any of `names` as whole words, ignoring case and spacing; group i + 1 is the i-th name."""
     if not names or not all(name.strip() for name in names):
         raise UnlearnError(f"{argument}: a name is empty, and would match every caption; got {list(names)}")
     groups = ("(" + r"\s+".join(map(re.escape, name.split())) + ")" for name in names)
@@ -207,24 +174,12 @@ def whole_words(argument: str, names: Sequence[str]) -> re.Pattern[str]:
 
 
 def class_finder(argument: str, classes: Sequence[str]) -> Callable[[str], set[int]]:
-    """Make a function of a text that gives the indices of the class names in it, as whole words; not of names within longer ones.
-
-    Raises:
-        UnlearnError: if a class name is empty or repeated.
-
-    Example:
-        >>> find = class_finder("labels: vehicle", ["truck", "fire truck"])
-        >>> find("A red fire truck"), find("a car")
-        ({1}, set())
-    """
-    alike = [" ".join(name.casefold().split()) for name in classes]
-    if len(set(alike)) < len(alike):
-        repeated = next(name for name in alike if alike.count(name) > 1)
-        raise UnlearnError(f"{argument} has the class {repeated!r} more than once")
-    order = sorted(range(len(classes)), key=lambda i: -len(alike[i]))  # the first that matches wins: longest first
-    pattern = whole_words(argument, [classes[i] for i in order])
-
-    return partial(_classes_in, pattern, order)
+    """Make a function that returns the indices of the class names in a text: whole words, but not names within longer ones."""
+    plain = [" ".join(name.casefold().split()) for name in classes]
+    if repeated := [name for name in plain if plain.count(name) > 1]:
+        raise UnlearnError(f"{argument} has the class {repeated[0]!r} more than once")
+    order = sorted(range(len(classes)), key=lambda i: -len(plain[i]))  # the first that matches wins: longest first
+    return partial(_classes_in, whole_words(argument, [classes[i] for i in order]), order)
 
 
 def _classes_in(pattern: re.Pattern[str], order: Sequence[int], text: str) -> set[int]:
@@ -232,8 +187,30 @@ def _classes_in(pattern: re.Pattern[str], order: Sequence[int], text: str) -> se
 
 
 def only_class(found: set[int]) -> int:
-    """The label of a text: the one class that was found in it, or -1 for none or several."""
+    """Return the one class that was found in a text, or -1 for none or several."""
     return next(iter(found)) if len(found) == 1 else -1
+
+
+def sources_by_concept(forget: str | Mapping[str, str], retain: str | None) -> dict[str | None, str]:
+    """Return the forget sources by concept, after checking that no two sets have the same source."""
+    sources = by_concept("forget", forget)
+    if retain in sources.values():
+        raise UnlearnError(f"forget, retain: must be different sources, got {retain} for both")
+    if repeated := [name for name, source in sources.items() if list(sources.values()).count(source) > 1]:
+        raise UnlearnError(f"forget: {listed(repeated)} have the same source; give one for each concept")
+    return sources
+
+
+def refuse_shared(what: str, forget: Mapping[str | None, Collection[Any]], retain: Collection[Any]) -> None:
+    """Refuse forget samples, each a text and where it comes from, that are in the retain set too."""
+    retained = set(retain)
+    for concept, own in forget.items():
+        if shared := [each for each in own if each in retained]:
+            text, place = shared[0]
+            raise UnlearnError(
+                f"{labelled('forget', concept)}, retain: {len(shared)} of {len(own)} {what} are in retain too, such as "
+                f"{text!r} ({place}); leave them out of retain"
+            )
 
 
 def open_pairs(
@@ -245,61 +222,25 @@ def open_pairs(
     delimiter: str | None = None,
     label_columns: Sequence[str] = (),
 ) -> Iterator[Pair]:
-    r"""Read the pairs of a source one after the other, whatever its kind.
-
-    Args:
-        argument: that named the source, for messages.
-        source: a `.csv` or `.tsv` file with image paths relative to its folder, a folder with one such file, or tar shards (see
-            `ImageTextShards`).
-        image_column: of a CSV, the column of image paths.
-        caption_column: of a CSV, the column of captions.
-        delimiter: of a CSV; None finds it.
-        label_columns: columns of a CSV, or fields of the `.json` in a shard, with integer labels.
-
-    Raises:
-        UnlearnError: if the source is of no such kind, or as it is read, if it is not what its kind should be.
-
-    Example:
-        >>> from slug_lightning.embedded import SHARD
-        >>> pair = next(open_pairs("from", str(SHARD)))
-        >>> pair.caption, type(pair.image)
-        ('airplane in noto style', <class 'bytes'>)
-    """
+    """Read the pairs of a source: a `.csv` or `.tsv` file, a folder with one, or tar shards, as `ImageTextDataModule` says."""
     path = Path(source)
     if path.is_dir():
         tables = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".tsv"))
         if len(tables) != 1:
             raise UnlearnError(
-                f"{argument}: the folder {source} has {len(tables)} CSV files, not one; name the file, "
-                f"or {source}/*.tar if it holds shards"
+                f"{argument}: the folder {source} must have one CSV file, got {len(tables)}; name the file, or {source}/*.tar "
+                "if the folder has shards"
             )
         path = tables[0]
     if path.suffix in (".csv", ".tsv"):
         return _read_csv(path.parent, path, image_column, caption_column, delimiter, label_columns)
     if path.suffix == ".tar":
         return _read_shards(source, label_columns)
-    raise UnlearnError(f"{argument}: {source} is no .csv or .tsv file, no folder with one, and no .tar shards")
+    raise UnlearnError(f"{argument}: must be a .csv or .tsv file, a folder with one, or .tar shards, got {source}")
 
 
 def decode(pair: Pair, mode: str = "RGB") -> Any:
-    """Decode a pair's image.
-
-    Args:
-        pair: holds the image.
-        mode: of the result, as PIL names it.
-
-    Returns:
-        A PIL image; its `format` says how it was encoded.
-
-    Raises:
-        UnlearnError: if Pillow is not installed, or if the image is missing or cannot be decoded.
-
-    Example:
-        >>> from slug_lightning.embedded import SHARD
-        >>> image = decode(next(open_pairs("from", str(SHARD))))
-        >>> image.size, image.mode, image.format
-        ((64, 64), 'RGB', 'PNG')
-    """
+    """Decode a pair's image into a PIL image of the given mode, whose `format` says how it was encoded."""
     image = import_optional("PIL.Image", "clip")
     try:
         content = io.BytesIO(pair.image) if isinstance(pair.image, bytes) else pair.image
@@ -308,7 +249,7 @@ def decode(pair: Pair, mode: str = "RGB") -> Any:
             converted.format = opened.format
             return converted
     except Exception as error:  # PIL's decoders raise OSError, ValueError, SyntaxError and more
-        raise UnlearnError(f"{pair.name}: the image cannot be decoded ({error}); mend it or leave it out") from error
+        raise UnlearnError(f"{pair.name}: the image cannot be decoded ({error}); replace it or leave it out") from error
 
 
 def _text(data: bytes, name: str) -> str:
@@ -326,7 +267,7 @@ def _labels_of(record: Mapping[str, Any], columns: Sequence[str], name: str) -> 
         try:
             labels[column] = int(str(record[column]))  # int alone would make 1 of 1.5 and of true
         except ValueError:
-            raise UnlearnError(f"label_columns: {name}: {column!r} is {record[column]!r}, not an integer") from None
+            raise UnlearnError(f"label_columns: {name}: {column!r} must be an integer, got {record[column]!r}") from None
     return labels
 
 
@@ -356,13 +297,13 @@ def _read_csv(
 
 
 def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
-    """The samples of one shard: the files of a key by suffix."""
+    """Yield the samples of one shard: the files of a key by suffix."""
     iterators = import_optional("webdataset.tariterators", "clip")
     try:
         with open(shard, "rb") as stream:
             yield from iterators.group_by_keys(iterators.tar_file_expander([{"url": shard, "stream": stream}]))
     except (tarfile.TarError, ValueError) as error:
-        raise UnlearnError(f"{shard}: the shard cannot be read ({error.args[0]}); mend it or leave it out") from error
+        raise UnlearnError(f"{shard}: the shard cannot be read ({error.args[0]}); replace it or leave it out") from error
 
 
 def _read_shards(shards: str, label_columns: Sequence[str]) -> Iterator[Pair]:

@@ -1,104 +1,73 @@
-"""Questions about pictures, with the answers that a vision-language model is to forget or to keep."""
+"""Questions about images, with answers that a vision-language model is to forget or to retain."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
-from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Pair
+from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Pair, refuse_shared, sources_by_concept
 from slug_lightning.datamodules.text.reading import read_content
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import Split
-from slug_lightning.utils.names import by_concept, labelled, listed
+from slug_lightning.utils.names import labelled, listed
+from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.vlm.answers import names
 
+Sources = Union[str, dict[str, str]]
+Choose = Callable[[list["Question"]], list["Question"]]
 FIELDS = ("image", "question", "answer", "aliases", "kind", "text")
 
 
 class Question(NamedTuple):
-    """A question about a picture, and what is a right answer.
+    """A question about a picture, and its right answer."""
 
-    Attributes:
-        picture: which one it is about.
-        question: as it is put to the model.
-        answer: as the model should give it: the gradient is taken of its likelihood.
-        aliases: an answer is right if it names one of these.
-        kind: of question; each kind has an accuracy of its own.
-        text: what the picture shows, for a CLIP to compare it with.
-        choices: possible answers, the right one among them; none if the model is to answer freely.
-    """
-
-    picture: int
+    picture: int  # its index
     question: str
-    answer: str
-    aliases: tuple[str, ...]
-    kind: str
-    text: str
-    choices: tuple[str, ...] = ()
-
-
-class Pictures(Protocol):
-    """Pictures by number, uint8, RGB, each `[3, H, W]`: a tensor of them, or what reads them when they are asked for."""
-
-    def __getitem__(self, index: int, /) -> Tensor: ...
+    answer: str  # whose likelihood the gradient is taken of
+    aliases: tuple[str, ...]  # a generated answer is right if it names one of these
+    kind: str  # each kind has its own accuracy
+    text: str  # what the picture shows, for a CLIP to compare it with
+    choices: tuple[str, ...] = ()  # the right one among them; empty if the model generates an answer
 
 
 class Questions(Dataset):
-    """Questions with their pictures, as `VLMModule` wants them; batches are made by `question_batch`.
+    """Questions with their pictures, as `VLMModule` expects them; `question_batch` collates them.
 
-    A sample is a dict: "index", its number; "image", uint8 `[3, H, W]`; "question", "answer", "text" and "kind", texts;
-    "aliases", a list of texts, and where the question has choices, "choices", another one.
-
-    Args:
-        pictures: uint8, RGB, each `[3, H, W]`.
-        questions: about them; several may be about the same one.
-
-    Example:
-        >>> asked = [Question(0, "what is this?", "a cat", ("cat",), "thing", "a cat")]
-        >>> sample = Questions(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), asked)[0]
-        >>> sample["image"].shape, sample["question"], sample["aliases"]
-        (torch.Size([3, 8, 8]), 'what is this?', ['cat'])
+    A sample is a dict: "index", of the question; "image", uint8 `[3, H, W]`; "question", "answer", "text" and "kind", texts;
+    "aliases", a list of texts, and if the question has choices, "choices", another one. `pictures` has by index uint8
+    `[3, H, W]`, RGB: it is a tensor, or reads a picture when it is needed.
     """
 
-    def __init__(self, pictures: Pictures, questions: Sequence[Question]) -> None:
+    def __init__(self, pictures: Any, questions: Sequence[Question]) -> None:
         self.pictures, self.questions = pictures, list(questions)
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        asked = self.questions[index]
-        texts = {"question": asked.question, "answer": asked.answer, "text": asked.text, "kind": asked.kind}
-        choices = {"choices": list(asked.choices)} if asked.choices else {}
-        return {"index": index, "image": self.pictures[asked.picture], **texts, "aliases": list(asked.aliases), **choices}
+        question = self.questions[index]
+        texts = {name: getattr(question, name) for name in ("question", "answer", "text", "kind")}
+        choices = {"choices": list(question.choices)} if question.choices else {}
+        image = self.pictures[question.picture]
+        return {"index": index, "image": image, **texts, "aliases": list(question.aliases), **choices}
 
 
 def question_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Put samples of `Questions` into a batch.
+    """Collate B samples of `Questions`, all with choices or none.
 
-    Args:
-        samples: B of them, all with choices or none.
-
-    Returns:
-        "index", int64 `[B]`; "image", uint8 `[B, 3, H, W]`, or a list of B tensors if their sizes differ; lists of B for the
-        rest.
-
-    Example:
-        >>> asked = [Question(0, "what is this?", name, (name,), "thing", name) for name in ("cat", "dog")]
-        >>> data = Questions(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), asked)
-        >>> batch = question_batch([data[0], data[1]])
-        >>> batch["index"], batch["image"].shape, batch["aliases"]
-        (tensor([0, 1]), torch.Size([2, 3, 8, 8]), [['cat'], ['dog']])
+    "index" becomes int64 `[B]`; "image", uint8 `[B, 3, H, W]`, or a list of B tensors if their sizes differ; the rest, lists.
     """
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
-    # It stands first: samples are counted by the first tensor, and a list of pictures has one of 3 channels there.
+    # "index" comes first: samples are counted by the first tensor, and a list of pictures has one of 3 channels there.
     batch["index"] = torch.tensor(batch["index"])
     if len({picture.shape for picture in batch["image"]}) == 1:
         batch["image"] = torch.stack(batch["image"])
@@ -106,93 +75,77 @@ def question_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_few_choices(count: int) -> None:
-    """Refuse a number of choices that leaves nothing to choose.
-
-    Raises:
-        UnlearnError: if it is neither 0 nor at least 2.
-    """
+    """Refuse a number of choices that is neither 0 nor at least 2."""
     if count < 2 and count != 0:
-        raise UnlearnError(f"choices: {count} leave nothing to choose; give at least 2, or 0 to have answers generated")
+        raise UnlearnError(f"choices: must be >= 2, or 0 to have answers generated, got {count}")
 
 
 def with_choices(
-    questions: Sequence[Question], count: int, answers: Mapping[str, Sequence[str]], generator: torch.Generator
+    questions: Sequence[Question], count: int, answers: Mapping[str, Iterable[str]], generator: torch.Generator
 ) -> list[Question]:
-    """Give each question possible answers to choose from: its own, and others to questions of its kind, in any order.
+    """Give each question `count` answers to choose from, shuffled: its own, and others to questions of its kind.
 
-    Args:
-        questions: to complete.
-        count: how many choices each gets, at least 2; fewer where there are not so many answers.
-        answers: all answers by kind, each once. Those that name the right one by an alias are no wrong choices.
-        generator: draws the wrong ones, and the order.
-
-    Raises:
-        UnlearnError: if there is no wrong answer to a question.
-
-    Example:
-        >>> asked = [Question(0, "what is this?", "cat", ("cat",), "thing", "cat")]
-        >>> (found,) = with_choices(asked, 3, {"thing": ["cat", "dog", "black cat", "owl"]}, torch.Generator())
-        >>> sorted(found.choices)
-        ['cat', 'dog', 'owl']
+    `answers` has all distinct answers by kind. Those that name the right one by an alias are not wrong choices; if there are
+    not so many wrong ones, there are fewer choices.
     """
     wrong: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}  # the same for many questions
     found = []
-    for asked in questions:
-        key = asked.kind, asked.answer, asked.aliases
+    for question in questions:
+        key = question.kind, question.answer, question.aliases
         if key not in wrong:
-            wrong[key] = [one for one in answers[asked.kind] if one != asked.answer and not names(one, asked.aliases)]
+            every = answers[question.kind]
+            wrong[key] = [one for one in every if one != question.answer and not names(one, question.aliases)]
         others = wrong[key]
         if not others:
             raise UnlearnError(
-                f"choices: of kind {asked.kind!r} all answers name {asked.answer!r}; give 0 to have answers generated"
+                f"choices: all answers of kind {question.kind!r} name {question.answer!r}; give 0 to have answers generated"
             )
         drawn = torch.randperm(len(others), generator=generator)[: count - 1].tolist()
-        every = [asked.answer, *(others[i] for i in drawn)]
-        order = torch.randperm(len(every), generator=generator).tolist()
-        found.append(asked._replace(choices=tuple(every[i] for i in order)))
+        choices = [question.answer, *(others[i] for i in drawn)]
+        order = torch.randperm(len(choices), generator=generator).tolist()
+        found.append(question._replace(choices=tuple(choices[i] for i in order)))
     return found
 
 
 class VisualQuestionDataModule(UnlearnDataModule):
-    r"""Questions about pictures of your own, from files: what is to be forgotten, and what is to be kept.
+    r"""Questions about your own images, from files, to forget and to retain.
 
-    A file is `.jsonl`, a JSON object a line: "image", a path relative to the file's folder; "question", a text, or a list of
-    wordings, each of which is asked; "answer", a text. It may have "aliases", a list of the names of which a right answer has
-    one (else the answer); "kind", which gives these questions a metric of their own, `<kind>_accuracy` (else "general"); and
-    "text", what a CLIP is to compare the picture with (else the answer).
+    A file is `.jsonl`, one JSON object per line: "image", a path relative to the file's folder; "question", a text, or a list of
+    wordings, each of which is asked; "answer", a text. Optional are "aliases", a list of names of which a right answer has
+    one (default: the answer); "kind", whose questions get their own metric, `<kind>_accuracy` (default: "general"); and
+    "text", what a CLIP compares the image with (default: the answer).
 
-    To keep there should be questions about others of the same kind, whom an edit touches first, and general ones. One picture may
-    be asked about in both files: who it is may go, and what it shows may stay.
+    The retain set should have questions about others of the same kind, whom an edit affects first, and general ones. Both
+    files may ask about the same image: who it is may be forgotten, and what it shows retained.
 
-    It is pictures that are divided into gradient, search and report, each with all its questions: else the report would ask in
-    other words about pictures that were tuned on. Batches are those of `question_batch`; pictures keep their size.
+    Images, with all questions about them, are split into train, val and test: otherwise the report would reword questions about
+    images that the edit was tuned on. Batches are those of `question_batch`; images keep their size.
 
     Args:
-        forget: the file of what is to be forgotten; for several concepts, a dict of files by the concept's name.
-        retain: the file of what is to be kept.
-        choices: so many possible answers to choose from in the search: the right one, and others to questions of its kind in
-            all files. 0 has answers generated, as in the report, a pass for each token: that is slower where answers are long and
-            choices few, and faster the other way round. Of choices a right one is found by chance, too: `forget_target`
-            must be higher.
+        forget: the file of questions to forget; for several concepts, a dict of files by the concept's name.
+        retain: the file of questions to retain.
+        choices: number of possible answers to choose from in the search: the right one, and others to questions of its kind in
+            all files. 0 generates answers, as in the report, one pass per token: slower if answers are long and choices few,
+            faster otherwise. A choice can be right by chance, so `forget_target` must be higher.
         batch_size: questions in a batch.
         num_workers: worker processes of each loader.
-        seed: of the division, of the order and of the choices.
+        seed: of the split, of the order and of the choices.
 
     Raises:
-        UnlearnError: if there is but one choice, or concepts have the same file; in `setup`, if a file or a line cannot be read,
-            a picture is missing, there are fewer than three pictures, or a question is both to be forgotten and kept; as a
-            sample is read, if its picture cannot be decoded.
+        UnlearnError: if `choices` is 1, or if two sets have the same file; in `setup`, if a file or a line cannot be read, an
+            image is missing, a set has fewer than three images, or a question is both to forget and to retain; when a
+            sample is read, if its image cannot be decoded.
 
     Example:
         >>> import tempfile
         >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())
-        >>> for name in ("ann", "bob"):
-        ...     for i in range(4):
-        ...         Image.new("RGB", (8, 6)).save(folder / f"{name}{i}.png")
-        ...     lines = [{"image": f"{name}{i}.png", "question": ["who?", "name?"], "answer": name.title()} for i in range(4)]
+        >>> for i in range(4):
+        ...     Image.new("RGB", (8, 6)).save(folder / f"{i}.png")
+        >>> for name, question in (("Ann", ["who?", "name?"]), ("Bob", "and who is on the left?")):
+        ...     lines = [{"image": f"{i}.png", "question": question, "answer": name} for i in range(4)]
         ...     _ = (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        >>> data = VisualQuestionDataModule(forget={"Ann": str(folder / "ann.jsonl")}, retain=str(folder / "bob.jsonl"))
+        >>> data = VisualQuestionDataModule(forget={"Ann": str(folder / "Ann.jsonl")}, retain=str(folder / "Bob.jsonl"))
         >>> data.setup("fit")
         >>> batch = next(iter(data.forget_dataloader("val")))
         >>> batch["image"].shape, batch["question"], batch["answer"]
@@ -200,113 +153,73 @@ class VisualQuestionDataModule(UnlearnDataModule):
     """
 
     def __init__(
-        self,
-        forget: Union[str, dict[str, str]],
-        retain: str,
-        *,
-        choices: int = 0,
-        batch_size: int = 8,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, forget: Sources, retain: str, *, choices: int = 0, batch_size: int = 8, num_workers: int = 0, seed: int = 0
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, collate_fn=question_batch, seed=seed)
         refuse_few_choices(choices)
-        self.forget, self.retain, self.choices = by_concept("forget", forget), retain, choices
+        self.forget, self.retain, self.choices = sources_by_concept(forget, retain), retain, choices
         self.concept = [name for name in self.forget if name is not None]
-        if repeated := [name for name, source in self.forget.items() if list(self.forget.values()).count(source) > 1]:
-            raise UnlearnError(f"forget: {listed(repeated)} have the same file; give one for each concept")
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files and divide their pictures, once.
-
-        Args:
-            stage: Lightning's; it makes no difference.
-
-        Raises:
-            UnlearnError: as the class says.
-        """
+        """Read the files and split their images; further calls change nothing."""
         if self.notes:
             return
         forget = {name: read_questions(labelled("forget", name), source) for name, source in self.forget.items()}
         retain = read_questions("retain", self.retain)
-        _refuse_shared(forget, retain)
-        answers: dict[str, list[str]] = {}
-        for asked in (asked for _, questions in (*forget.values(), retain) for asked in questions):
-            if asked.answer not in answers.setdefault(asked.kind, []):
-                answers[asked.kind].append(asked.answer)
+        refuse_shared("questions", {name: _keys(*read) for name, read in forget.items()}, _keys(*retain))
+        answers: dict[str, dict[str, None]] = defaultdict(dict)  # by kind, each once, in the files' order
+        for _, questions in (*forget.values(), retain):
+            for question in questions:
+                answers[question.kind][question.answer] = None
         generator = torch.Generator().manual_seed(self.seed)
+        choose = partial(with_choices, count=self.choices, answers=answers, generator=generator)
         for name, read in forget.items():
-            self._divide("forget", *read, answers, generator, name)
-        self._divide("retain", *retain, answers, generator)
-        gone = [alias for _, questions in forget.values() for asked in questions for alias in asked.aliases]
-        if named := [asked.answer for asked in retain[1] if names(asked.answer, gone)]:
-            self.notes["retain"] += f"; {len(named)} answers name what is to be forgotten, such as {named[0]!r}"
+            self._set("forget", *read, choose, name)
+        self._set("retain", *retain, choose)
+        gone = [alias for _, questions in forget.values() for question in questions for alias in question.aliases]
+        if named := [question.answer for question in retain[1] if names(question.answer, gone)]:
+            self.notes["retain"] += f"; {len(named)} retain answers name what to forget, such as {named[0]!r}"
 
-    def _divide(
-        self,
-        kind: str,
-        paths: list[Path],
-        questions: list[Question],
-        answers: Mapping[str, Sequence[str]],
-        generator: torch.Generator,
-        concept: str | None = None,
-    ) -> None:
-        """Set the data of `kind`: each picture with all its questions in one part."""
+    def _set(self, kind: str, paths: list[Path], questions: list[Question], choose: Choose, concept: str | None = None) -> None:
+        """Set the data of one set: each picture with all its questions in one split; `choose` adds choices for the search."""
         label = labelled(kind, concept)
         if len(paths) < 3:
             raise UnlearnError(
-                f"{label}: {len(paths)} pictures are too few to keep gradient, search and report apart; give at least 3"
+                f"{label}: {len(paths)} images are too few for separate train, validation and test splits; give at least 3"
             )
         pictures = _Files(paths)
-        part_of = {picture: split for split, own in split_indices(len(paths), self.seed).items() for picture in own}
-        parts: dict[Split, list[Question]] = {"train": [], "val": [], "test": []}
-        for asked in questions:
-            parts[part_of[asked.picture]].append(asked)
+        split_of = {picture: split for split, own in split_indices(len(paths), self.seed).items() for picture in own}
+        splits: dict[Split, list[Question]] = {"train": [], "val": [], "test": []}
+        for question in questions:
+            splits[split_of[question.picture]].append(question)
         if self.choices:
-            parts["val"] = with_choices(parts["val"], self.choices, answers, generator)
-        self.set_parts(kind, *(Questions(pictures, own) for own in parts.values()), concept=concept)
-        offered = f"; the search offers {self.choices} answers to choose from, the report none" if self.choices else ""
-        self.notes[label] += f", all questions about each of {len(paths)} pictures in one of them, seed {self.seed}{offered}"
+            splits["val"] = choose(splits["val"])
+        self.set_parts(kind, *(Questions(pictures, own) for own in splits.values()), concept=concept)
+        self.notes[label] += f"; split by image ({len(paths)} images, seed {self.seed}){choices_note(self.choices)}"
+
+
+def choices_note(count: int) -> str:
+    """Write the part of a note on the choices that are offered."""
+    return f"; the search offers {count} answers to choose from, the report none" if count else ""
 
 
 class _Files:
-    """Pictures that are decoded when they are asked for."""
+    """Pictures that are decoded when they are read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.pairs = ImageTextPairs((Pair(str(path), path, "", {}) for path in paths), _as_bytes, list)
+        to_tensor = import_optional("torchvision.transforms.functional", "hf").pil_to_tensor
+        self.pairs = ImageTextPairs((Pair(str(path), path, "", {}) for path in paths), to_tensor, list)
 
     def __getitem__(self, index: int, /) -> Tensor:
         return self.pairs[index]["image"]
 
 
-def _as_bytes(image: Any) -> Tensor:
-    """A PIL image, RGB, as it is: uint8, `[3, H, W]`."""
-    import numpy as np
-
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def _keys(paths: list[Path], questions: list[Question]) -> list[tuple[str, Path]]:
+    return [(question.question, paths[question.picture]) for question in questions]
 
 
 def read_questions(argument: str, file: str | Path) -> tuple[list[Path], list[Question]]:
-    """Read a file of questions, as `VisualQuestionDataModule` describes it.
-
-    Args:
-        argument: that named the file, for messages.
-        file: `.jsonl`.
-
-    Returns:
-        The pictures' paths, each once, and the questions about them.
-
-    Raises:
-        UnlearnError: if it cannot be read, if there is no question in it, or if a line is not as it should be.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "ann.jsonl"
-        >>> _ = file.write_text('{"image": "a.png", "question": ["who is this?", "a name?"], "answer": "Ann", "kind": "name"}')
-        >>> paths, questions = read_questions("forget", file)
-        >>> [path.name for path in paths], [asked.question for asked in questions], questions[0].aliases
-        (['a.png'], ['who is this?', 'a name?'], ('Ann',))
-    """
+    """Read a file as `VisualQuestionDataModule` describes it; return the images' paths, each once, and the questions."""
     file = Path(file)
     numbers: dict[Path, int] = {}
     found = []
@@ -318,22 +231,20 @@ def read_questions(argument: str, file: str | Path) -> tuple[list[Path], list[Qu
         (answer,), (kind,), (text,) = (read[name] for name in ("answer", "kind", "text"))
         found += [Question(picture, one, answer, tuple(read["aliases"]), kind, text) for one in read["question"]]
     if not found:
-        raise UnlearnError(f"{argument}: there is no question in {file}; give at least one a picture")
+        raise UnlearnError(f"{argument}: there is no question in {file}; give at least one for each image")
     return list(numbers), found
 
 
 def _fields(where: str, line: str) -> dict[str, list[str]]:
-    """The fields of a line, each a list of texts; of one, unless it is a question or the aliases."""
+    """Parse a line into a list of texts for each field; all but "question" and "aliases" have one."""
     try:
         read = json.loads(line)
     except ValueError as error:
-        raise UnlearnError(f"{where} is no JSON ({error}); mend or remove it") from error
+        raise UnlearnError(f"{where} is not JSON ({error}); correct or remove it") from error
     if not isinstance(read, dict):
-        raise UnlearnError(f"{where} is no object; mend or remove it")
+        raise UnlearnError(f"{where} is not an object; correct or remove it")
     if unknown := [name for name in read if name not in FIELDS]:
-        raise UnlearnError(
-            f"{where} has {listed(unknown)}, and there are only {listed(FIELDS, len(FIELDS))}; rename or remove it"
-        )
+        raise UnlearnError(f"{where} may only have {listed(FIELDS, len(FIELDS))}, got {listed(unknown)}; rename or remove it")
     answer = read.get("answer")
     read = {"aliases": [answer], "kind": "general", "text": answer, **read}
     found: dict[str, list[str]] = {}
@@ -341,21 +252,8 @@ def _fields(where: str, line: str) -> dict[str, list[str]]:
         given = read.get(name)
         texts: list[Any] = given if isinstance(given, list) and name in ("question", "aliases") else [given]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UnlearnError(f'{where} has no text under "{name}"; mend or remove it')
+            raise UnlearnError(f'{where} has no text under "{name}"; correct or remove it')
         found[name] = texts
     if found["kind"] == ["answer"]:
-        raise UnlearnError(f'{where} has the kind "answer", and answer_accuracy is that of all kinds; choose another name')
+        raise UnlearnError(f'{where} has the kind "answer", but answer_accuracy is that of all kinds; choose another name')
     return found
-
-
-def _refuse_shared(
-    forget: Mapping[str | None, tuple[list[Path], list[Question]]], retain: tuple[list[Path], list[Question]]
-) -> None:
-    kept = {(retain[0][asked.picture], asked.question) for asked in retain[1]}
-    for concept, (paths, questions) in forget.items():
-        shared = [asked for asked in questions if (paths[asked.picture], asked.question) in kept]
-        if shared:
-            raise UnlearnError(
-                f"{labelled('forget', concept)}, retain: {len(shared)} questions of {len(questions)} are in retain too, such as "
-                f"{shared[0].question!r} about {paths[shared[0].picture]}; leave them out of retain"
-            )

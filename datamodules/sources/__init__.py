@@ -1,1 +1,1 @@
-"""What is given as forget and retain, made into loaders for each split."""
+"""Resolve what is given as forget and retain into loaders for each split."""

@@ -1,4 +1,4 @@
-"""What a run reads: batches of each concept and of what is kept, by split."""
+"""The loaders of a run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from slug_lightning.utils.loaders import Batches, Split
 
 
 class UnlearnLoaders(NamedTuple):
-    """What a run reads: the batches of each split, of every concept and of what is kept, and what was decided on the way.
+    """The batches that a run reads.
 
     Attributes:
-        forget: batches of what is to be forgotten, by the concept's name and by split: `train` for the gradient, `val` for
-            the search, `test` for the report.
-        retain: batches of what is to be kept, by split.
-        notes: sentences for the report, such as how a single set was split; few, however many concepts there are.
+        forget: by the concept's name and by split: `train` for the gradient, `val` for the search, `test` for the report.
+        retain: by split.
+        notes: sentences for the report, such as how a set was split; few, however many concepts there are.
     """
 
     forget: dict[str, dict[Split, Batches]]

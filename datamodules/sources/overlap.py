@@ -1,4 +1,4 @@
-"""Which samples the sets of a run share."""
+"""Find the samples that the sets of a run share."""
 
 from __future__ import annotations
 
@@ -15,69 +15,50 @@ from slug_lightning.utils.loaders import Batches, Chained, EveryFourth, First, S
 from slug_lightning.utils.names import listed
 
 Sample = tuple[int, int]
-"""Identity of the dataset, and index; a stream is known by its identity alone, and has the index -1."""
+"""`id` of the dataset, and index; a stream has only its `id`, and the index -1."""
 
 
-def meant(sampler: Iterable[int], count: int) -> list[int]:
-    """Which of `count` samples a sampler means, each once: it may repeat some, and draw them at random."""
+def indices_of(sampler: Iterable[int], count: int) -> list[int]:
+    """Return which of `count` samples a sampler may draw, each once."""
     if isinstance(sampler, WeightedRandomSampler):
         return sampler.weights.nonzero()[:, 0].tolist()
-    if isinstance(sampler, (RandomSampler, DistributedSampler)):  # the latter serves one process its part
+    if isinstance(sampler, (RandomSampler, DistributedSampler)):  # the latter gives one rank its share
         return list(range(count))
     return sorted({int(i) for i in sampler})
 
 
 def samples_in(loaders: Mapping[Split, Batches]) -> set[Sample]:
-    """Which samples loaders read."""
+    """Return the samples that loaders read."""
     found: set[Sample] = set()
-    for batches in loaders.values():
-        for loader in _sources(batches):
-            dataset = getattr(loader, "dataset", None)
-            if dataset is None or isinstance(dataset, IterableDataset):
-                found.add((id(dataset if dataset is not None else loader), -1))
-                continue
-            sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-            indices = meant(sampler, len(dataset))
-            while isinstance(dataset, Subset):
-                indices = [int(dataset.indices[i]) for i in indices]
-                dataset = dataset.dataset
-            found.update((id(dataset), i) for i in indices)
+    for loader in (loader for batches in loaders.values() for loader in _sources(batches)):
+        dataset = getattr(loader, "dataset", None)
+        if dataset is None or isinstance(dataset, IterableDataset):
+            found.add((id(dataset if dataset is not None else loader), -1))
+            continue
+        indices = indices_of(getattr(loader.batch_sampler, "sampler", loader.sampler), len(dataset))
+        while isinstance(dataset, Subset):
+            indices = [int(dataset.indices[i]) for i in indices]
+            dataset = dataset.dataset
+        found.update((id(dataset), i) for i in indices)
     return found
 
 
 def _sources(batches: Any) -> Iterator[Any]:
-    """The loaders that batches come from."""
-    if isinstance(batches, Chained):
-        for loader in batches.loaders:
+    """Yield the loaders that batches come from; a stream is one, whatever it consists of."""
+    if isinstance(batches, (Chained, First)):
+        for loader in batches.loaders if isinstance(batches, Chained) else [batches.loader]:
             yield from _sources(loader)
-    elif isinstance(batches, First):
-        yield from _sources(batches.loader)
-    else:  # a stream is one source, whatever it consists of
+    else:
         yield batches.loader if isinstance(batches, EveryFourth) else batches
 
 
 def refuse_same_data(forget: Mapping[str, Mapping[Split, Batches]], retain: Mapping[Split, Batches]) -> list[str]:
-    """Refuse one set under two names, warn where a part of a concept is in retain, and say what concepts share.
-
-    A concept may lie within another, or share samples with it.
-
-    Args:
-        forget: batches by concept and split.
-        retain: batches by split.
-
-    Returns:
-        Notes on what concepts share, at most six.
-
-    Raises:
-        UnlearnError: if a concept is a part of retain, or if two concepts are the same data.
-    """
-    concepts = {name: samples_in(parts) for name, parts in forget.items()}
-    kept = samples_in(retain)
-    if inside := [name for name, own in concepts.items() if own and own <= kept]:
-        raise UnlearnError(
-            f"forget {listed(inside)}: the same data as retain, or a part of it; leave out of retain what is to be forgotten"
-        )
-    partly = [f"{len(own & kept)} of {len(own)} samples of {name!r}" for name, own in concepts.items() if own & kept]
+    """Refuse the same data under two names, warn if retain has some of a concept, and return notes on what concepts share."""
+    concepts = {name: samples_in(loaders) for name, loaders in forget.items()}
+    retained = samples_in(retain)
+    if inside := [name for name, own in concepts.items() if own and own <= retained]:
+        raise UnlearnError(f"forget {listed(inside)}: the same data as retain, or a part of it; leave it out of retain")
+    partly = [f"{len(own & retained)} of {len(own)} samples of {name!r}" for name, own in concepts.items() if own & retained]
     if partly:
         more = f", and samples of {len(partly) - 5} more concepts," if len(partly) > 5 else ""
         warnings.warn(f"forget, retain: {', '.join(partly[:5])}{more} are in retain too", stacklevel=3)
@@ -89,16 +70,15 @@ def refuse_same_data(forget: Mapping[str, Mapping[Split, Batches]], retain: Mapp
 
 
 def _shared(concepts: Mapping[str, set[Sample]]) -> list[str]:
-    """Sentences on the pairs of concepts that share samples, those that share most first."""
+    """Write sentences on the pairs of concepts that share most samples."""
     owners: dict[Sample, list[str]] = defaultdict(list)
     for name, own in concepts.items():
         for sample in own:
-            if sample[1] >= 0:  # how much two readings of a stream have in common cannot be told
+            if sample[1] >= 0:  # what two streams share is unknown
                 owners[sample].append(name)
     shared: Counter[tuple[str, str]] = Counter()
     for names, count in Counter(map(tuple, owners.values())).items():  # many samples have the same owners
-        for pair in combinations(names, 2):
-            shared[pair] += count
+        shared.update(dict.fromkeys(combinations(names, 2), count))
     notes = []
     for pair, count in shared.most_common(5):
         (small, fewer), (large, more) = sorted(((name, len(concepts[name])) for name in pair), key=lambda each: each[1])

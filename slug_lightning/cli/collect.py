@@ -1,4 +1,4 @@
-"""`slug-lightning collect`: gather what to forget, and what to keep, by captions."""
+"""`slug-lightning collect`: collect image-text pairs to forget and to retain, by their captions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLLECT = """Write the image-text pairs whose captions name something, and others to keep, into a folder from which fit can read
-them. Names are found as whole words, whatever the case; list plurals as aliases. Copies of a picture, of whatever encoding or
-size, are left out, so that none is both tuned and reported on, or both forgotten and kept.
+COLLECT = """Write the image-text pairs whose captions name a concept, and others to retain, into a folder that fit can read.
+Names are matched as whole words, ignoring case; list plurals as aliases. Copies of an image, whatever their encoding or size,
+are left out, so that no image is in two splits, or both in the forget and the retain set.
 
   slug-lightning collect --name octopus --alias octopuses --from "shards/*.tar" --output data/octopus
 """
@@ -19,24 +19,24 @@ def add_collect(verbs: Any) -> None:
     """Add the command to the parser of all commands."""
     added = verbs.add_parser(
         "collect",
-        help="gather the pictures of what is to be forgotten, and of what to keep, by their captions",
+        help="collect image-text pairs to forget and to retain, by their captions",
         description=COLLECT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are those of the function
     )
     added.set_defaults(run=_collect)
-    added.add_argument("--name", required=True, help="of what is to be forgotten, as captions have it")
+    added.add_argument("--name", required=True, help="of the concept to forget, as in the captions")
     added.add_argument("--alias", dest="aliases", action="append", metavar="NAME", help="another name of it; may be repeated")
     what = "a CSV, a folder with one, or tar shards"
     added.add_argument("--from", dest="sources", nargs="+", required=True, metavar="SOURCE", help=what)
     added.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
-    caption = "a caption for what is to be forgotten, with {} for the name; may be repeated; default: 'a photo of {}' and others"
+    caption = "a caption for the forget set, with {} for the name; may be repeated; default: 'a photo of {}' and others"
     added.add_argument("--template", dest="templates", action="append", metavar="TEXT", help=caption)
-    added.add_argument("--at_least", type=int, metavar="N", help="fail with fewer pictures to forget or to keep; default: 20")
-    added.add_argument("--limit", type=int, metavar="N", help="how many pictures to keep at most; default: 10000")
-    added.add_argument("--seed", type=int, help="of the split into gradient, search and report; default: 0")
-    added.add_argument("--image_column", metavar="NAME", help="of a CSV: the column of image paths; default: filepath")
-    added.add_argument("--caption_column", metavar="NAME", help="of a CSV: the column of captions; default: title")
+    added.add_argument("--at_least", type=int, metavar="N", help="fail with fewer images to forget or to retain; default: 20")
+    added.add_argument("--limit", type=int, metavar="N", help="retain only the first N pairs; default: 10000")
+    added.add_argument("--seed", type=int, help="of the split into train, validation and test; default: 0")
+    added.add_argument("--image_column", metavar="NAME", help="the CSV's column of image paths; default: filepath")
+    added.add_argument("--caption_column", metavar="NAME", help="the CSV's column of captions; default: title")
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -47,4 +47,4 @@ def _collect(options: argparse.Namespace) -> None:
     init = {kind: str(options.output / f"{kind}.csv") for kind in ("forget", "retain")}
     more = {name: getattr(options, name) for name in ("seed", "limit") if name in options}
     data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init | more}
-    print(f"in a config, with the model that it is for:\ndata: {json.dumps(data)}")
+    print(f"for a config, with the model added to init_args:\ndata: {json.dumps(data)}")
