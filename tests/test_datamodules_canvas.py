@@ -107,8 +107,8 @@ def test_search_and_report_start_from_other_noise_and_say_so(quick):
     other = {int(seed) for batch in made(style="blob", seed=4).retain_dataloader("val") for seed in batch["seed"]}
     assert not other & {seed for _, seed in drawn["val"]}
     assert data.notes["forget 'blob style'"] == (
-        "forget 'blob style': three sets of 20 (gradient), 40 (search), 120 (report); fresh renderings for the gradient, 1 of "
-        "each drawing; search and report draw the same 20 prompts, 2 and 6 times each, from other seeds, in 4 and 30 steps"
+        "forget 'blob style': three sets: 20 train, 40 validation, 120 test; fresh renderings for the gradient, 1 of each "
+        "drawing; search and report draw the same 20 prompts, 2 and 6 times each, from different seeds, in 4 and 30 steps"
     )
     assert "same 72 prompts" in data.notes["retain"]
 
@@ -154,9 +154,9 @@ def test_a_run_takes_its_loaders_without_a_complaint(quick):
         ({"style": "notto"}, "style: 'notto' is not known; near misses: noto"),
         ({"thing": ["cat", "cat"]}, "thing: 'cat' is given more than once"),
         ({"style": STYLES}, "style, thing: nothing is left to retain; forget less"),
-        ({"style": "noto", "renderings": 0}, "renderings: 0 of each drawing are too few"),
-        ({"style": "noto", "search_pictures": 0}, "search, report: 0 pictures of a prompt cannot be drawn"),
-        ({"style": "noto", "report_steps": 0}, "search_steps, report_steps: 0 steps draw nothing"),
+        ({"style": "noto", "renderings": 0}, "renderings: must be >= 1, got 0"),
+        ({"style": "noto", "search_pictures": 0}, "search, report: the number of images per prompt .* got 0"),
+        ({"style": "noto", "report_steps": 0}, "search_steps, report_steps: must be >= 1, got 0"),
     ],
 )
 def test_errors_name_argument_and_remedy(quick, arguments, message):

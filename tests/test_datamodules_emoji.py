@@ -170,8 +170,8 @@ def test_concepts_are_rendered_afresh_and_share_nothing(only_few):
     loaders += [data.retain_dataloader(split) for split in SPLITS]
     seen = [image.numpy().tobytes() for loader in loaders for batch in loader for image in batch["image"][:, :, ::16, ::16]]
     assert len(seen) == len(set(seen)) > 300
-    assert data.notes[f"forget {only_few.thing_names[2]!r}"].endswith("; fresh renderings in each")
-    assert all(data.notes[label].endswith(", of drawings of its own") for label in ("forget 'blob style'", "retain"))
+    assert data.notes[f"forget {only_few.thing_names[2]!r}"].endswith("; fresh renderings in each split")
+    assert all(data.notes[label].endswith(", of its own drawings") for label in ("forget 'blob style'", "retain"))
 
 
 @pytest.mark.parametrize(

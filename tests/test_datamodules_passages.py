@@ -155,7 +155,7 @@ def test_an_unlearn_callback_gets_the_passages_for_everything_and_three_parts_of
     assert all(sorted(kept(forget[split])) == list(range(11)) for split in SPLITS)
     assert sum(len(kept(found.retain[split])) for split in SPLITS) == 30
     assert found.notes[0] == "forget: the same 11 passages serve gradient, search and report"
-    assert found.notes[2].startswith("retain: one set of 30 samples was split into 16 (gradient), 7 (search), 7 (report)")
+    assert found.notes[2].startswith("retain: one set of 30 samples split into 16 train, 7 validation, 7 test")
 
 
 def test_the_same_seed_gives_the_same_and_another_one_does_not():
@@ -429,7 +429,7 @@ def test_the_embedded_passages_are_drawn_by_seed(docs):
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_more_than_are_recited_cannot_be_drawn(docs, count):
-    with pytest.raises(UnlearnError, match=f"passages: {count} is not possible; 9 are recited"):
+    with pytest.raises(UnlearnError, match=f"passages: must be from 1 to 9, got {count}"):
         PythonDocsDataModule(passages=count, unseen=4, tokenizer=TOKENIZER).setup("fit")
 
 

@@ -1,1 +1,1 @@
-"""Datamodules of the embedded pictures and texts."""
+"""Datamodules of the embedded drawings and texts."""

@@ -1,4 +1,4 @@
-"""The embedded language model's passages: documentation of Python."""
+"""Passages for the embedded language model, from Python's documentation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ from slug_lightning.datamodules.text.passages import PassageDataModule
 from slug_lightning.datamodules.text.reading import read_lines
 from slug_lightning.errors import UnlearnError
 
-PARTS = ("recited", "kept", "unseen")
-NAMES = {"recited": "passages", "unseen": "unseen"}
-
 
 class PythonDocsDataModule(PassageDataModule):
-    """Passages of Python's documentation that the embedded language model recites, some of which are to be forgotten.
+    """Forget passages of Python's documentation that the embedded language model recites.
 
-    What is kept is other text of the documentation that the model was trained on; what is unseen, text that it never saw.
-    Prefix and suffix are 32 tokens.
+    The retain set is other text of the documentation that the model was trained on. Prefix and suffix have 32 tokens.
 
     Args:
-        passages: how many to forget, drawn by the seed from those that are recited.
-        unseen: how many unseen ones the level of "forgotten" is taken from, likewise.
+        passages: how many passages to forget, drawn by the seed from those that the model recites.
+        unseen: how many passages that the model never saw set the level of "forgotten", likewise.
         seed: of the draw, and as in `PassageDataModule`.
         options: as in `PassageDataModule`.
 
     Raises:
-        UnlearnError: in `setup`: if there are not so many; and as `PassageDataModule`.
+        UnlearnError: in `setup`, if there are not so many passages; and as `PassageDataModule`.
 
     Example:
         >>> data = PythonDocsDataModule(passages=8, pairing="random")
@@ -37,17 +33,17 @@ class PythonDocsDataModule(PassageDataModule):
 
     def __init__(self, passages: int = 32, unseen: int = 32, *, seed: int = 0, **options: Any) -> None:
         super().__init__([], [], [], prefix=32, suffix=32, seed=seed, **options)
-        self.counts = {"recited": passages, "unseen": unseen}
+        self.counts = {"passages": ("recited", passages), "unseen": ("unseen", unseen)}
 
     def setup(self, stage: str | None = None) -> None:
         if not self.notes:
-            texts: dict[str, list[str]] = {part: [] for part in PARTS}
+            texts: dict[str, list[str]] = {"recited": [], "kept": [], "unseen": []}
             for line in read_lines("passages", embedded.PASSAGES, "part"):
                 texts[line["part"]].append(line["text"])
             draw = random.Random(self.seed)
-            for part, count in self.counts.items():
+            for argument, (part, count) in self.counts.items():
                 if not 1 <= count <= len(texts[part]):
-                    raise UnlearnError(f"{NAMES[part]}: {count} is not possible; {len(texts[part])} are {part}, give 1 or more")
+                    raise UnlearnError(f"{argument}: must be from 1 to {len(texts[part])}, got {count}")
                 texts[part] = draw.sample(texts[part], count)
-            self.forget, self.keep, self.unseen = (texts[part] for part in PARTS)
+            self.forget, self.keep, self.unseen = texts.values()
         super().setup(stage)
