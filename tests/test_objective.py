@@ -27,6 +27,7 @@ from slug_lightning.distributed.batch_sharding import shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.data_checks import digest_of_data, fingerprint, first_loss, rehearse
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
@@ -191,7 +192,7 @@ class Drawing(TensorDataset):
 
 def digest_of(batches, processes=None):
     with preserve_state(nn.Identity()):
-        return Objective(Scripted(), {"retain": {"train": batches}}, PlainRunner(processes)).digest("retain", "train")
+        return digest_of_data(Objective(Scripted(), {"retain": {"train": batches}}, PlainRunner(processes)), "retain", "train")
 
 
 @examples(25)
@@ -231,13 +232,13 @@ def test_a_digest_sees_content_names_kinds_order_and_how_things_are_put_together
 def test_of_what_nobody_can_look_into_there_is_no_digest_and_a_fingerprint_all_the_same(strange):
     assert digest_of([X, [X, strange]]) is None
     reads = [{"forget": {"val": [[x, object()]]}} for x in (X, X, X + 1)]
-    told = [Objective(Scripted(), loaders, PlainRunner()).fingerprint("forget", "val") for loaders in reads]
+    told = [fingerprint(Objective(Scripted(), loaders, PlainRunner()), "forget", "val") for loaders in reads]
     assert told[0] == told[1] != told[2]
 
 
 def test_a_fingerprint_is_of_the_first_batch_in_whatever_container():
     def told(*batches):
-        return Objective(Scripted(), {"forget": {"val": list(batches)}}, PlainRunner()).fingerprint("forget", "val")
+        return fingerprint(Objective(Scripted(), {"forget": {"val": list(batches)}}, PlainRunner()), "forget", "val")
 
     assert told(UserDict(x=X), X) == told(UserDict(x=X.clone()), X + 1) != told(UserDict(x=X + 1), X)
     assert told() == told() != told(X)
@@ -254,7 +255,7 @@ def test_data_are_read_as_they_are_measured():
             stages.append("out")
 
     measuring = Objective(Scripted(), {"retain": {split: [X] for split in ("train", "val", "test")}}, Runner())
-    assert len({measuring.digest("retain", split) for split in ("train", "val", "test")}) == 1
+    assert len({digest_of_data(measuring, "retain", split) for split in ("train", "val", "test")}) == 1
     assert stages == ["in", "out"] * 2
 
 
@@ -264,7 +265,7 @@ def test_data_are_read_as_they_are_measured():
 def first_loss(losses, processes=None, counts=(2, 3, 4)):
     module = Scripted([None if loss is None else torch.tensor(loss) for loss in losses])
     measuring = Objective(module, {"retain": {"train": batches_of(*counts[: len(losses)])}}, PlainRunner(processes))
-    return measuring.first_loss("retain", "train"), measuring.forward_samples
+    return first_loss(measuring, "retain", "train"), measuring.forward_samples
 
 
 def test_the_first_loss_is_that_of_the_first_batch_to_the_last_bit_whoever_runs_it():
@@ -282,7 +283,7 @@ def test_the_first_loss_leaves_no_gradient_and_draws_as_a_gradient_does():
             return self.last
 
     measuring = objective(Noisy(), batches=batches_of(3))
-    told = measuring.first_loss("retain", "train")
+    told = first_loss(measuring, "retain", "train")
     assert not measuring.module.last.requires_grad and measuring.module.weight.grad is None
     measuring.gradient("retain", {"weight": measuring.module.weight})
     assert told == repr(measuring.module.last.item())
@@ -324,27 +325,20 @@ def test_what_was_not_logged_by_then_is_no_mistake_of_a_measurement_that_is_give
     assert measuring.measure("retain", "val", stop=lambda _: True) is None
 
 
-@pytest.mark.parametrize(("record", "edited", "expected"), [
-    (["a", "b"], None, [("record", 0), ("record", 1)]), ([], "a", [("evaluate", 0), ("evaluate", 1)]), ([], None, []),
-])  # fmt: skip
-def test_a_replay_records_or_evaluates_every_batch_of_its_pass(record, edited, expected):
+@pytest.mark.parametrize(("record", "edited"), [(["a", "b"], None), ([], "a"), ([], None)])
+def test_an_evaluator_runs_every_batch_of_its_pass(record, edited):
     seen = []
 
     class Spy:
-        def record(self, where, number, batch, step, layers):
-            assert where == ("validation_step", "retain", "val") and layers == record
-            seen.append(("record", number))
-            step()
-
-        def evaluate(self, where, number, batch, step, layer):
-            assert where == ("validation_step", "retain", "val") and layer == edited
-            seen.append(("evaluate", number))
+        def run(self, where, number, batch, step, to_record=(), layer=None):
+            assert where == ("validation_step", "retain", "val") and to_record == record and layer == edited
+            seen.append(number)
             step()
 
     measuring = objective(Scripted([{"acc": 1.0}, {"acc": 0.0}]), "acc", batches_of(2, 2))
-    measuring.replay = Spy()
+    measuring.evaluator = Spy()
     assert measuring.measured("retain", "val", record=record, edited=edited) == {"acc": 0.5}
-    assert seen == expected
+    assert seen == [0, 1]
 
 
 def test_every_pass_draws_the_same_random_numbers():
@@ -376,17 +370,17 @@ def rehearsing(module, metric, batches):
 def test_a_rehearsal_ends_with_the_batch_that_has_logged_the_last_name(rows, steps):
     module = Scripted(rows)
     measuring = rehearsing(module, ["acc", "loss"], batches_of(*[2] * len(rows)))
-    assert measuring.rehearse() is None
+    assert rehearse(measuring, "retain") is None
     assert module.steps == steps
     assert {"acc", "loss"} <= set(measuring.metrics)
     assert not measuring.complete
-    measuring.rehearse()
+    rehearse(measuring, "retain")
     assert module.steps == steps  # nothing is in doubt any more
 
 
 def test_a_rehearsal_ends_with_the_batch_that_logs_a_metric_object():
     module = WithObject()
-    rehearsing(module, "accuracy", batches_of(4, 4, 4)).rehearse()
+    rehearse(rehearsing(module, "accuracy", batches_of(4, 4, 4)), "retain")
     assert module.steps == 2
 
 
@@ -401,7 +395,7 @@ def test_a_rehearsal_stumbles_over_the_same_things_as_a_measurement(module, metr
     with pytest.raises(UnlearnError, match=message):
         rehearsing(module(), metric, batches).measure("retain", "test")
     with pytest.raises(UnlearnError, match=message):
-        rehearsing(module(), metric, batches).rehearse()
+        rehearse(rehearsing(module(), metric, batches), "retain")
 
 
 @pytest.mark.parametrize("kind", ["forget", "retain"])
@@ -411,7 +405,7 @@ def test_an_empty_set_is_found_before_anything_is_computed(kind, split):
     measuring = rehearsing(module, "acc", batches_of(1))
     measuring.loaders[kind][split] = []
     with pytest.raises(UnlearnError, match=f"{kind}: the {split} set is empty"):
-        measuring.rehearse()
+        rehearse(measuring, kind)
     assert module.steps == 0
 
 

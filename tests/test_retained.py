@@ -33,6 +33,7 @@ from _tiny import PlainRunner, blobs, fit, loader, part, trained
 from slug_lightning import RetainCache
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.modules import UnlearnModule
+from slug_lightning.objective.data_checks import first_loss
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
@@ -170,7 +171,7 @@ def test_code_is_seen_where_the_loss_cannot_tell(cache):
     losses = []
     for loss in (attached, detached):
         module = made(loss)
-        losses.append(objective(module).first_loss("retain", "train"))
+        losses.append(first_loss(objective(module), "retain", "train"))
         found, reused, _ = asked(cache, module)
         assert not reused and same(found, computed(module))
     assert losses[0] == losses[1]

@@ -85,7 +85,7 @@ class Objective:
     @contextmanager
     def replaying(self, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, evaluations of edits of these layers may compute only what those change."""
-        if not self.replays or isinstance(self.evaluator, Replay):
+        if not self.replays or not isinstance(self.evaluator, WholeForward):
             yield
             return
         self.evaluator = Replay(self.module, layers, self.replay_budget)
