@@ -50,7 +50,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 def test_the_quickstart_forgets_in_25_lines():
     (quickstart,) = blocks(README, "python")
     assert sum(bool(line) for line in quickstart.splitlines()) <= 25
-    assert "unlearn_callback(" in quickstart and "patch.save(" in quickstart
+    assert "UnlearnCallback(" in quickstart and "patch.save(" in quickstart
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

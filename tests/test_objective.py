@@ -262,7 +262,7 @@ def test_data_are_read_as_they_are_measured():
 # ---- the first loss
 
 
-def first_loss(losses, processes=None, counts=(2, 3, 4)):
+def loss_of_the_first(losses, processes=None, counts=(2, 3, 4)):
     module = Scripted([None if loss is None else torch.tensor(loss) for loss in losses])
     measuring = Objective(module, {"retain": {"train": batches_of(*counts[: len(losses)])}}, PlainRunner(processes))
     return first_loss(measuring, "retain", "train"), measuring.forward_samples
@@ -270,10 +270,10 @@ def first_loss(losses, processes=None, counts=(2, 3, 4)):
 
 def test_the_first_loss_is_that_of_the_first_batch_to_the_last_bit_whoever_runs_it():
     nearly = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)).item()
-    assert first_loss([0.1, 5.0]) == (repr(torch.tensor(0.1).item()), 2) != first_loss([nearly, 5.0])
-    assert simulate(2, lambda each: first_loss([0.1, 5.0, 6.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 2
-    assert simulate(3, lambda each: first_loss([0.1, 5.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 3
-    assert [first_loss([None, 1.0]), first_loss([])] == [(None, 2), (None, 0)]
+    assert loss_of_the_first([0.1, 5.0]) == (repr(torch.tensor(0.1).item()), 2) != loss_of_the_first([nearly, 5.0])
+    assert simulate(2, lambda each: loss_of_the_first([0.1, 5.0, 6.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 2
+    assert simulate(3, lambda each: loss_of_the_first([0.1, 5.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 3
+    assert [loss_of_the_first([None, 1.0]), loss_of_the_first([])] == [(None, 2), (None, 0)]
 
 
 def test_the_first_loss_leaves_no_gradient_and_draws_as_a_gradient_does():
