@@ -233,7 +233,7 @@ class Method(ABC):
 
 
 def _options(value: Any) -> dict[str, Any]:
-    named = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else vars(value)
+    named = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else getattr(value, "__dict__", {})
     return {name: _plain(option) for name, option in named.items()}
 
 
@@ -245,6 +245,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
     kind = value if hasattr(value, "__qualname__") else type(value)
     path = f"{kind.__module__}.{kind.__qualname__}"
     return path if kind is value else {"class_path": path} | _options(value)

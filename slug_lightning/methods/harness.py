@@ -141,6 +141,8 @@ class Harness:
                 self._validate()
             context = self._context()
             outcomes = {outcome.concept: outcome for outcome in self.method.run(context)}
+            if missing := self.objectives.keys() - outcomes.keys():
+                raise UnlearnError(f"method: {type(self.method).__name__} gave no outcome for {some_of(sorted(missing))}")
             edits = self._within_bounds(context, outcomes)
             found = self._collateral(context, edits)
             with self.meter.phase("report"):

@@ -17,13 +17,13 @@ from slug_lightning.tensors.layers import Layer
 from slug_lightning.utils.random import seed_for_batch
 
 
-def input_covariance(objective: Objective, kind: Kind, layers: Sequence[Layer]) -> dict[str, Tensor]:
+def input_covariance(objective: Objective, layers: Sequence[Layer], kind: Kind) -> dict[str, Tensor]:
     """Compute A = 1/N Σ_n Σ_t x xᵀ of the inputs of linear layers, by one forward pass over the gradient split.
 
     Args:
         objective: its loss is what runs.
-        kind: whose samples: "forget" or "retain".
         layers: weights `[out, in]` of `nn.Linear` modules.
+        kind: whose samples: "forget" or "retain".
 
     Returns:
         By tensor name `[in, in]`, fp64, over all N samples and all positions t of each; the same in every process.

@@ -9,21 +9,21 @@ from functools import partial
 
 from torch import Tensor
 
+from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Outcome, Trial
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.candidates import Candidate, LayerScore
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve, Point, Tangent
-from slug_lightning.methods.slug.directions import Direction
+from slug_lightning.methods.slug.directions import FACTORS, Direction
 from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.precision_check import Errors, close_calls, close_scores, score_errors
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import StepSearch
-from slug_lightning.objective.curvature import input_covariance
-from slug_lightning.objective.objective import Kind
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.tensors.layers import refuse_unmovable
+from slug_lightning.utils.names import some_of
 
 ALTERNATIVES = 3
 """Layers whose direction is kept after the search, for another one where the edits of several concepts do not go together."""
@@ -92,7 +92,9 @@ class ConceptSearch:
         names = {candidate.layer for candidate in self._candidates}
         self.outcome.layers = [one.row(one.name in names) for one in self._all_statistics]
         by_name = {one.name: one for one in self._all_statistics}
-        self.statistics = [by_name[candidate.layer] for candidate in self._candidates]
+        if unknown := names - by_name.keys():
+            raise UnlearnError(f"score: {some_of(sorted(unknown))} cannot be searched; give names of the layers it was given")
+        self.statistics = [by_name[name] for name in dict.fromkeys(candidate.layer for candidate in self._candidates)]
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         self._gradient = {name: forget[name].clone() for one in self.statistics for name in one.layer.parameters}
         self._add_factors()
@@ -105,10 +107,11 @@ class ConceptSearch:
         for number in sorted({candidate.round for candidate in self._candidates}):
             names = [candidate.layer for candidate in self._candidates if candidate.round == number]
             decision, without = search.run([one for one in self.statistics if one.name in names])
+            self.chosen = decision.trial
             self.context.retain_before(known=without)
             if not decision.search_more:
                 break
-        trials, self.chosen = search.trials, decision.trial
+        trials = search.trials
         self.outcome.trials = list(trials)
         self._edit = search.edit(self.chosen) if self.chosen else None
         precision = self.objective.runner.precision
@@ -164,11 +167,8 @@ class ConceptSearch:
     def _add_factors(self) -> None:
         """Compute what the direction needs to know of the candidates."""
         factors: dict[str, dict[str, Tensor]] = {}
-        for need in sorted(self.rules.direction.needs):
-            kind, _, factor = need.partition(":")
-            assert kind in ("forget", "retain") and factor == "input_covariance", f"unknown need {need!r} of a direction"
-            which: Kind = "forget" if kind == "forget" else "retain"
-            factors[need] = input_covariance(self.objective, which, [one.layer for one in self.statistics])
+        for need in sorted(getattr(self.rules.direction, "needs", ())):  # a function needs nothing more
+            factors[need] = FACTORS[need](self.objective, [one.layer for one in self.statistics])
         if factors:
             self.statistics = [
                 replace(
@@ -184,7 +184,10 @@ class ConceptSearch:
         else:
             gradient = self.context.gradient("forget", [layer.layer], self.concept, at=[at])
         direction = self.rules.direction(layer, gradient)
-        return Tangent(direction, norm(layer.layer, direction, self.objective.processes))
+        length = norm(layer.layer, direction, self.objective.processes)
+        if not 0 < length < math.inf:
+            raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
+        return Tangent(direction, length)
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules

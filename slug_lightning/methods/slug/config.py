@@ -15,10 +15,11 @@ from slug_lightning.methods.slug.candidates import pareto
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
 from slug_lightning.methods.slug.curves import line
-from slug_lightning.methods.slug.directions import ForgetGradient
+from slug_lightning.methods.slug.directions import FACTORS, ForgetGradient
 from slug_lightning.methods.slug.several import JointSearch
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.tensors.layers import Granularity, Layer, find_layers
+from slug_lightning.utils.names import some_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class SLUG(Method):
         for name, builtin in RULES.items():
             if isinstance(rule := getattr(self, name), str) and rule not in builtin:
                 raise UnlearnError(f"{name} must be {' or '.join(map(repr, builtin))}, or an object, got {rule!r}")
+        if unknown := set(getattr(self.direction, "needs", ())) - FACTORS.keys():
+            raise UnlearnError(f"direction needs {some_of(sorted(unknown))}, but there is only {some_of(FACTORS)}")
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
         """List the layers that may be edited."""
@@ -100,9 +103,9 @@ class SLUG(Method):
         if len(searches) > 1:
             with context.phase("together"):
                 self._settle(context, searches)
-        elif (chosen := searches[0].chosen) is not None:
+        elif (chosen := searches[0].chosen) is not None and chosen.retain is not None:  # else the harness measures
             after = {searches[0].concept.metric.name: chosen.forget}
-            searches[0].outcome.search_after = {"forget": after, "retain": chosen.retain or {}}
+            searches[0].outcome.search_after = {"forget": after, "retain": chosen.retain}
         return [search.finished() for search in searches]
 
     def _settle(self, context: Context, searches: list[ConceptSearch]) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.objective.curvature import input_covariance
+
+FACTORS = {
+    "forget:input_covariance": partial(input_covariance, kind="forget"),
+    "retain:input_covariance": partial(input_covariance, kind="retain"),
+}
+"""What a direction may need to know of a layer."""
 
 
 class Direction(Protocol):
     """A rule that turns the forget gradient of one layer into the direction to go.
 
     Attributes:
-        needs: factors to be computed for each candidate layer: of "forget:input_covariance" and "retain:input_covariance"
-            (`slug_lightning.objective.curvature.input_covariance`) those that are read from `layer.factors`.
+        needs: names of the `FACTORS` that are to be computed for each candidate layer, and are then in `layer.factors`.
 
     Example:
         >>> class SignOfGradient:
