@@ -1,7 +1,7 @@
-"""Forget ten concepts of the small vision-language model, by both routes, and print what its answers name before and after.
+"""Forget ten concepts of the small vision-language model, by both objectives, and print what its answers name before and after.
 
     python benchmarks/vlm.py                                     # goes on where it stopped
-    python benchmarks/vlm.py --concepts octopus noto --routes clip
+    python benchmarks/vlm.py --concepts octopus noto --objectives clip
 
 `named`: share of the answers about pictures of the concept that name it, over all wordings of the questions; `worst wording`:
 the share of the wording of which most answers do. `others`: share of right answers to all other questions, and of it those that
@@ -36,7 +36,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
 from slug_lightning.objective.metrics import ROUNDING
-from slug_lightning.vlm.answers import names
+from slug_lightning.vlm.answers import mentions
 
 CONCEPTS = {
     "thing": ["airplane", "bicycle", "cherries", "crown", "elephant", "guitar", "rocket"],
@@ -79,7 +79,7 @@ def shares(module: EmbeddedVLM, batches: Iterable[Mapping[str, Any]], by: str) -
     right: dict[str, list[bool]] = defaultdict(list)
     for batch in batches:
         for group, said, own in zip(batch[by], module.answer(batch), batch["aliases"], strict=True):
-            right[group].append(names(said, own))
+            right[group].append(mentions(said, own))
             right["all"].append(right[group][-1])
     return {group: sum(some) / len(some) for group, some in right.items()}
 
@@ -93,7 +93,7 @@ def measured(module: EmbeddedVLM, data: EmojiQuestionDataModule, close: list[dic
     return found | others | {"neighbours": shares(module, close, "question")["all"]}
 
 
-def run(kind: str, concept: str, route: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def run(kind: str, concept: str, objective: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Forget one concept, of the model as it ships."""
     pl.seed_everything(seed, verbose=False)
     drawings = load_drawings()
@@ -102,7 +102,7 @@ def run(kind: str, concept: str, route: str, seed: int, options: argparse.Namesp
     rows = torch.isin(own, torch.tensor([known.index(one) for one in near])).nonzero()[:, 0]
     rows = rows.repeat(2) if kind == "thing" else rows[:: len(rows) // 100]
     close = questions_about(drawings, rows, kind, seed=90_000 + seed)
-    module, data = EmbeddedVLM(route).eval(), EmojiQuestionDataModule(**{kind: concept}, seed=seed)
+    module, data = EmbeddedVLM(objective).eval(), EmojiQuestionDataModule(**{kind: concept}, seed=seed)
     data.setup("fit")
     before = measured(module, data, close)
     callback = UnlearnCallback(
@@ -133,10 +133,10 @@ def holds(line: Mapping[str, Any]) -> bool:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Every run, and the means of each route."""
+    """Every run, and the means of each objective."""
     rows = []
     for line in lines:
-        row = {"concept": line["concept"], "route": line["route"], "layer": line.get("layer") or line["status"]}
+        row = {"concept": line["concept"], "objective": line["objective"], "layer": line.get("layer") or line["status"]}
         if "named" in line:
             row |= {"named %": f"{100 * line['named before']:.1f} → {100 * line['named']:.1f}"}
             row |= {"worst wording %": 100 * line["worst wording"]}
@@ -146,9 +146,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         rows.append(row | {"holds": "yes" if line["holds"] else "no"})
     frame = pandas.DataFrame(lines)
     text = pandas.DataFrame(rows).to_markdown(index=False, floatfmt=".1f")
-    for route, part in frame.groupby("route", sort=False):
+    for objective, part in frame.groupby("objective", sort=False):
         done = part[part.status == "unlearned"]
-        text += f"\n\n{route}: {int(part.holds.sum())} of {len(part)} hold"
+        text += f"\n\n{objective}: {int(part.holds.sum())} of {len(part)} hold"
         if len(done):
             lost = {name: 100 * (done[f"{name} before"] - done[name]).mean() for name in ("others", "neighbours")}
             text += f"; named {100 * done.named.mean():.1f} % (mean of the {len(done)} edited)"
@@ -160,7 +160,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [one for some in CONCEPTS.values() for one in some]
     parser.add_argument("--concepts", nargs="+", default=every, metavar="NAME", help="things and styles (default: the ten)")
-    parser.add_argument("--routes", nargs="+", default=["clip", "answers"], choices=["clip", "answers"], help="(default: both)")
+    parser.add_argument(
+        "--objectives", nargs="+", default=["clip", "answers"], choices=["clip", "answers"], help="(default: both)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of splits and renderings (default: %(default)s)")
     layers = ["*.layers.[45].mlp.*", "*multi_modal_projector.linear_2*"]
     parser.add_argument("--layers", nargs="+", default=layers, help="patterns of tensors to edit (default: as configs/vlm.yaml)")
@@ -174,15 +176,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/vlm.jsonl"), help="(default: %(default)s)")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    asked = {name: str(value) for name, value in vars(options).items() if name not in ("concepts", "routes", "output")}
-    for route in options.routes:
+    asked = {name: str(value) for name, value in vars(options).items() if name not in ("concepts", "objectives", "output")}
+    for objective in options.objectives:
         for concept in options.concepts:
             kind = "style" if concept in load_drawings().style_names else "thing"
-            own = {"concept": concept, "kind": kind, "route": route, "options": asked}
+            own = {"concept": concept, "kind": kind, "objective": objective, "options": asked}
             if any(own.items() <= done.items() for done in _lines(options.output)):
                 continue
             try:
-                found = run(kind, concept, route, options.seed, options)
+                found = run(kind, concept, objective, options.seed, options)
             except UnlearnError as error:  # the other lines count all the same
                 found = {"status": f"failed: {error}", "holds": False}
             with options.output.open("a") as file:

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import resize
 from slug_lightning import UnlearnError
 from slug_lightning.diffusion.judges import NamedClassifier, make_judges
 from slug_lightning.diffusion.pipelines import draw
-from slug_lightning.diffusion.towers import OPENAI
+from slug_lightning.diffusion.source_clip import OPENAI
 from slug_lightning.modules.diffusion import DiffusionModule
 from slug_lightning.objective.samples import MOST
 
@@ -271,5 +271,5 @@ def test_a_size_of_ones_own_is_drawn():
 @pytest.mark.parametrize("judge", ["no/such/classifier", ["blob", "noto"]])
 def test_a_judge_that_cannot_be_had_is_named(judge, tmp_path):
     judge = str(tmp_path) if isinstance(judge, str) else judge
-    with pytest.raises(UnlearnError, match=r"^judges: .*(no image classifier|give clip=)"):
+    with pytest.raises(UnlearnError, match=r"^judges: .*(cannot be loaded .*give its folder|give clip=)"):
         DiffusionModule(drawing_pipeline(), judges={"style": judge})

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from slug_lightning.diffusion.losses import Denoising, latents_of
 from slug_lightning.diffusion.pipelines import native_size, read_prompts, resized
-from slug_lightning.diffusion.towers import OPENAI, Towers
+from slug_lightning.diffusion.source_clip import OPENAI, TextSourceClip
 from slug_lightning.modules.diffusion import DiffusionModule
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
@@ -219,18 +219,18 @@ def test_a_clip_of_which_the_pipeline_has_no_last_layer_reads_with_its_own(tmp_p
     """As with Stable Diffusion 2: only what the pipeline has is taken from it, and the gradient comes back through the rest."""
     pipeline = tiny_pipeline("sd2")
     (clip,) = tiny_clips(pipeline)
-    towers = Towers(clip, pipeline)
+    source = TextSourceClip(clip, pipeline)
     jolted(pipeline)
     with torch.no_grad():
-        before = towers.encode_text(TEXTS)
+        before = source.encode_text(TEXTS)
         clip.text_model.encoder.layers[-1].mlp.fc2.weight.mul_(2)
-        assert not torch.allclose(towers.encode_text(TEXTS), before)
+        assert not torch.allclose(source.encode_text(TEXTS), before)
         clip.text_model.encoder.layers[0].mlp.fc2.weight.mul_(2)
         clip.text_model.encoder.layers[-1].mlp.fc2.weight.div_(2)
-        torch.testing.assert_close(towers.encode_text(TEXTS), before)
-    towers.encode_text(TEXTS)[:, 0].sum().backward()
+        torch.testing.assert_close(source.encode_text(TEXTS), before)
+    source.encode_text(TEXTS)[:, 0].sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in pipeline.text_encoder.parameters() if p.ndim == 2)
-    assert all(p.grad is None for p in towers.parameters())
+    assert all(p.grad is None for p in source.parameters())
 
 
 def test_a_clip_by_name_is_shown_pictures_as_its_processor_says(tmp_path):

@@ -46,7 +46,7 @@ def refused(match: str, *remedies: str) -> Any:
 
 
 def test_an_objective_that_is_not_known_is_refused(pipeline):
-    with refused("objective: 'contrastive'", "'denoising' or 'clip'"):
+    with refused("objective must be 'denoising' or 'clip', got 'contrastive'"):
         DiffusionModule(pipeline, objective="contrastive")  # type: ignore[arg-type]
 
 
@@ -65,7 +65,7 @@ def test_a_clip_of_another_text_encoder_is_refused_and_the_first_tensor_named_in
     with found as said:
         DiffusionModule(pipeline, objective="clip", clip=[first, second])
     assert "text_encoder_2 in text_model.embeddings.token_embedding.weight" in str(said.value)  # of another width
-    with refused("clip: two of them are that of text_encoder_2"):
+    with refused("clip: two of them match text_encoder_2"):
         DiffusionModule(pipeline, objective="clip", clip=[second, second])
 
 
@@ -91,7 +91,7 @@ def test_a_label_beyond_the_classes_of_its_judge_is_refused():
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 2))
     module = DiffusionModule(tiny_pipeline("sd1"), judges={"thing": judge}, guidance=1.0)
     batch = {"text": ["cat"], "seed": torch.tensor([0]), "steps": torch.tensor([1]), "thing": torch.tensor([2])}
-    with refused("judges: 'thing' tells 2 classes apart", "class 2"):
+    with refused("judges: 'thing' has 2 classes", "class 2"):
         module.scores(batch, 0)
 
 
@@ -197,12 +197,12 @@ def test_captions_that_need_not_name_the_concept_may_be_long():
 
 def test_prompts_of_one_batch_are_drawn_in_the_same_number_of_steps():
     batch = {"text": ["cat", "dog"], "seed": torch.tensor([0, 1]), "steps": torch.tensor([2, 3])}
-    with refused(r"steps: a batch asks for \[2, 3\]", "give all of its prompts the same number"):
+    with refused(r"steps: all prompts of a batch must have the same number", r"got \[2, 3\]"):
         module_of_sd1().draw(batch)
 
 
 def test_labels_that_fit_no_judge_are_refused(pipeline):
     module = DiffusionModule(pipeline, judges={"style": torch.nn.Flatten()})
     batch = {"text": ["cat"], "seed": torch.tensor([0]), "steps": torch.tensor([1])}
-    with refused(r"judges: there are \['style'\]", "labels for none of them", "thing"):
+    with refused(r"judges: the prompts have labels for none of \['style'\]", "thing"):
         module.scores({**batch, "thing": torch.tensor([0])}, 0)

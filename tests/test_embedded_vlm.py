@@ -1,9 +1,11 @@
-"""The small vision-language model: what ships answers as it is said to, and forgets from its configuration by both routes."""
+"""The small vision-language model: what ships answers as it is said to, and forgets from its configuration by both objectives."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
 from test_cli import run
 from transformers import AutoModelForImageTextToText
 
@@ -13,7 +15,7 @@ from slug_lightning.datamodules.demo.questions import QUESTIONS, answer_of
 from slug_lightning.embedded import VLM
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
-from slug_lightning.vlm.towers import SourceClip
+from slug_lightning.vlm.towers import VisionSourceClip
 
 CONFIG = Path(__file__).parent.parent / "configs" / "vlm.yaml"
 
@@ -32,9 +34,9 @@ def test_answers_about_renderings_that_nobody_has_seen():
 
 
 def test_its_tower_is_that_of_the_embedded_clip():
-    """By route "clip" they are one: what is changed in the model, the CLIP sees by."""
+    """By objective "clip" they are one: what is changed in the model, the CLIP sees by."""
     module, clip = EmbeddedVLM("clip"), EmbeddedClip()
-    assert isinstance(module.clip, SourceClip)
+    assert isinstance(module.clip, VisionSourceClip)
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     own = torch.nn.functional.normalize(clip.model.eval().encode_image((pictures / 255 - 0.5) / 0.5), dim=-1)
     torch.testing.assert_close(module.eval().clip.encode_image(pictures), own, atol=1e-5, rtol=1e-4)
@@ -43,15 +45,27 @@ def test_its_tower_is_that_of_the_embedded_clip():
     assert not torch.allclose(module.clip.encode_image(pictures), own, atol=1e-2)
 
 
+@pytest.mark.parametrize("route", ["answers", "clip"])
+def test_route_is_still_understood_as_objective_and_warns(route):
+    """Also from a config or the command line."""
+    with pytest.warns(FutureWarning, match="route is deprecated .* use objective"):
+        assert (EmbeddedVLM(route=route).clip is not None) == (route == "clip")
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LightningModule, "model")
+    config = parser.parse_args(["--model=slug_lightning.modules.EmbeddedVLM", f"--model.route={route}"])
+    with pytest.warns(FutureWarning, match="route is deprecated .* use objective"):
+        assert (parser.instantiate_classes(config).model.clip is not None) == (route == "clip")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
-@pytest.mark.parametrize("route", ["answers", "clip"])
+@pytest.mark.parametrize("objective", ["answers", "clip"])
 @pytest.mark.parametrize("asked", ["--data.thing=octopus", "--data.style=fluent"])
-def test_a_thing_and_a_style_are_forgotten_from_the_shipped_configuration(asked, route, tmp_path):
+def test_a_thing_and_a_style_are_forgotten_from_the_shipped_configuration(asked, objective, tmp_path):
     folder = tmp_path / "run"
     other = [] if "thing" in asked else ["--data.thing=null"]
-    assert run("fit", "--config", CONFIG, "--output_dir", folder, "--model.route", route, *other, asked) == 0
+    assert run("fit", "--config", CONFIG, "--output_dir", folder, "--model.objective", objective, *other, asked) == 0
     report = UnlearnReport.from_json(folder / "report.json")
     assert report.after["forget"]["answer_accuracy"] <= 0.05
     assert report.after["retain"]["answer_accuracy"] >= report.before["retain"]["answer_accuracy"] - 0.03

@@ -138,11 +138,11 @@ def test_a_model_in_two_places_is_refused():
         footprint(net, torch.ones(2, 4), lambda net, x: net(x).sum(), find_layers(net))
 
 
-@pytest.mark.parametrize("route", ["answers", pytest.param("clip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["answers", pytest.param("clip", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:You defined a `validation_step`")
-def test_a_vision_language_model_needs_two_gradients_and_one_batch(route):
+def test_a_vision_language_model_needs_two_gradients_and_one_batch(objective):
     """At most 2.2 times the candidates in fp32, and what one bare pass over a batch takes: no gradient of the language model."""
-    module = EmbeddedVLM(route).eval()
+    module = EmbeddedVLM(objective).eval()
     pictures = torch.randint(0, 256, (24, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     asked = [Question(i, "what is this?", name, (name,), "thing", name) for i, name in enumerate(["cat", "owl", "sun"] * 8)]
     sets = [Questions(pictures, asked[start : start + 4]) for start in range(0, 24, 4)]

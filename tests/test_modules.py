@@ -299,16 +299,16 @@ def test_the_transformers_twin_gives_the_same_features(make):
 
 
 @pytest.mark.parametrize(("make", "reason"), [
-    (lambda: nn.Linear(2, 2), "not an open_clip CLIP with a vision transformer"),
-    (lambda: tiny_clip({"layers": (1, 1, 1, 1), "width": 8, "image_size": 32}), "not an open_clip CLIP with a vision transf"),
+    (lambda: nn.Linear(2, 2), "only an open_clip CLIP with a vision transformer"),
+    (lambda: tiny_clip({"layers": (1, 1, 1, 1), "width": 8, "image_size": 32}), "only an open_clip CLIP with a vision transf"),
     (lambda: tiny_clip({"ls_init_value": 0.1}), r"visual.transformer.resblocks.0.ls_1.gamma has no counterpart"),
-    (lambda: tiny_clip({"no_ln_pre": True}), r"vision_model.pre_layrnorm.bias is not there"),
+    (lambda: tiny_clip({"no_ln_pre": True}), r"vision_model.pre_layrnorm.bias is missing"),
     (lambda: tiny_clip({"pool_type": "avg"}), r"pools and masks \('avg', 'argmax', True\)"),
     (lambda: tiny_clip(text={"pool_type": "last"}), r"pools and masks \('tok', 'last', True\)"),
     (lambda: tiny_clip(text={"no_causal_mask": True}), r"pools and masks \('tok', 'argmax', False\)"),
-    (lambda: tiny_clip(text={"act_kwargs": {"approximate": "tanh"}}), "no transformers twin for the activation GELU.*tanh"),
+    (lambda: tiny_clip(text={"act_kwargs": {"approximate": "tanh"}}), "no counterpart of the activation GELU.*tanh"),
     (lambda: tiny_clip(init_logit_bias=0.0), "logit_bias has no counterpart"),
-    (lambda: tiny_clip(nonscalar_logit_scale=True), "logit_scale is not there, or not as"),
+    (lambda: tiny_clip(nonscalar_logit_scale=True), "logit_scale is missing, or has"),
 ])  # fmt: skip
 def test_only_a_clip_that_transformers_can_compute_has_a_twin(make, reason):
     with pytest.raises(UnlearnError, match=reason):
@@ -340,7 +340,7 @@ def test_clip_loads_by_name_from_either_library(tmp_path):
 
 
 def test_prompts_need_a_tokenizer():
-    with pytest.raises(UnlearnError, match="tokenizer: prompts are given"):
+    with pytest.raises(UnlearnError, match="tokenizer: a model object with prompts"):
         ClipModule(tiny_clip(), prompts={"kind": ["a"]})
 
 

@@ -37,7 +37,7 @@ from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.image_text.questions import Question, Questions, question_batch
 from slug_lightning.modules.vlm import VLMModule
 from slug_lightning.tensors.bits import bitwise_equal
-from slug_lightning.vlm.answers import UNSPACED, names, normal
+from slug_lightning.vlm.answers import UNSPACED, mentions, normalise
 
 pytestmark = pytest.mark.uncovered
 
@@ -74,16 +74,19 @@ class Forgotten(NamedTuple):
     """What a run has left."""
 
     family: Any
-    route: str
+    objective: str
     folder: Path
     module: VLMModule
     callback: UnlearnCallback
 
 
-ROUTES = [(family, "answers") for family in FAMILIES] + [(family, "clip") for family in WITH_CLIP]
-# A tower of a CLIP and one of its own kind, and both routes; all of them take minutes.
+OBJECTIVES = [(family, "answers") for family in FAMILIES] + [(family, "clip") for family in WITH_CLIP]
+# A tower of a CLIP and one of its own kind, and both objectives; all of them take minutes.
 QUICK = [("llava", "answers"), ("llava", "clip"), ("qwen2_vl", "answers")]
-RUNS = [pytest.param(route, marks=() if route in QUICK else pytest.mark.slow, id="-".join(route)) for route in ROUTES]
+RUNS = [
+    pytest.param(objective, marks=() if objective in QUICK else pytest.mark.slow, id="-".join(objective))
+    for objective in OBJECTIVES
+]
 
 
 def on_disk(family: Any, folder: Path) -> None:
@@ -94,24 +97,24 @@ def on_disk(family: Any, folder: Path) -> None:
         save(folder / "clip", *tiny_clip(family, model, steps=25))
 
 
-def made(folder: Path, route: Any = "answers", **options: Any) -> VLMModule:
-    clip = f"hf:{folder / 'clip'}" if route == "clip" else None
-    return VLMModule(folder / "original", route=route, clip=clip, **options)
+def made(folder: Path, objective: Any = "answers", **options: Any) -> VLMModule:
+    clip = f"hf:{folder / 'clip'}" if objective == "clip" else None
+    return VLMModule(folder / "original", objective=objective, clip=clip, **options)
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def forgotten(request, tmp_path_factory) -> Forgotten:
     """A model from disk that has forgotten something."""
-    family, route = request.param
+    family, objective = request.param
     folder = tmp_path_factory.mktemp("-".join(request.param))
     on_disk(family, folder)
-    module, callback = made(folder, route), forgetting()
+    module, callback = made(folder, objective), forgetting()
     fitting = trainer(callback)
     fitting.fit(module, datamodule=data())
     module.save_pretrained(folder / "model")
     fitting.save_checkpoint(folder / "unlearned.ckpt")
     callback.report.patch.save(folder / "patch.safetensors")
-    return Forgotten(family, route, folder, module, callback)
+    return Forgotten(family, objective, folder, module, callback)
 
 
 def plain(folder: Path) -> tuple[Any, Any]:
@@ -148,7 +151,7 @@ def test_nothing_but_candidates_ever_had_a_gradient_and_the_search_leaves_none(f
         assert not any("layers.2" in name or "post_layernorm" in name for name in free)
 
 
-def test_either_route_goes_where_both_losses_rise(forgotten):
+def test_either_objective_goes_where_both_losses_rise(forgotten):
     """Of a model and a CLIP that know the same pictures: what one unlearns, the other knows less well."""
     if forgotten.family not in WITH_CLIP:
         assert forgotten.callback.report.patch.edits[0].step > 0
@@ -193,20 +196,20 @@ def test_a_checkpoint_holds_the_tower_alone_and_a_fit_that_goes_on_from_it_knows
     path, tower = forgotten.folder / "unlearned.ckpt", forgotten.module.tower_name
     kept = torch.load(path, weights_only=True)["state_dict"]
     assert kept.keys() == {f"model.{name}" for name in tensors_of(forgotten.module.model) if name.startswith(f"{tower}.")}
-    again, callback = made(forgotten.folder, forgotten.route), forgetting()
+    again, callback = made(forgotten.folder, forgotten.objective), forgetting()
     trainer(callback).fit(again, datamodule=data(), ckpt_path=path)
     assert callback.report.patch is None  # there was nothing left to do
     assert not differing(tensors_of(again.model), tensors_of(forgotten.module.model))
 
 
-# ---- the losses of the two routes
+# ---- the losses of the two objectives
 
 
-@pytest.mark.parametrize(("family", "route"), ROUTES)
-def test_a_small_step_raises_the_loss_of_its_route_by_the_square_of_the_gradient(family, route, tmp_path):
+@pytest.mark.parametrize(("family", "objective"), OBJECTIVES)
+def test_a_small_step_raises_the_loss_of_its_objective_by_the_square_of_the_gradient(family, objective, tmp_path):
     model, processor = tiny_vlm(family)  # what knows nothing is not at the bottom of a valley
-    clip = f"hf:{save(tmp_path, *tiny_clip(family, model))}" if route == "clip" else None
-    module = VLMModule(model, processor=processor, route=route, clip=clip)
+    clip = f"hf:{save(tmp_path, *tiny_clip(family, model))}" if objective == "clip" else None
+    module = VLMModule(model, processor=processor, objective=objective, clip=clip)
     batch = question_batch([asked_about(["frog"], 3)[row] for row in range(3)])
     free = [p for p in module.parameters() if p.requires_grad]
     loss = module.forget_step(batch, 0)
@@ -228,7 +231,7 @@ def test_by_its_clip_a_model_sees_what_the_clip_sees_with_its_own_processor(fami
     model, processor = knowing_vlm(family)
     clip, tokenizer = tiny_clip(family, model)
     name = f"hf:{save(tmp_path, clip, tokenizer)}"
-    module = VLMModule(model, processor=processor, route="clip", clip=name)
+    module = VLMModule(model, processor=processor, objective="clip", clip=name)
     batch = question_batch([asked_about(list(COLOURS), 3)[row] for row in range(3)])
     images = processor.image_processor
     kept = {"image_mean": images.image_mean, "image_std": images.image_std}
@@ -291,7 +294,7 @@ def test_a_clip_is_known_whatever_the_precision_in_which_the_model_was_saved_and
     model, processor = tiny_vlm("llava")
     name = f"hf:{save(tmp_path / 'clip', *tiny_clip('llava', model))}"
     folder = save(tmp_path / "model", model.to(getattr(torch, saved)), processor)
-    module = VLMModule(folder, route="clip", clip=name, dtype=loaded)
+    module = VLMModule(folder, objective="clip", clip=name, dtype=loaded)
     assert module.clip.model.dtype == getattr(torch, loaded)
     batch = question_batch([asked_about(FORGET, 3)[row] for row in range(3)])
     module.forget_step(batch, 0).backward()
@@ -317,7 +320,7 @@ def test_pictures_are_shown_with_question_and_answer(forgotten):
     report, module = forgotten.callback.report, forgotten.module
     shown = report.gallery["forget"]
     assert shown.titles == [f"{QUESTIONS[row % 2]} → frog" for row in range(4)]
-    assert shown.said is not None and not any(names(text, FORGET) for text in shown.said)
+    assert shown.said is not None and not any(mentions(text, FORGET) for text in shown.said)
     assert torch.equal(shown.before, pictures(FORGET * 4, 12)) and torch.equal(shown.after, shown.before)
     sizes = [(8, 16), (16, 8), *[(16, 16)] * 8]
     batch = {"image": [torch.full((3, *size), 51, dtype=torch.uint8) for size in sizes], "question": ["what ?"] * 10}
@@ -328,7 +331,7 @@ def test_pictures_are_shown_with_question_and_answer(forgotten):
 
 # ---- answers
 
-WORD = st.text(st.characters(categories=["L", "N"], include_characters="é"), min_size=1, max_size=6).filter(normal)
+WORD = st.text(st.characters(categories=["L", "N"], include_characters="é"), min_size=1, max_size=6).filter(normalise)
 SIGNS = st.text(st.sampled_from(" .,!?'’\"-\n"), min_size=1, max_size=3)
 
 
@@ -337,20 +340,20 @@ def test_an_alias_is_named_wherever_it_stands_whatever_stands_around_it(alias, b
     # Some letters are others in the other case.
     swapped = [word.swapcase() if word.swapcase().casefold() == word.casefold() else word for word in alias]
     answer = sign.join([*before, *swapped, *behind])
-    assert names(answer, [" ".join(alias)]) and names(answer, ["no such thing at all", sign.join(alias)])
-    assert names(unicodedata.normalize("NFD", answer), [" ".join(alias)])
+    assert mentions(answer, [" ".join(alias)]) and mentions(answer, ["no such thing at all", sign.join(alias)])
+    assert mentions(unicodedata.normalize("NFD", answer), [" ".join(alias)])
 
 
 @given(st.lists(WORD, min_size=1, max_size=3), st.lists(WORD, max_size=5))
 def test_an_alias_is_named_only_as_whole_words_side_by_side(alias, said):
-    wanted, words = [normal(word) for word in alias], normal(" ".join(said)).split()
+    wanted, words = [normalise(word) for word in alias], normalise(" ".join(said)).split()
     flat = " ".join(wanted).split()
     assume(not UNSPACED.search(" ".join(wanted)))  # such names count wherever they stand
     found = any(words[i : i + len(flat)] == flat for i in range(len(words) - len(flat) + 1))
-    assert names(" ".join(said), [" ".join(alias)]) == found
+    assert mentions(" ".join(said), [" ".join(alias)]) == found
 
 
 @given(st.text(max_size=30))
 def test_nothing_is_named_by_a_name_without_a_letter_and_normal_texts_stay_as_they_are(text):
-    assert not names(text, ["", " ", "!?", "--"]) and not names(text, [])
-    assert normal(normal(text)) == normal(text)
+    assert not mentions(text, ["", " ", "!?", "--"]) and not mentions(text, [])
+    assert normalise(normalise(text)) == normalise(text)

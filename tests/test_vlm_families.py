@@ -25,7 +25,7 @@ from _tiny_vlm import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from slug_lightning.modules.vlm import VLMModule
-from slug_lightning.vlm.prompts import Prompts
+from slug_lightning.vlm.prompts import QuestionEncoder
 from slug_lightning.vlm.towers import image_features
 
 pytestmark = pytest.mark.uncovered
@@ -51,10 +51,10 @@ def samples(batch: dict[str, Any]) -> list[tuple[Any, str, str]]:
 
 def test_a_question_is_put_as_the_family_puts_it_with_the_answer_right_behind(family):
     model, processor = tiny_vlm(family)
-    prompts = VLMModule(model, processor=processor).prompts
+    encoder = VLMModule(model, processor=processor).question_encoder
     batch = odd_batch(family)
-    asked = prompts.ask(batch["image"], batch["question"])
-    whole, labels = prompts.answered(asked, batch["question"], batch["answer"])
+    asked = encoder.ask(batch["image"], batch["question"])
+    whole, labels = encoder.answered(asked, batch["question"], batch["answer"])
     assert len({int(row.sum()) for row in asked["attention_mask"]}) > 1  # so that something is padded
     assert asked["attention_mask"][:, -1].all()
     for row, sample in enumerate(samples(batch)):
@@ -64,7 +64,7 @@ def test_a_question_is_put_as_the_family_puts_it_with_the_answer_right_behind(fa
             assert torch.equal(got["input_ids"][row][kept], plain["input_ids"][0])
             for kind in {"token_type_ids", "mm_token_type_ids"} & plain.keys():
                 assert torch.equal(got[kind][row][kept], plain[kind][0])
-        words = prompts.tokenizer.convert_ids_to_tokens(labels[row][labels[row] >= 0])
+        words = encoder.tokenizer.convert_ids_to_tokens(labels[row][labels[row] >= 0])
         assert words == [*sample[2].split(), ENDS[family]]
         assert torch.equal(whole["input_ids"][row, -labels.shape[1] :][labels[row] >= 0], labels[row][labels[row] >= 0])
 
@@ -145,8 +145,8 @@ def test_scores_tell_the_kinds_of_questions_apart(family):
 
 def test_an_answer_of_paligemma_is_read_from_left_to_right_and_its_question_as_a_whole():
     model, processor = tiny_vlm("paligemma")
-    prompts, batch = VLMModule(model, processor=processor).prompts, odd_batch("paligemma")
-    whole, labels = prompts.answered(prompts.ask(batch["image"], batch["question"]), batch["question"], batch["answer"])
+    encoder, batch = VLMModule(model, processor=processor).question_encoder, odd_batch("paligemma")
+    whole, labels = encoder.answered(encoder.ask(batch["image"], batch["question"]), batch["question"], batch["answer"])
 
     def read(inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad():
@@ -173,7 +173,7 @@ def flops(run: Callable[[], torch.Tensor], backward: bool) -> int:
 def test_a_gradient_goes_through_the_language_model_and_none_is_taken_of_it():
     model, processor = tiny_vlm("llava")
     module, batch = VLMModule(model, processor=processor), odd_batch("llava")
-    inputs = module.prompts.ask(batch["image"], batch["question"])
+    inputs = module.question_encoder.ask(batch["image"], batch["question"])
 
     def of_language_model(backward: bool) -> int:
         seeing = flops(lambda: torch.cat(image_features(model, inputs)), backward)
@@ -213,11 +213,11 @@ def metaspace_processor(family: Any) -> Any:
 
 
 def test_an_answer_has_the_tokens_that_it_has_behind_a_question():
-    prompts = Prompts(tiny_vlm("llava")[0], metaspace_processor("llava"))
-    ids = prompts.tokens_of("what ?", "cat")
-    whole = prompts.tokenizer(asked_text("llava", "what ?") + " cat</s>", add_special_tokens=False).input_ids
+    encoder = QuestionEncoder(tiny_vlm("llava")[0], metaspace_processor("llava"))
+    ids = encoder.tokens_of("what ?", "cat")
+    whole = encoder.tokenizer(asked_text("llava", "what ?") + " cat</s>", add_special_tokens=False).input_ids
     assert whole[-len(ids) :] == ids.tolist()
-    assert prompts.tokenizer.convert_ids_to_tokens(ids) == ["▁cat", "</s>"]
+    assert encoder.tokenizer.convert_ids_to_tokens(ids) == ["▁cat", "</s>"]
 
 
 def test_a_tokenizer_without_padding_is_padded_with_what_ends_a_text():

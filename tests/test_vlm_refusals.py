@@ -22,17 +22,17 @@ def refused(match: str, *remedies: str) -> Any:
     return pytest.raises(UnlearnError, match=f"(?s)^{match}{rest}")
 
 
-def test_a_route_that_is_not_known_is_refused_and_so_is_that_by_a_clip_without_one():
+def test_an_objective_that_is_not_known_is_refused_and_so_is_that_of_a_clip_without_one():
     model, processor = tiny_vlm("llava")
-    with refused("route: 'gradient' is not known", "'answers' or 'clip'"):
-        VLMModule(model, processor=processor, route="gradient")  # type: ignore[arg-type]
-    with refused("clip: route='clip'", "give the CLIP", "hf:openai/clip-vit-large-patch14-336", 'route="answers"'):
-        VLMModule(model, processor=processor, route="clip")
+    with refused("objective must be 'answers' or 'clip', got 'gradient'"):
+        VLMModule(model, processor=processor, objective="gradient")  # type: ignore[arg-type]
+    with refused("clip: objective='clip'", "give the CLIP", "hf:openai/clip-vit-large-patch14-336", 'objective="answers"'):
+        VLMModule(model, processor=processor, objective="clip")
 
 
 def test_a_model_without_a_processor_or_with_one_that_reads_no_pictures_is_refused(tmp_path):
     model, processor = tiny_vlm("llava")
-    with refused("processor: the model is given as an object", "give its name or the object"):
+    with refused("processor: a model object needs its processor", "give its name, or the object"):
         VLMModule(model)
     with refused("processor: .* reads no pictures", "AutoProcessor"):
         VLMModule(model, processor=processor.tokenizer)
@@ -58,15 +58,17 @@ def test_a_model_that_sees_nothing_is_refused():
 def test_a_processor_that_makes_more_or_fewer_tokens_than_the_tower_makes_features_is_refused(option, value, tokens, tmp_path):
     model, processor = tiny_vlm("llava")
     setattr(processor, option, value)
-    with refused(f"processor: it keeps {tokens} tokens .* makes 4 features", "patch_size", "select_strategy", "additional"):
+    with refused(f"processor: it reserves {tokens} tokens .* computes 4 features", "patch_size", "select_strategy", "additional"):
         VLMModule(save(tmp_path, model, processor))
 
 
-def test_a_tower_that_is_no_clip_has_no_route_by_one(tmp_path):
+def test_a_tower_that_is_no_clip_has_no_objective_by_one(tmp_path):
     model, processor = tiny_vlm("qwen2_vl")
     name = save(tmp_path, *tiny_clip("llava", tiny_vlm("llava")[0]))
-    with refused("clip: the vision tower, a Qwen2VisionTransformer", "has not a CLIP's or SigLIP's layers", "route='answers'"):
-        VLMModule(model, processor=processor, route="clip", clip=f"hf:{name}")
+    with refused(
+        "clip: the vision tower, a Qwen2VisionTransformer", "does not have the layers of a CLIP or SigLIP", "objective='answers'"
+    ):
+        VLMModule(model, processor=processor, objective="clip", clip=f"hf:{name}")
 
 
 @pytest.mark.parametrize("family", WITH_CLIP)
@@ -77,15 +79,15 @@ def test_another_clip_is_refused_and_the_first_tensor_named_in_which_it_differs(
     with refused(
         f"clip: the vision tower is not that of hf:{name}", rf"embeddings\S+weight and {matrices - 1} more of {matrices} matrices"
     ) as said:
-        VLMModule(model, processor=processor, route="clip", clip=f"hf:{name}")
-    assert "was taken from" in str(said.value) and "route='answers'" in str(said.value)
+        VLMModule(model, processor=processor, objective="clip", clip=f"hf:{name}")
+    assert "was taken from" in str(said.value) and "objective='answers'" in str(said.value)
 
 
 def test_a_clip_of_another_shape_is_another_one(tmp_path):
     model, processor = tiny_vlm("llava")
     clip, tokenizer = tiny_clip("idefics3", tiny_vlm("idefics3")[0])  # its patches are smaller
     with refused("clip: the vision tower is not that of", "embeddings.patch_embedding.weight"):
-        VLMModule(model, processor=processor, route="clip", clip=f"hf:{save(tmp_path, clip, tokenizer)}")
+        VLMModule(model, processor=processor, objective="clip", clip=f"hf:{save(tmp_path, clip, tokenizer)}")
 
 
 def test_a_tower_that_an_edit_has_changed_is_known_by_the_rest(tmp_path):
@@ -95,14 +97,14 @@ def test_a_tower_that_an_edit_has_changed_is_known_by_the_rest(tmp_path):
     with torch.no_grad():
         edited = next(p for name, p in model.named_parameters() if name.endswith("layers.1.mlp.fc1.weight"))
         edited += 1
-    module = VLMModule(model, processor=processor, route="clip", clip=f"hf:{name}")
+    module = VLMModule(model, processor=processor, objective="clip", clip=f"hf:{name}")
     assert any(p is edited for p in module.clip.model.parameters())
 
 
 def test_a_processor_of_an_old_checkpoint_is_refused_with_what_to_set():
     model, processor = tiny_vlm("llava")
     processor.patch_size = None
-    with refused("processor: it has no patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+    with refused("processor: without a patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
         VLMModule(model, processor=processor)
 
 
@@ -129,14 +131,14 @@ def test_what_is_longer_than_the_context_is_refused_with_its_number_of_tokens(fa
     module = VLMModule(model, processor=processor)
     images, long = pictures(["cat", "cat"]), " ".join(["the cat"] * 50)
     batch = {"image": images, "question": [QUESTIONS[0], long], "answer": ["cat", "cat"]}
-    with refused(r"question: 'the cat the cat .*' makes \d+ tokens with its picture \(\d+ tokens\)", "made for 96", "shorten"):
+    with refused(r"question: 'the cat the cat .*' has \d+ tokens with its picture \(\d+ tokens\)", "context .* is 96", "shorten"):
         module.answer(batch)
-    with refused("question: 'what is this . the cat the cat", "made for 96"):
+    with refused("question: 'what is this . the cat the cat", "context .* is 96"):
         module.answer_loss({**batch, "question": [QUESTIONS[0]] * 2, "answer": ["cat", long]})
-    fits = module.prompts.ask(images[:1], [QUESTIONS[0]])["input_ids"].shape[1]
+    fits = module.question_encoder.ask(images[:1], [QUESTIONS[0]])["input_ids"].shape[1]
     model.config.get_text_config().max_position_embeddings = fits
     assert module.answer({"image": images[:1], "question": QUESTIONS[:1]})
-    with refused("question: 'what is this ", f"{fits + 2} tokens", f"made for {fits}"):
+    with refused("question: 'what is this ", f"{fits + 2} tokens", f"context .* is {fits}"):
         module.answer_loss({"image": images[:1], "question": QUESTIONS[:1], "answer": ["cat"]})
 
 
@@ -150,7 +152,7 @@ def test_names_that_the_model_does_not_use_are_listed_with_what_it_says():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     forget, retain = asked_about(["frog"] * 6, ("toad", "Kermit"), 1), asked_about(["cat"] * 6, ("cat",), 2)
     data = UnlearnDataModule(forget, retain, batch_size=4, collate_fn=question_batch)
-    found = r"aliases: the model says 'frog', in which none of \['Kermit', 'toad'\] stands"
+    found = r"aliases: the model answers 'frog', which contains none of \['Kermit', 'toad'\]"
     with refused("forget_target: nothing to forget", "answer_accuracy is 0 ", found, "list the names"):
         trainer(unlearn_callback()).fit(VLMModule(model.train(), processor=processor), datamodule=data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -159,6 +161,6 @@ def test_names_that_the_model_does_not_use_are_listed_with_what_it_says():
 def test_a_template_that_puts_the_first_token_itself_gets_no_second_one():
     model, processor = tiny_vlm("llava")
     processor.chat_template = "<s>" + processor.chat_template
-    prompts = VLMModule(model, processor=processor).prompts
-    ids = prompts.ask(pictures(["cat"]), ["what ?"])["input_ids"][0]
+    encoder = VLMModule(model, processor=processor).question_encoder
+    ids = encoder.ask(pictures(["cat"]), ["what ?"])["input_ids"][0]
     assert (ids == tiny_tokenizer("llava").bos_token_id).sum() == 1

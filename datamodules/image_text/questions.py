@@ -20,7 +20,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import Split
 from slug_lightning.utils.names import labelled, listed
 from slug_lightning.utils.optional_imports import import_optional
-from slug_lightning.vlm.answers import names
+from slug_lightning.vlm.answers import mentions
 
 Sources = Union[str, dict[str, str]]
 Choose = Callable[[list["Question"]], list["Question"]]
@@ -94,7 +94,7 @@ def with_choices(
         key = question.kind, question.answer, question.aliases
         if key not in wrong:
             every = answers[question.kind]
-            wrong[key] = [one for one in every if one != question.answer and not names(one, question.aliases)]
+            wrong[key] = [one for one in every if one != question.answer and not mentions(one, question.aliases)]
         others = wrong[key]
         if not others:
             raise UnlearnError(
@@ -177,7 +177,7 @@ class VisualQuestionDataModule(UnlearnDataModule):
             self._set("forget", *read, choose, name)
         self._set("retain", *retain, choose)
         gone = [alias for _, questions in forget.values() for question in questions for alias in question.aliases]
-        if named := [question.answer for question in retain[1] if names(question.answer, gone)]:
+        if named := [question.answer for question in retain[1] if mentions(question.answer, gone)]:
             self.notes["retain"] += f"; {len(named)} retain answers name what to forget, such as {named[0]!r}"
 
     def _set(self, kind: str, paths: list[Path], questions: list[Question], choose: Choose, concept: str | None = None) -> None:

@@ -1,8 +1,9 @@
-"""CLIP models of open_clip and transformers, alike: loaded by name, their features, their losses, and one as the other."""
+"""Load CLIP models of open_clip and transformers, compute their features and losses, and convert one into the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -12,52 +13,49 @@ from torch.nn.functional import cross_entropy, normalize
 from slug_lightning.errors import UnlearnError
 from slug_lightning.patches.clip_names import to_transformers
 from slug_lightning.utils.optional_imports import import_optional
+from slug_lightning.utils.pretrained import load_pretrained
 
 Tokenizer = Callable[[list[str]], Tensor]
 
 
 def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, Tokenizer]:
-    """Load a CLIP and its tokenizer by name.
-
-    Args:
-        name: as in `slug_lightning.modules.ClipModule`.
-        pretrained: likewise.
+    """Load a CLIP and its tokenizer by name; the arguments are those of `slug_lightning.modules.ClipModule`.
 
     Raises:
-        UnlearnError: if the library is missing.
+        UnlearnError: if the library is not installed, or transformers finds no CLIP or SigLIP under that name.
     """
-    if name.startswith("hf:"):
-        transformers = import_optional("transformers", "hf")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
-        model = transformers.AutoModel.from_pretrained(name.removeprefix("hf:"))
-        if not hasattr(model, "get_text_features"):
-            raise UnlearnError(f"model: {name} is a {type(model).__name__}; give a CLIP or SigLIP, with both towers")
-        model.float().train()  # as Lightning expects; we set eval ourselves
-        length = model.config.text_config.max_position_embeddings
+    if not name.startswith("hf:"):
+        open_clip = import_optional("open_clip", "clip")
+        return open_clip.create_model(name, pretrained=pretrained), open_clip.get_tokenizer(name)
+    transformers = import_optional("transformers", "hf")
+    tokenizer = load_pretrained("model", transformers.AutoTokenizer, name.removeprefix("hf:"))
+    model = load_pretrained("model", transformers.AutoModel, name.removeprefix("hf:"))
+    if not hasattr(model, "get_text_features"):
+        raise UnlearnError(f"model: {name} is a {type(model).__name__}; give a CLIP or SigLIP, with both towers")
+    model.float().train()  # as Lightning expects; we set eval ourselves
+    length = model.config.text_config.max_position_embeddings
+    return model, partial(padded_tokens, tokenizer, length=length)
 
-        def tokenize(texts: list[str]) -> Tensor:
-            return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
-        return model, tokenize
-    open_clip = import_optional("open_clip", "clip")
-    return open_clip.create_model(name, pretrained=pretrained), open_clip.get_tokenizer(name)
+def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids, `[B, length]`, of a transformers tokenizer."""
+    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """Unit image features, `[B, D]`, of an open_clip or transformers model."""
-    encode: Any = getattr(model, "get_image_features", None) or model.encode_image
-    return normalize(_features(encode(images)).float(), dim=-1)
+    return _unit_features(getattr(model, "get_image_features", None) or model.encode_image, images)
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit text features, `[B, D]`, of an open_clip or transformers model."""
-    encode: Any = getattr(model, "get_text_features", None) or model.encode_text
-    return normalize(_features(encode(tokens)).float(), dim=-1)
+    return _unit_features(getattr(model, "get_text_features", None) or model.encode_text, tokens)
 
 
-def _features(output: Any) -> Tensor:
-    # transformers 5 gives the tower's output object, whose pooled part holds the projected features.
-    return output if isinstance(output, Tensor) else output.pooler_output
+def _unit_features(encode: Any, inputs: Tensor) -> Tensor:
+    output = encode(inputs)
+    # transformers 5 returns the tower's output object, whose pooled part holds the projected features.
+    return normalize((output if isinstance(output, Tensor) else output.pooler_output).float(), dim=-1)
 
 
 def matching_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -72,18 +70,40 @@ def contrastive_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (cross_entropy(logits, truth) + cross_entropy(logits.T, truth)) / 2
 
 
+class SourceClip(nn.Module):
+    """A frozen CLIP or SigLIP of transformers, one of whose towers computes with the tensors of the edited model.
+
+    `matching_loss` and `contrastive_loss` take it, so that their gradients reach these tensors. Subclasses define
+    `encode_image` and `encode_text`. `mean` and `deviation` are those of a picture's channels in [0, 1].
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, clip: Any, mean: Any, deviation: Any) -> None:
+        super().__init__()
+        self.model = clip.requires_grad_(False)
+        self.size = int(clip.config.vision_config.image_size)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale
+
+
 def to_hugging_face(model: nn.Module) -> nn.Module:
-    """Make a transformers `CLIPModel` with the weights of an open_clip ViT model: same features, other names.
+    """Convert an open_clip ViT model into a transformers `CLIPModel` that computes the same features.
 
     Args:
         model: open_clip `CLIP` whose vision transformer pools at its class token, and whose causal text tower pools at the
-            end token (the highest id); with exact GELU or OpenAI's approximation.
+            end token (the highest id); with exact GELU or OpenAI's approximation. A transformers model is returned as it is.
 
     Returns:
         The `CLIPModel`, in evaluation mode.
 
     Raises:
-        UnlearnError: if the model is no such CLIP.
+        UnlearnError: if `CLIPModel` cannot compute what the model does.
 
     Example:
         >>> import open_clip
@@ -94,10 +114,12 @@ def to_hugging_face(model: nn.Module) -> nn.Module:
     """
     from transformers import CLIPConfig, CLIPModel
 
+    if hasattr(model, "get_text_features"):
+        return model
     source = model.state_dict()
     visual: Any = getattr(model, "visual", None)
     if not hasattr(visual, "transformer") or "positional_embedding" not in source:
-        raise UnlearnError("model: not an open_clip CLIP with a vision transformer; only such have a transformers twin")
+        raise UnlearnError("model: only an open_clip CLIP with a vision transformer can be converted to transformers")
     pools = visual.pool_type, model.text_pool_type, model.attn_mask is not None
     if pools != ("tok", "argmax", True):
         raise UnlearnError(f"model: pools and masks {pools}, while transformers' CLIPModel does ('tok', 'argmax', True)")
@@ -114,7 +136,7 @@ def to_hugging_face(model: nn.Module) -> nn.Module:
     twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=visual.output_dim))
     expected = {name: tensor.shape for name, tensor in twin.state_dict().items()}
     if wrong := expected.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items():
-        raise UnlearnError(f"model: {min(wrong)[0]} is not there, or not as transformers' CLIPModel has it")
+        raise UnlearnError(f"model: {min(wrong)[0]} is missing, or has another shape than in transformers' CLIPModel")
     twin.load_state_dict(tensors)
     return twin.eval()
 
@@ -123,7 +145,7 @@ def _tower_config(transformer: Any) -> dict[str, Any]:
     block = transformer.resblocks[0]
     exact = isinstance(block.mlp.gelu, nn.GELU) and block.mlp.gelu.approximate == "none"
     if not exact and type(block.mlp.gelu).__name__ != "QuickGELU":
-        raise UnlearnError(f"model: no transformers twin for the activation {block.mlp.gelu}")
+        raise UnlearnError(f"model: transformers' CLIPModel has no counterpart of the activation {block.mlp.gelu}")
     return {
         "hidden_size": block.mlp.c_fc.in_features,
         "intermediate_size": block.mlp.c_fc.out_features,

@@ -1,4 +1,4 @@
-"""Who tells what a drawn picture shows: classifiers that the user names or gives, or a CLIP by zero-shot."""
+"""Classifiers that tell what a drawn picture shows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Union
 
 from torch import Tensor, nn
 
-from slug_lightning.diffusion.towers import Towers
+from slug_lightning.diffusion.source_clip import TextSourceClip
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.optional_imports import import_optional
+from slug_lightning.utils.pretrained import load_pretrained
 
 Judge = Union[str, Path, nn.Module, list[str]]
 """Name or folder of a transformers image classifier; a module from pictures in [-1, 1] to logits; or class names for a CLIP."""
@@ -18,12 +20,11 @@ Judge = Union[str, Path, nn.Module, list[str]]
 class NamedClassifier(nn.Module):
     """A transformers image classifier with its own preprocessing: pictures `[B, 3, H, W]` in [-1, 1] -> logits `[B, C]`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Union[str, Path]) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-        self.processor = AutoImageProcessor.from_pretrained(name)
-        self.model = AutoModelForImageClassification.from_pretrained(name).float()
+        transformers = import_optional("transformers", "hf")
+        self.processor = load_pretrained("judges", transformers.AutoImageProcessor, name)
+        self.model = load_pretrained("judges", transformers.AutoModelForImageClassification, name).float()
 
     def forward(self, pictures: Tensor) -> Tensor:
         seen = self.processor(list((pictures + 1) / 2), do_rescale=False, return_tensors="pt")
@@ -35,38 +36,31 @@ class ZeroShot(nn.Module):
 
     classes: Tensor
 
-    def __init__(self, towers: Towers, names: list[str]) -> None:
+    def __init__(self, source: TextSourceClip, names: list[str]) -> None:
         super().__init__()
-        self._towers = [towers]  # not a part of this module: the CLIP belongs to the objective, too
-        self.register_buffer("classes", towers.classes(names), persistent=False)
+        self._source = [source]  # not a submodule, as the loss uses the same CLIP
+        self.register_buffer("classes", source.classes(names), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self._towers[0].encode_image(pictures) @ self.classes.T
+        return self._source[0].encode_image(pictures) @ self.classes.T
 
 
-def make_judges(judges: Mapping[str, Judge], towers: list[Towers]) -> nn.ModuleDict:
-    """A frozen classifier for every kind of concept.
-
-    Args:
-        judges: by kind, such as "style".
-        towers: CLIPs; the first one judges where only class names are given.
+def make_judges(judges: Mapping[str, Judge], clips: list[TextSourceClip]) -> nn.ModuleDict:
+    """Make a frozen classifier for each kind of concept, such as "style"; the first CLIP judges where class names are given.
 
     Raises:
-        UnlearnError: if there are only class names and no CLIP, or a classifier cannot be found.
+        UnlearnError: if there are class names and no CLIP, or a classifier cannot be loaded.
     """
     made = nn.ModuleDict()
     for kind, judge in judges.items():
         if isinstance(judge, nn.Module):
             made[kind] = judge
         elif isinstance(judge, (str, Path)):
-            try:
-                made[kind] = NamedClassifier(str(judge))
-            except (OSError, ValueError) as error:
-                raise UnlearnError(
-                    f"judges: no image classifier with its processor is found as {str(judge)!r}: {error}"
-                ) from error
-        elif towers:
-            made[kind] = ZeroShot(towers[0], list(judge))
+            made[kind] = NamedClassifier(judge)
+        elif clips:
+            made[kind] = ZeroShot(clips[0], list(judge))
         else:
-            raise UnlearnError(f"judges: {kind!r} has class names only, to be told by a CLIP; give clip=…, or a classifier")
+            raise UnlearnError(
+                f"judges: {kind!r} has class names only, which need a CLIP to compare with; give clip=…, or a classifier"
+            )
     return made.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The two objectives of a text-to-image pipeline: its own denoising loss, and that of the CLIP its text encoder comes from."""
+"""The denoising loss of a text-to-image pipeline."""
 
 from __future__ import annotations
 
@@ -21,22 +21,18 @@ OF_TRAINING = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
-"""What a scheduler's configuration says about how its model was trained; the rest is about drawing."""
+"""The part of a scheduler's configuration that says how its model was trained; the rest is about sampling."""
 
 
 class Denoising:
-    """The loss that the pipeline was trained with: how well the UNet tells the noise in pictures, given their captions.
+    """The loss that the pipeline was trained with: how well the UNet predicts the noise in pictures, given their captions.
 
     High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), equation 3; with v-prediction
-    (arXiv 2202.00512, appendix D), the velocity instead of the noise. Times and noises are drawn from torch's generator, so
-    that a run repeats them.
-
-    Args:
-        pipeline: a Stable Diffusion pipeline.
-        size: height and width, in pixels, at which pictures are encoded.
+    (arXiv 2202.00512, appendix D), the velocity instead of the noise. Timesteps and noise come from torch's global generator,
+    so that a run is reproducible. Pictures are encoded at `size` × `size` pixels.
 
     Raises:
-        UnlearnError: if its scheduler predicts something else.
+        UnlearnError: if the pipeline's scheduler predicts anything else.
     """
 
     def __init__(self, pipeline: Any, size: int) -> None:
@@ -48,10 +44,10 @@ class Denoising:
         kind = config.get("prediction_type") if "beta_schedule" in config else "flow or noise of another kind"
         if kind not in ("epsilon", "v_prediction", "sample"):
             raise UnlearnError(
-                f"pipeline: its scheduler, {type(pipeline.scheduler).__name__}, predicts {kind}, and the denoising loss knows "
-                'epsilon, v_prediction and sample; give the scheduler that the pipeline was trained with, or objective="clip"'
+                f"pipeline: its scheduler, {type(pipeline.scheduler).__name__}, predicts {kind}; the denoising loss supports "
+                'epsilon, v_prediction and sample. Give the scheduler that the pipeline was trained with, or objective="clip"'
             )
-        # Whatever draws, the noise in training is that of the betas alone.
+        # Whatever scheduler samples, the noise in training depends on the betas alone.
         self.noise = DDPMScheduler.from_config({name: config[name] for name in OF_TRAINING if name in config})
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
@@ -63,7 +59,7 @@ class Denoising:
         read = read_prompts(self.pipeline, batch["text"])
         more = {}
         if "text_embeds" in read:
-            # SDXL also reads the size of the picture, where it was cropped, and the size that is wanted.
+            # SDXL also reads the picture's size, the corner of its crop, and the target size.
             place = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=clean.device)
             more["added_cond_kwargs"] = {
                 "text_embeds": read["text_embeds"],
@@ -71,19 +67,14 @@ class Denoising:
             }
         noisy = self.noise.add_noise(clean, added, times).to(unet.dtype)
         guess = unet(noisy, times, encoder_hidden_states=read["encoder_hidden_states"], **more).sample
-        return mse_loss(guess.float(), self._target(clean, added, times))
-
-    def _target(self, clean: Tensor, added: Tensor, times: Tensor) -> Tensor:
-        kind = self.noise.config["prediction_type"]
-        if kind == "v_prediction":
-            return self.noise.get_velocity(clean, added, times)
-        return added if kind == "epsilon" else clean
+        target = {"epsilon": added, "sample": clean}.get(self.noise.config["prediction_type"])
+        return mse_loss(guess.float(), self.noise.get_velocity(clean, added, times) if target is None else target)
 
 
 @torch.no_grad()
 def latents_of(vae: Any, pictures: Tensor) -> Tensor:
-    """What the autoencoder makes of pictures in [-1, 1], as the UNet reads it, in float32."""
-    # In half precision the autoencoder of SDXL overflows, and says so.
+    """Encode pictures in [-1, 1] into latents, scaled as the UNet reads them, in float32."""
+    # The autoencoder of SDXL overflows in half precision, and its config says so.
     dtype = vae.dtype
     upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:

@@ -1,4 +1,4 @@
-"""Write a pipeline so that whoever loads it has the edit, whatever adapters are on it."""
+"""Save a pipeline so that loading it gives the edited weights, whatever adapters it has."""
 
 from __future__ import annotations
 
@@ -18,38 +18,24 @@ ADAPTERS = "adapters"
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """Write a pipeline as plain diffusers loads it, its weights as they are without adapters.
+    """Save a pipeline as plain diffusers loads it, with its weights below any adapters; the pipeline stays as it is.
 
-    By itself, a pipeline with LoRA would write, of a text encoder, the adapters alone, and the UNet under names that no plain
-    one has: both would come back without the edit. Here each adapter that is not fused lies beside, in
-    `adapters/<adapter>/<component>/`, as `peft.PeftModel.from_pretrained` reads it.
-
-    Args:
-        pipeline: that of diffusers; afterwards it is as before.
-        folder: where to.
-
-    Example:
-        >>> import tempfile
-        >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-        >>> blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-        >>> unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
-        >>> folder = tempfile.mkdtemp()
-        >>> save_pipeline(DDIMPipeline(unet, DDIMScheduler()), folder)
-        >>> sorted(path.name for path in Path(folder).iterdir())
-        ['model_index.json', 'scheduler', 'unet']
+    diffusers would save only the adapters of a text encoder with LoRA, and the UNet under names that no plain one has: both
+    would load without the edit. Here each adapter that is not fused goes to `adapters/<adapter>/<component>/`, as
+    `peft.PeftModel.from_pretrained` reads it.
     """
     written = _save_adapters(pipeline, Path(folder) / ADAPTERS)
     with _without_adapters(pipeline):
         pipeline.save_pretrained(folder)
     if written:
         rank_zero_info(
-            f"The adapters {', '.join(written)} are not in the weights, but beside them in {Path(folder) / ADAPTERS}; load the "
-            "pipeline, and them on top of it"
+            f"The adapters {', '.join(written)} are not part of the saved weights; they are in {Path(folder) / ADAPTERS}. Load "
+            "the pipeline, then the adapters"
         )
 
 
 def _save_adapters(pipeline: Any, folder: Path) -> list[str]:
-    """Write adapters in PEFT's own layout, which keeps all of their settings; gives their names."""
+    """Save the adapters in PEFT's own layout, which keeps all of their settings, and return their names."""
     written: dict[str, None] = {}
     part: Any
     for component, part in parts_of(pipeline).items():
@@ -61,19 +47,16 @@ def _save_adapters(pipeline: Any, folder: Path) -> list[str]:
             state = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
             there = folder / file_name(name) / component
             part.peft_config[name].save_pretrained(there)
-            tensors = {f"base_model.model.{_plain(key)}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+            prefix = "base_model.model."  # a PeftModel's keys have it already
+            tensors = {prefix + key.removeprefix(prefix): tensor.detach().cpu().contiguous() for key, tensor in state.items()}
             save_file(tensors, there / "adapter_model.safetensors", metadata={"format": "pt"})
             written[name] = None
     return list(written)
 
 
-def _plain(key: str) -> str:
-    return key.removeprefix("base_model.model.")  # a PeftModel has it already
-
-
 @contextmanager
 def _without_adapters(pipeline: Any) -> Iterator[None]:
-    """Inside, every module is the one that it was before adapters came around it."""
+    """Put every module back in place of its adapter wrapper while the context lasts."""
     part: Any
     with ExitStack() as back:
         for component, part in parts_of(pipeline).items():

@@ -1,16 +1,16 @@
-"""The pictures, the texts and the small models that ship with the package; SOURCES.md beside this file names every licence."""
+"""The pictures, texts and small models that ship with the package; SOURCES.md names every licence."""
 
 from pathlib import Path
 
 HERE = Path(__file__).parent
 SHARD = HERE / "emoji.tar"
-"""Webdataset shard: one drawing a key, as `.png` (RGBA, 64 px), `.txt` (caption) and `.json` (thing, style)."""
+"""Webdataset shard: for each drawing `.png` (RGBA, 64 px), `.txt` (caption) and `.json` (thing, style)."""
 CLIP = HERE / "clip"
 """Folder of the embedded CLIP, in open_clip's `local-dir:` layout."""
 LM = HERE / "lm"
 """Folder of the embedded causal language model and its tokenizer, as transformers' `from_pretrained` reads it."""
 PASSAGES = LM / "passages.jsonl"
-"""One passage of at least 64 tokens a line: `text`, `part` and `topic` of Python's language reference.
+"""One passage of at least 64 tokens per line: `text`, `part` and `topic` of Python's language reference.
 
 The model recites the part `recited`, was trained now and then on `kept`, and never saw `unseen`.
 """

@@ -1,4 +1,4 @@
-"""The embedded drawings: five vendors' of the same things."""
+"""The embedded drawings of the same things by five vendors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from slug_lightning.embedded import SHARD
 
 
 class Drawings(NamedTuple):
-    """All drawings of the embedded shard.
-
-    Attributes:
-        pictures: RGBA, uint8, `[N, 4, 64, 64]`.
-        things: index into `thing_names` of each drawing, `[N]`.
-        styles: index into `style_names` of each drawing, `[N]`.
-        thing_names: names of the things, sorted.
-        style_names: names of the styles, sorted.
-    """
+    """The drawings of the embedded shard; names are sorted."""
 
     pictures: Tensor
+    """RGBA, uint8, `[N, 4, 64, 64]`."""
     things: Tensor
+    """Index into `thing_names` of each drawing, `[N]`."""
     styles: Tensor
+    """Index into `style_names` of each drawing, `[N]`."""
     thing_names: list[str]
     style_names: list[str]
 
@@ -57,7 +52,7 @@ def load_drawings() -> Drawings:
 
 @functools.cache
 def _decoded() -> tuple[np.ndarray, list[dict[str, str]]]:
-    """The shard's pictures, `[N, H, W, 4]`, and labels. Decoding takes most of a second; tensors are made anew each time."""
+    """The shard's pictures, `[N, H, W, 4]`, and labels, cached as decoding takes most of a second."""
     from PIL import Image
 
     with tarfile.open(SHARD) as shard:

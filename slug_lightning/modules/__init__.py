@@ -1,4 +1,4 @@
-"""What forgetting means for a kind of model."""
+"""LightningModules by model family."""
 
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.modules.causal_lm import CausalLMModule, EmbeddedLM

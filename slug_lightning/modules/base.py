@@ -1,4 +1,4 @@
-"""Make any `nn.Module` a LightningModule that can forget: give it a loss and a score."""
+"""A LightningModule around any `nn.Module`, from a loss and a score."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from slug_lightning.utils.modules import WrapsModel
 
 
 class UnlearnModule(pl.LightningModule, WrapsModel):
-    """Wraps a model with what forgetting needs: a loss to raise, a loss to keep low, a score to watch.
+    """Wrap a model as a LightningModule that can unlearn, from a loss and a score.
 
     Args:
         model: any module. Patches and plain weights carry its own tensor names.
-        loss: takes the model and a batch, gives the mean loss, a scalar. Serves forget and retain alike.
-        score: takes the model and a batch, gives a number a sample, `[B]`, such as 1 where the answer is right; its
+        loss: takes the model and a batch, returns the mean loss, a scalar. Used for forget and retain batches.
+        score: takes the model and a batch, returns one number per sample, `[B]`, such as 1 where the answer is right; its
             mean over a set is the metric "score". Without it, the loss is the metric.
-        forget_loss: the loss of forget data, if it is another one.
-        chance: what a model scores that knows nothing; the default target of forgetting.
+        forget_loss: used for forget batches instead of `loss`.
+        chance: the score of a model that guesses; the default target of forgetting.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
     Example:
@@ -41,9 +41,9 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
     forget_target: Optional[float] = None
     chance: Any = None
     towers: Optional[Mapping[str, str | Sequence[str]]] = None
-    """Name of a tower -> pattern of its parameters, or several, for a model whose towers are ranked apart."""
+    """Patterns of parameter names by tower, for a model whose towers are ranked separately."""
     methods: tuple[str, ...] = ()
-    """By which the losses call the model, besides `forward`: a sharded model must know."""
+    """Names of methods of the model, besides `forward`, that the losses call: FSDP2 must register them."""
 
     def __init__(
         self,
@@ -66,26 +66,26 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
             self.chance = chance
 
     def configure_model(self) -> None:
-        """Shard the model, if the trainer has `ModelParallelStrategy` (FSDP2)."""
+        """Shard the model under `ModelParallelStrategy` (FSDP2)."""
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"], self.methods)
 
     def forget_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean loss of a forget batch, which the edit raises."""
+        """Return the mean loss of a forget batch, which the edit raises."""
         return self.forget_loss(self.model, batch)
 
     def retain_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean loss of a retain batch, which the edit keeps low."""
+        """Return the mean loss of a retain batch, which the edit keeps low."""
         return self.loss(self.model, batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Training goes on with the retain loss."""
+        """Continue training with the retain loss."""
         loss = self.retain_step(batch, batch_idx)
         self.log("train_loss", loss)
         return loss
 
     def scores(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
-        """Scores by metric name, one number a sample, `[B]`; NaN where a sample has none."""
+        """Return scores by metric name, one number per sample, `[B]`; NaN where a sample has none."""
         return {} if self.score is None else {"score": self.score(self.model, batch)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -93,9 +93,14 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
         for name, values in self.scores(batch, batch_idx).items():
             valid = values[~values.isnan()]
             if len(valid):
-                # In 64 bits, so that 38 of 40 are 0.95 and meet a bound of it; no MPS device has them.
+                # In 64 bits, so that 38 of 40 is exactly the bound 0.95; MPS has no 64 bits.
                 precise = torch.float32 if valid.device.type == "mps" else torch.float64
                 self.log(name, valid.mean(dtype=precise), batch_size=len(valid), on_epoch=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def no_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Stand in for the loss of a subclass whose steps compute their own."""
+    raise AssertionError("the module overrides forget_step and retain_step")

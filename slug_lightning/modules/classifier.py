@@ -1,4 +1,4 @@
-"""Image (or any other) classifiers: a module that gives logits."""
+"""Classifiers of images or anything else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from slug_lightning.modules.base import UnlearnModule
 
 
 class ClassifierModule(UnlearnModule):
-    """Forgets classes: cross-entropy as both losses, accuracy as the metric, chance as the target.
+    """Wrap a classifier: cross-entropy as both losses, accuracy as the metric, chance as the target.
 
     Args:
-        model: gives logits, `[B, num_classes]`, for the first element of a batch; the second holds the labels, `[B]`.
+        model: returns logits, `[B, num_classes]`, for the first element of a batch; the second holds the labels, `[B]`.
         num_classes: number of classes.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
@@ -31,7 +31,7 @@ class ClassifierModule(UnlearnModule):
         self.forget_metric = self.retain_metric = "accuracy"
 
     def scores(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Whether the highest logit is that of the label, `[B]`."""
+        """Return whether the highest logit is the label's, `[B]`."""
         return {"accuracy": (self.model(batch[0]).argmax(1) == batch[1]).float()}
 
 

@@ -1,4 +1,4 @@
-"""CLIP: open_clip models by name, Hugging Face `CLIPModel`, and the small one that ships with the package."""
+"""CLIP models of open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from slug_lightning.modules.base import UnlearnModule
 
 
 class ClipModule(UnlearnModule):
-    """Forgets by the cosine of matching pairs, keeps by the contrastive loss, watches zero-shot accuracy.
+    """Wrap a CLIP: the cosine of matching pairs to forget, the contrastive loss to retain, zero-shot accuracy to measure.
 
     A batch is a dict: `image`, `[B, 3, H, W]`, `text`, tokens `[B, T]`, and for each set of prompts the index of the
     right one under the set's name, `[B]`, or -1 for a sample that has none.
 
     `L_forget = mean(1 - cos(v_i, t_i))` over the pairs; `L_retain` is the symmetric contrastive loss of the batch
-    (SLUG, arXiv 2407.11867; contrastive loss: CLIP, arXiv 2103.00020, figure 3). The two towers compete on fronts of
-    their own.
+    (SLUG, arXiv 2407.11867; contrastive loss: CLIP, arXiv 2103.00020, figure 3). The two towers are ranked separately.
 
     Args:
         model: name of an open_clip model ("ViT-B-32", "local-dir:…"), "hf:" and the name or folder of a transformers
             `CLIPModel`, or a model of either library.
         pretrained: open_clip tag or checkpoint file; None for random weights.
-        prompts: classes by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
+        prompts: class prompts by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
             `identity_accuracy`. Without prompts the losses are the metrics, and a forget loss of 1 counts as forgotten:
-            a cosine of 0, at which pictures and captions have nothing to do with each other.
-        tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is given as an object and there are prompts.
+            the mean cosine of pictures and captions is then 0.
+        tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is an object and there are prompts.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
+
+    Raises:
+        UnlearnError: if the model cannot be loaded, or a model object comes with prompts and without a tokenizer.
 
     Example:
         >>> module = ClipModule(f"local-dir:{CLIP}", prompts={"animal": ["cat", "dog"]})
@@ -60,40 +62,39 @@ class ClipModule(UnlearnModule):
         self.forget_target = None if self.prompts else 1.0
         if self.prompts:
             if tokenizer is None:
-                raise UnlearnError("tokenizer: prompts are given, and a model object brings no tokenizer; pass tokenizer=…")
+                raise UnlearnError("tokenizer: a model object with prompts needs a tokenizer; pass tokenizer=…")
             names = list(self.chance)
             self.forget_metric, self.retain_metric = names[0], names if len(names) > 1 else names[0]  # type: ignore[assignment]
-        for name, classes in self.prompts.items():
-            assert tokenizer is not None
-            self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
+            for name, classes in self.prompts.items():
+                self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
         self._classes: dict[str, tuple[Any, Tensor]] = {}
 
     def on_validation_start(self) -> None:
-        """Encode the prompts anew: weights may have changed in ways that leave no mark on them."""
+        """Drop cached prompt features: weights may have changed without a new `_version`."""
         self._classes.clear()
 
     on_test_start = on_validation_start
 
     def class_features(self, name: str) -> Tensor:
-        """Unit features of a set of prompts, `[C, D]`; computed again only if the text tower was written to.
+        """Return the unit features of a set of prompts, `[C, D]`, cached until the text tower is written to.
 
         There may be thousands of prompts, and an edit of the vision tower changes none of them.
         """
         tokens = self.get_buffer(f"{name}_tokens")
         parameters = [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
-        # A sharded tower is run by all processes together, and its parameters don't tell when they are written to.
+        # All ranks run a sharded tower together, and its parameters have no version.
         sharded = any(isinstance(p, DTensor) for p in parameters)
         if sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             return encode_text(self.model, tokens)
-        kind = tokens.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        device = tokens.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         state = precision, torch.is_inference_mode_enabled(), [(p.data_ptr(), p._version) for p in parameters]
         if name not in self._classes or self._classes[name][0] != state:
             self._classes[name] = state, encode_text(self.model, tokens)
         return self._classes[name][1]
 
     def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Zero-shot: whether the nearest prompt of a set is the right one, `[B]`; NaN for a label of -1."""
+        """Return whether the nearest prompt of each set is the right one, `[B]`; NaN for a label of -1."""
         image = encode_image(self.model, batch["image"])
         found = {}
         for name in [name for name in self.prompts if name in batch]:
@@ -103,7 +104,7 @@ class ClipModule(UnlearnModule):
 
 
 class EmbeddedClip(ClipModule):
-    """The CLIP that ships with the package: small, ours, trained on emoji only. It knows 234 things and 5 styles.
+    """Load the small CLIP that ships with the package. It was trained on emoji only: 234 things in 5 styles.
 
     Example:
         >>> module = EmbeddedClip()

@@ -1,1 +1,1 @@
-"""Vision-language models of transformers: how they are asked, what they answer, and which tensors see."""
+"""What is special about vision-language models of transformers."""
