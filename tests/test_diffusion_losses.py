@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from slug_lightning.diffusion.losses import Denoising, latents_of
-from slug_lightning.diffusion.pipelines import native_size, read_prompts, resized
+from slug_lightning.diffusion.pipelines import read_prompts, resized
 from slug_lightning.diffusion.source_clip import OPENAI, TextSourceClip
 from slug_lightning.modules.diffusion import DiffusionModule
 from slug_lightning.patches.edit import Edit
@@ -313,4 +313,7 @@ def test_prompts_are_read_as_the_pipeline_reads_them_when_it_draws(kind):
     )
     if kind == "sdxl":
         assert torch.equal(read["text_embeds"], seen[0]["added_cond_kwargs"]["text_embeds"])
-    assert native_size(pipeline) == SIZE and mse_loss(read["encoder_hidden_states"][0], read["encoder_hidden_states"][1]) > 0
+    assert (
+        DiffusionModule(pipeline).size == SIZE
+        and mse_loss(read["encoder_hidden_states"][0], read["encoder_hidden_states"][1]) > 0
+    )

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from slug_lightning.diffusion.saving import save_pipeline
+from slug_lightning.diffusion.pipelines import save_pipeline
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.tensors.bits import bitwise_equal

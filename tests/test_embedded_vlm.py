@@ -36,6 +36,7 @@ def test_answers_about_renderings_that_nobody_has_seen():
 def test_its_tower_is_that_of_the_embedded_clip():
     """By objective "clip" they are one: what is changed in the model, the CLIP sees by."""
     module, clip = EmbeddedVLM("clip"), EmbeddedClip()
+    assert module.towers["late"] == [f"model.model.vision_tower.encoder.layers.{block}.*" for block in (4, 5)]
     assert isinstance(module.clip, VisionSourceClip)
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     own = torch.nn.functional.normalize(clip.model.eval().encode_image((pictures / 255 - 0.5) / 0.5), dim=-1)

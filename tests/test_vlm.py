@@ -353,6 +353,12 @@ def test_an_alias_is_named_only_as_whole_words_side_by_side(alias, said):
     assert mentions(" ".join(said), [" ".join(alias)]) == found
 
 
+def test_words_are_compared_without_case_accents_and_signs_but_with_what_tells_them_apart():
+    assert normalise("It's  Beyoncé!") == "it s beyonce" and normalise("T-shirt") == "t shirt"
+    assert normalise("ΣΊΣΥΦΟΣ") == normalise("Σίσυφος") and normalise("की") != normalise("का")
+    assert normalise("C++, C#") == "c++ c#"
+
+
 @given(st.text(max_size=30))
 def test_nothing_is_named_by_a_name_without_a_letter_and_normal_texts_stay_as_they_are(text):
     assert not mentions(text, ["", " ", "!?", "--"]) and not mentions(text, [])

@@ -65,9 +65,7 @@ def test_a_processor_that_makes_more_or_fewer_tokens_than_the_tower_makes_featur
 def test_a_tower_that_is_no_clip_has_no_objective_by_one(tmp_path):
     model, processor = tiny_vlm("qwen2_vl")
     name = save(tmp_path, *tiny_clip("llava", tiny_vlm("llava")[0]))
-    with refused(
-        "clip: the vision tower, a Qwen2VisionTransformer", "does not have the layers of a CLIP or SigLIP", "objective='answers'"
-    ):
+    with refused("clip: the vision tower, a Qwen2VisionTransformer", "is not that of", "if there is none", "objective='answers'"):
         VLMModule(model, processor=processor, objective="clip", clip=f"hf:{name}")
 
 
@@ -77,7 +75,8 @@ def test_another_clip_is_refused_and_the_first_tensor_named_in_which_it_differs(
     matrices = sum(p.ndim > 1 for p in tower_of(model).parameters())
     name = save(tmp_path, *tiny_clip(family, tiny_vlm(family, seed=1)[0]))
     with refused(
-        f"clip: the vision tower is not that of hf:{name}", rf"embeddings\S+weight and {matrices - 1} more of {matrices} matrices"
+        f"clip: the vision tower, a .*, is not that of hf:{name}",
+        rf"{matrices} of {matrices} matrices, such as \['embeddings\S+weight'",
     ) as said:
         VLMModule(model, processor=processor, objective="clip", clip=f"hf:{name}")
     assert "was taken from" in str(said.value) and "objective='answers'" in str(said.value)
@@ -86,7 +85,7 @@ def test_another_clip_is_refused_and_the_first_tensor_named_in_which_it_differs(
 def test_a_clip_of_another_shape_is_another_one(tmp_path):
     model, processor = tiny_vlm("llava")
     clip, tokenizer = tiny_clip("idefics3", tiny_vlm("idefics3")[0])  # its patches are smaller
-    with refused("clip: the vision tower is not that of", "embeddings.patch_embedding.weight"):
+    with refused("clip: the vision tower, a .*, is not that of", "embeddings.patch_embedding.weight"):
         VLMModule(model, processor=processor, objective="clip", clip=f"hf:{save(tmp_path, clip, tokenizer)}")
 
 

@@ -104,13 +104,6 @@ def to_hugging_face(model: nn.Module) -> nn.Module:
 
     Raises:
         UnlearnError: if `CLIPModel` cannot compute what the model does.
-
-    Example:
-        >>> import open_clip
-        >>> from slug_lightning.embedded import CLIP
-        >>> twin = to_hugging_face(open_clip.create_model(f"local-dir:{CLIP}"))
-        >>> type(twin).__name__, twin.config.text_config.hidden_act
-        ('CLIPModel', 'gelu')
     """
     from transformers import CLIPConfig, CLIPModel
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Union
 
+import torch
 from torch import Tensor, nn
 
 from slug_lightning.diffusion.source_clip import TextSourceClip
@@ -32,14 +33,18 @@ class NamedClassifier(nn.Module):
 
 
 class ZeroShot(nn.Module):
-    """The class whose name is nearest to a picture, by a frozen CLIP: pictures in [-1, 1] -> similarities `[B, C]`."""
+    """The class whose name is nearest to a picture, by a frozen CLIP: pictures in [-1, 1] -> similarities `[B, C]`.
+
+    Class names are read by the CLIP's own tensors, which no edit changes.
+    """
 
     classes: Tensor
 
     def __init__(self, source: TextSourceClip, names: list[str]) -> None:
         super().__init__()
         self._source = [source]  # not a submodule, as the loss uses the same CLIP
-        self.register_buffer("classes", source.classes(names), persistent=False)
+        with torch.no_grad():
+            self.register_buffer("classes", source(source.tokenize_classes(names)), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self._source[0].encode_image(pictures) @ self.classes.T

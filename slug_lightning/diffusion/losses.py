@@ -12,15 +12,8 @@ from torch.nn.functional import mse_loss
 from slug_lightning.diffusion.pipelines import read_prompts, resized
 from slug_lightning.errors import UnlearnError
 
-OF_TRAINING = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
+OF_TRAINING = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"]
+OF_TRAINING += ["prediction_type"]
 """The part of a scheduler's configuration that says how its model was trained; the rest is about sampling."""
 
 

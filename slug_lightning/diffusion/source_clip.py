@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -16,6 +16,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.layers import plain_parameters
 from slug_lightning.utils.model_parts import base_parameters
+from slug_lightning.utils.optional_imports import import_optional
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of a picture's channels in [0, 1] that OpenAI's CLIP and most models after it expect."""
@@ -27,32 +28,34 @@ class TextSourceClip(SourceClip):
     Where the pipeline has left out the CLIP's last layers, as Stable Diffusion 2 does, the CLIP's own ones follow.
 
     Args:
-        clip: a transformers `CLIPModel`, or an open_clip model with a ViT.
+        clip: a transformers `CLIPModel`, an open_clip model with a ViT, or the name of either, as `load_clip` takes it.
         pipeline: a Stable Diffusion pipeline, one of whose text encoders has the CLIP's weights.
-        tokenizer: of the CLIP; needed only for classes. Default: the text encoder's.
-        normalisation: mean and deviation of pictures; default: the model's own, else OpenAI's.
         judging_only: whether the CLIP is only asked which class a picture shows; then the text encoder may be any.
 
     Raises:
-        UnlearnError: if half or more of the text matrices of every text encoder differ from the CLIP's.
+        UnlearnError: if a name does not say where weights are, or half or more of the text matrices of every text encoder
+            differ from the CLIP's.
     """
 
-    def __init__(
-        self, clip: nn.Module, pipeline: Any, tokenizer: Any = None, normalisation: Any = None, judging_only: bool = False
-    ) -> None:
-        normalisation = normalisation or _normalisation(clip)
+    def __init__(self, clip: Any, pipeline: Any, judging_only: bool = False) -> None:
+        name, tokenizer = "", None
+        if not isinstance(clip, nn.Module):
+            name = str(clip)
+            if not name.startswith(("hf:", "hf-hub:", "local-dir:")):
+                raise UnlearnError(f"clip: {name!r} names no weights; put hf:, hf-hub: or local-dir: in front, or give the model")
+            clip, tokenizer = load_clip(name)
         twin: Any = to_hugging_face(clip)
-        name = "text_encoder" if judging_only else _matching(twin, pipeline)
-        encoder, own_tokenizer = text_encoders(pipeline)[name]
-        super().__init__(twin.eval().to(encoder.device, encoder.dtype), *normalisation)
-        self.pipeline, self.name = pipeline, name
+        component = "text_encoder" if judging_only else _matching(twin, pipeline)
+        encoder, own_tokenizer = text_encoders(pipeline)[component]
+        super().__init__(twin.eval().to(encoder.device, encoder.dtype), *_normalisation(clip, name))
+        self.pipeline, self.component = pipeline, component
         self.tokenize = partial(padded_tokens, own_tokenizer, length=own_tokenizer.model_max_length)
         self.tokenize_classes = tokenizer or self.tokenize
 
     @property
     def encoder(self) -> Any:
         """The pipeline's text encoder; not a submodule, as it belongs to the pipeline."""
-        return getattr(self.pipeline, self.name)
+        return getattr(self.pipeline, self.component)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Text features, `[B, D]`, by the CLIP's own tensors."""
@@ -68,56 +71,26 @@ class TextSourceClip(SourceClip):
         held = {f"model.{name}": p for name, p in _text_tensors(self.encoder).items()}
         return functional_call(self, held, (self.tokenize(texts),))
 
-    @torch.no_grad()
-    def classes(self, names: Sequence[str]) -> Tensor:
-        """Text features of class names, `[C, D]`, by the CLIP's own tensors, which no edit changes."""
-        return self(self.tokenize_classes(list(names)))
-
 
 def load_source_clips(clip: Any, pipeline: Any, judging_only: bool = False) -> list[TextSourceClip]:
-    """Load the CLIPs of a pipeline's text encoders.
-
-    Args:
-        clip: name of a CLIP as `slug_lightning.clip.models.load_clip` takes it, such as "hf:openai/clip-vit-large-patch14", or
-            the model; or a list of them, for a pipeline with two text encoders.
-        pipeline: the pipeline.
-        judging_only: as in `TextSourceClip`.
-
-    Raises:
-        UnlearnError: as `TextSourceClip`; if a name does not say where weights are, or two CLIPs match one text encoder.
-    """
-    found: list[TextSourceClip] = []
-    for one in clip if isinstance(clip, (list, tuple)) else [clip]:
-        if isinstance(one, nn.Module):
-            found.append(TextSourceClip(one, pipeline, judging_only=judging_only))
-        elif str(one).startswith(("hf:", "hf-hub:", "local-dir:")):
-            model, tokenizer = load_clip(str(one))
-            found.append(TextSourceClip(model, pipeline, tokenizer, _processor_normalisation(str(one)), judging_only))
-        else:
-            raise UnlearnError(f"clip: {str(one)!r} names no weights; put hf:, hf-hub: or local-dir: in front, or give the model")
-    names = [source.name for source in found]
-    if len(set(names)) < len(names) and not judging_only:
-        raise UnlearnError(f"clip: two of them match {names[0]}; give one for each text encoder")
-    return found
+    """Load the CLIP of a pipeline's text encoder, or a list of them for a pipeline with two; refuse two for the same one."""
+    given = clip if isinstance(clip, (list, tuple)) else [clip]
+    clips = [TextSourceClip(one, pipeline, judging_only) for one in given]
+    if len({one.component for one in clips}) < len(clips) and not judging_only:
+        raise UnlearnError(f"clip: two of them match {clips[0].component}; give one for each text encoder")
+    return clips
 
 
-def _normalisation(clip: nn.Module) -> Any:
-    """The mean and deviation that an open_clip model was trained with, else OpenAI's."""
+def _normalisation(clip: nn.Module, name: str) -> tuple[Any, Any]:
+    """The mean and deviation of pictures that a CLIP was trained with, as far as it or its processor says; else OpenAI's."""
     known = getattr(getattr(clip, "visual", None), "preprocess_cfg", None) or {}
-    return (known["mean"], known["std"]) if known.keys() >= {"mean", "std"} else OPENAI
-
-
-def _processor_normalisation(name: str) -> Any:
-    """The mean and deviation of a transformers CLIP's image processor; None if there is none."""
-    if not name.startswith("hf:"):
-        return None
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(name.removeprefix("hf:"))
-    except (OSError, ValueError):
-        return None
-    return processor.image_mean, processor.image_std
+    if known.keys() >= {"mean", "std"}:
+        return known["mean"], known["std"]
+    if name.startswith("hf:"):
+        with suppress(OSError, ValueError):
+            processor = import_optional("transformers", "hf").AutoImageProcessor.from_pretrained(name.removeprefix("hf:"))
+            return processor.image_mean, processor.image_std
+    return OPENAI
 
 
 def _text_tensors(encoder: nn.Module) -> dict[str, Tensor]:
@@ -133,7 +106,7 @@ def _matching(clip: Any, pipeline: Any) -> str:
     for name, (encoder, _) in text_encoders(pipeline).items():
         theirs = {key: p for key, p in _text_tensors(encoder).items() if p.ndim > 1}  # vectors often are all 0 or 1
         fits = all(key in own and own[key].shape == p.shape for key, p in theirs.items())
-        odd = [key for key, p in theirs.items() if key not in own or not _is_same(p, own[key])]
+        odd = [k for k, p in theirs.items() if k not in own or not bitwise_equal(p, own[k].to(p.device, p.dtype))]
         if fits and len(odd) < len(theirs) / 2:
             return name
         wrong.append(f"{name} in {odd[0]} and {len(odd) - 1} more of {len(theirs)} matrices")
@@ -141,7 +114,3 @@ def _matching(clip: Any, pipeline: Any) -> str:
         f"clip: its text tower is not the pipeline's: they differ in {'; '.join(wrong)}. Give the CLIP that the text encoder was "
         'taken from (Stable Diffusion 1: "hf:openai/clip-vit-large-patch14"), or objective="denoising"'
     )
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bitwise_equal(one, other.to(one.device, one.dtype))

@@ -18,26 +18,15 @@ from slug_lightning.embedded import SHARD
 class Drawings(NamedTuple):
     """The drawings of the embedded shard; names are sorted."""
 
-    pictures: Tensor
-    """RGBA, uint8, `[N, 4, 64, 64]`."""
-    things: Tensor
-    """Index into `thing_names` of each drawing, `[N]`."""
-    styles: Tensor
-    """Index into `style_names` of each drawing, `[N]`."""
+    pictures: Tensor  # RGBA, uint8, [N, 4, 64, 64]
+    things: Tensor  # index into thing_names, [N]
+    styles: Tensor  # index into style_names, [N]
     thing_names: list[str]
     style_names: list[str]
 
 
 def load_drawings() -> Drawings:
-    """Read the embedded shard.
-
-    Example:
-        >>> drawings = load_drawings()
-        >>> drawings.style_names
-        ['blob', 'emojione', 'firefox', 'fluent', 'noto']
-        >>> len(drawings.pictures) == len(drawings.thing_names) * 5
-        True
-    """
+    """Read the embedded shard."""
     pictures, labels = _decoded()
     thing_names = sorted({label["thing"] for label in labels})
     style_names = sorted({label["style"] for label in labels})

@@ -18,7 +18,8 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
 
     Args:
         model: any module. Patches and plain weights carry its own tensor names.
-        loss: takes the model and a batch, returns the mean loss, a scalar. Used for forget and retain batches.
+        loss: takes the model and a batch, returns the mean loss, a scalar. Used for forget and retain batches; None in
+            subclasses that override both steps.
         score: takes the model and a batch, returns one number per sample, `[B]`, such as 1 where the answer is right; its
             mean over a set is the metric "score". Without it, the loss is the metric.
         forget_loss: used for forget batches instead of `loss`.
@@ -48,7 +49,7 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[nn.Module, Any], Tensor],
+        loss: Optional[Callable[[nn.Module, Any], Tensor]],
         score: Optional[Callable[[nn.Module, Any], Tensor]] = None,
         *,
         forget_loss: Optional[Callable[[nn.Module, Any], Tensor]] = None,
@@ -57,9 +58,9 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.loss: Any = loss
         self.score = score
-        self.forget_loss = forget_loss or loss
+        self.forget_loss: Any = forget_loss or loss
         self.learning_rate = learning_rate
         if score is not None:
             self.forget_metric = self.retain_metric = "score"
@@ -99,8 +100,3 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
-
-
-def no_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Stand in for the loss of a subclass whose steps compute their own."""
-    raise AssertionError("the module overrides forget_step and retain_step")

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from slug_lightning.clip.models import Tokenizer, contrastive_loss, encode_image, encode_text, load_clip, matching_loss
 from slug_lightning.embedded import CLIP
+from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.base import UnlearnModule
 
@@ -32,9 +33,6 @@ class ClipModule(UnlearnModule):
             the mean cosine of pictures and captions is then 0.
         tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is an object and there are prompts.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
-
-    Raises:
-        UnlearnError: if the model cannot be loaded, or a model object comes with prompts and without a tokenizer.
 
     Example:
         >>> module = ClipModule(f"local-dir:{CLIP}", prompts={"animal": ["cat", "dog"]})
@@ -113,8 +111,6 @@ class EmbeddedClip(ClipModule):
     """
 
     def __init__(self, *, learning_rate: float = 1e-5) -> None:
-        from slug_lightning.embedded.drawings import load_drawings
-
         drawings = load_drawings()
         prompts = {"style": [f"{style} style" for style in drawings.style_names], "thing": drawings.thing_names}
         super().__init__(f"local-dir:{CLIP}", prompts=prompts, learning_rate=learning_rate)

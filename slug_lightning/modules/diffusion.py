@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.diffusion.judges import Judge, make_judges
 from slug_lightning.diffusion.losses import Denoising
-from slug_lightning.diffusion.pipelines import draw, load_pipeline, native_size, text_encoders
-from slug_lightning.diffusion.saving import save_pipeline
+from slug_lightning.diffusion.pipelines import draw, load_pipeline, save_pipeline, text_encoders
 from slug_lightning.diffusion.source_clip import load_source_clips
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
-from slug_lightning.modules.base import UnlearnModule, no_loss
+from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.objective.samples import MOST
 from slug_lightning.utils.model_parts import base_parameters, parts_of
 
@@ -39,8 +38,7 @@ class DiffusionModule(UnlearnModule):
     Args:
         pipeline: name or folder of a pipeline, or the pipeline, whose own modules are edited.
         objective: "denoising": the loss the pipeline was trained with, through the UNet; it needs pictures and captions only.
-            "clip": how well pictures fit their captions for the CLIP that the text encoder comes from; far cheaper, as no
-            UNet is run.
+            "clip": how well pictures fit their captions for the CLIP that the text encoder comes from: far cheaper.
         clip: that CLIP, by name ("hf:openai/clip-vit-large-patch14", or as open_clip names a folder or a repository,
             "local-dir:…", "hf-hub:…") or as a model, which is then frozen and moved to the pipeline's device and precision;
             for SDXL a list of two. If the text encoder was edited since, its own tensors are used.
@@ -88,7 +86,7 @@ class DiffusionModule(UnlearnModule):
                 'its text encoder comes from (Stable Diffusion 1: "hf:openai/clip-vit-large-patch14"), or objective="denoising"'
             )
         pipeline = load_pipeline(pipeline, getattr(torch, dtype))
-        super().__init__(parts_of(pipeline), loss=no_loss, learning_rate=learning_rate)
+        super().__init__(parts_of(pipeline), loss=None, learning_rate=learning_rate)
         self.pipeline = pipeline
         self.strict_loading = False  # checkpoints hold only what may be edited
         self.model.requires_grad_(False)
@@ -97,7 +95,7 @@ class DiffusionModule(UnlearnModule):
                 parameter.requires_grad_(True)
         self.objective = objective
         self.guidance = guidance
-        self.size = size or native_size(pipeline)
+        self.size = size or int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
         if self.size % pipeline.vae_scale_factor:
             raise UnlearnError(f"size must be a multiple of {pipeline.vae_scale_factor} pixels, got {self.size}")
         clips = [] if clip is None else load_source_clips(clip, pipeline, judging_only=objective == "denoising")
@@ -213,9 +211,8 @@ class EmbeddedCanvas(DiffusionModule):
     arguments are those of `DiffusionModule`.
 
     Example:
-        >>> module = EmbeddedCanvas()
         >>> prompts = {"text": ["cat in blob style"], "seed": torch.tensor([0]), "steps": torch.tensor([2])}
-        >>> module.draw(prompts).shape
+        >>> EmbeddedCanvas().draw(prompts).shape
         torch.Size([1, 3, 32, 32])
     """
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, Optional, Union
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.utils.rnn import pad_sequence
 
 from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.embedded import CLIP, VLM
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.kv_cache import cache_argument, cache_of
-from slug_lightning.modules.base import UnlearnModule, no_loss
+from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.objective.batch_utils import batch_samples
 from slug_lightning.objective.samples import MOST
 from slug_lightning.patches.patch import UnlearnPatch
@@ -35,10 +36,10 @@ class VLMModule(UnlearnModule):
 
     For the gradient, a batch is `{"index", "image", "question", "answer", "text"}`: "index" is any tensor of B numbers, by which
     samples are counted; pictures are uint8, `[B, 3, H, W]` (then "index" may be missing) or a list of `[3, H, W]`; the rest is
-    lists of B strings. A CLIP compares pictures with "text". `question_batch` of
-    `slug_lightning.datamodules.image_text.questions` makes such batches. On the validation and test splits a batch is
+    lists of B strings. A CLIP compares pictures with "text". On the validation and test splits a batch is
     `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers mention one of the aliases
     (whole words, whatever the case, accents and signs), and `<kind>_accuracy` the same for the questions of a kind.
+    `question_batch` of `slug_lightning.datamodules.image_text.questions` makes such batches.
 
     Answers are generated greedily. If a batch has "choices", lists of possible answers, the likeliest one is taken instead: one
     forward pass, and one over the choices alone, in place of one per new token. That is cheaper for a large model with long
@@ -56,19 +57,17 @@ class VLMModule(UnlearnModule):
         route: deprecated, the former name of `objective`.
 
     Raises:
-        UnlearnError: if the model has no vision tower, or one that cannot be edited; or if the processor or `clip` does not fit
-            it.
+        UnlearnError: if the model's vision tower is missing or cannot be edited, or the processor or `clip` does not fit it.
 
     Example:
         >>> from slug_lightning.embedded import VLM
         >>> module = VLMModule(VLM)
         >>> batch = {"image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "question": ["what is this?"] * 2}
-        >>> module.forget_step({**batch, "answer": ["cat", "alarm clock"]}, 0).requires_grad
-        True
         >>> len(module.answer(batch))
         2
     """
 
+    model: Any
     forget_metric: Optional[str] = "answer_accuracy"
     retain_metric: Optional[str] = "answer_accuracy"
     forget_target: Optional[float] = 0.05
@@ -86,9 +85,7 @@ class VLMModule(UnlearnModule):
         route: Optional[Literal["answers", "clip"]] = None,
     ) -> None:
         if route is not None:
-            warnings.warn(
-                "route is deprecated and will be removed in the next release; use objective", FutureWarning, stacklevel=2
-            )
+            warnings.warn("route is deprecated and will be removed; use objective", FutureWarning, stacklevel=2)
             objective = route
         if objective not in ("answers", "clip"):
             raise UnlearnError(f"objective must be 'answers' or 'clip', got {objective!r}")
@@ -98,7 +95,7 @@ class VLMModule(UnlearnModule):
                 '(LLaVA 1.5: "hf:openai/clip-vit-large-patch14-336"), or objective="answers"'
             )
         loaded, processor = load_vlm(model, processor, getattr(torch, dtype))
-        super().__init__(loaded, loss=no_loss, learning_rate=learning_rate)
+        super().__init__(loaded, loss=None, learning_rate=learning_rate)
         self.strict_loading = False  # checkpoints hold only what may be edited
         self.question_encoder = QuestionEncoder(loaded, processor)
         self.tower_name, tower = vision_tower(loaded)
@@ -173,8 +170,7 @@ class VLMModule(UnlearnModule):
 
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Write model and processor as plain transformers loads them."""
-        model: Any = self.model
-        model.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         self.question_encoder.processor.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -192,37 +188,32 @@ class VLMModule(UnlearnModule):
 
     def _generate(self, batch: Mapping[str, Any]) -> list[str]:
         inputs, tokenizer = self._asked(batch), self.question_encoder.tokenizer
-        model: Any = self.model
-        pad = tokenizer.pad_token_id
-        found = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad)
+        found = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
         own = found[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
 
     def _likely(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Compute the log-likelihood of each question's choices, summed over tokens; the question is read once for all."""
-        inputs, choices = self._asked(batch), batch["choices"]
-        model: Any = self.model
-        read = model(**inputs, use_cache=True, logits_to_keep=1)
-        first = read.logits[:, -1:].float()
-        rows = [row for row, some in enumerate(choices) for _ in some]
-        tokens = [
-            self.question_encoder.tokens_of(batch["question"][row], one) for row, some in enumerate(choices) for one in some
-        ]
-        labels = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-100).to(self.device)
-        which = torch.tensor(rows, device=self.device)
+        inputs = self._asked(batch)
+        read = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        choices = [(row, choice) for row, some in enumerate(batch["choices"]) for choice in some]
+        tokens = [self.question_encoder.tokens_of(batch["question"][row], choice) for row, choice in choices]
+        labels = pad_sequence(tokens, batch_first=True, padding_value=-100).to(self.device)
+        rows = torch.tensor([row for row, _ in choices], device=self.device)
         cache = cache_of(read)
-        cache.batch_select_indices(which)
-        mask = torch.cat([inputs["attention_mask"][which], (labels != -100).to(inputs["attention_mask"].dtype)], dim=1)
-        more: dict[str, Any] = {"attention_mask": mask, cache_argument(model): cache, "use_cache": True}
-        if (
-            deltas := getattr(model.model, "rope_deltas", None)
-        ) is not None:  # Qwen-VL: a picture spans fewer positions than tokens
-            positions = (mask.cumsum(1) - 1)[:, -labels.shape[1] :] + deltas[which]
+        cache.batch_select_indices(rows)
+        mask = torch.cat([inputs["attention_mask"][rows], (labels != -100).to(inputs["attention_mask"].dtype)], dim=1)
+        more: dict[str, Any] = {"attention_mask": mask, cache_argument(self.model): cache, "use_cache": True}
+        deltas = getattr(self.model.model, "rope_deltas", None)
+        if deltas is not None:  # Qwen-VL: a picture spans fewer positions than tokens
+            positions = (mask.cumsum(1) - 1)[:, -labels.shape[1] :] + deltas[rows]
             more["position_ids"] = positions.expand(3, -1, -1)
-        rest = model(input_ids=labels.clamp(min=0), **more).logits.float()
-        logits = torch.cat([first[which], rest[:, :-1]], dim=1)
+        rest = self.model(input_ids=labels.clamp(min=0), **more).logits.float()
+        logits = torch.cat([read.logits[:, -1:].float()[rows], rest[:, :-1]], dim=1)
         likely = -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
-        return likely.split([len(some) for some in choices])
+        return likely.split([len(some) for some in batch["choices"]])
 
 
 def _refuse_miscounted(batch: Mapping[str, Any]) -> None:

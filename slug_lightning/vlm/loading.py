@@ -47,18 +47,23 @@ def refuse_unfit(model: nn.Module, tower: nn.Module, differentiates: bool = True
     """Refuse a model whose vision tower cannot be edited because of how the model was loaded.
 
     A quantised language model behind a tower that is not (bitsandbytes in 8 or 4 bits, for example) is fine, and so is a
-    `device_map` that puts everything on one device.
-
-    Args:
-        model: the whole model.
-        tower: its vision tower, a submodule.
-        differentiates: whether the loss is the model's own, so that gradients must pass through its language model.
+    `device_map` that puts everything on one device. `differentiates` says whether the loss is the model's own, so that
+    gradients must pass through its language model.
 
     Raises:
         UnlearnError: if the weights are spread over devices, offloaded or not loaded, the tower is quantised, or gradients do
             not pass through the quantised rest.
     """
-    _refuse_scattered(model)
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise UnlearnError(
+            f"model: its device_map spreads it over {', '.join(sorted(places))}; the Trainer would move all of it to one device, "
+            "against accelerate's hooks. Leave device_map out, or name one device, and quantise the language model if it is "
+            "too large"
+        )
+    # Offloaded in another way, or not yet materialised.
+    if absent := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise UnlearnError(f"model: {absent[0]} has no values (it is on the meta device); load the weights without offloading")
     for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
         if _is_quantised(tensor):
             place = next(name for name, module in model.named_modules() if module is tower)
@@ -73,21 +78,6 @@ def refuse_unfit(model: nn.Module, tower: nn.Module, differentiates: bool = True
             f"model: no gradient passes through weights that {type(quantizer).__name__} quantised; load them in 16 bits or by "
             'bitsandbytes, or use objective="clip"'
         )
-
-
-def _refuse_scattered(model: nn.Module) -> None:
-    """Refuse weights that are not all on one device."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise UnlearnError(
-            f"model: its device_map spreads it over {', '.join(sorted(places))}; the Trainer would move all of it to one device, "
-            "against accelerate's hooks. Leave device_map out, or name one device, and quantise the language model if it is "
-            "too large"
-        )
-    # Offloaded in another way, or not yet materialised.
-    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if absent is not None:
-        raise UnlearnError(f"model: {absent} has no values (it is on the meta device); load the weights, and do not offload them")
 
 
 def _is_quantised(tensor: Tensor) -> bool:

@@ -12,28 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.optional_imports import import_optional
 
-Inputs = dict[str, Tensor]
-"""A model's arguments: `input_ids` and `attention_mask`, `[B, T]`, `pixel_values`, and what else its processor returns."""
-
 
 class QuestionEncoder:
-    r"""Encode questions by the processor's chat template; without one, as for PaliGemma: the picture, then the text.
+    """Encode questions by the processor's chat template; without one, as for PaliGemma: the picture, then the text.
 
     Questions are padded on the left, answers on the right, so that all answers of a batch begin at the same place.
-
-    Args:
-        model: a transformers image-text-to-text model.
-        processor: its processor.
-
-    Example:
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-        >>> from slug_lightning.embedded import VLM
-        >>> encoder = QuestionEncoder(AutoModelForImageTextToText.from_pretrained(VLM), AutoProcessor.from_pretrained(VLM))
-        >>> encoder.text("what is this?")
-        'USER: <image>\nwhat is this? ASSISTANT:'
-        >>> inputs = encoder.ask(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["what is this?"])
-        >>> inputs["input_ids"].shape, inputs["pixel_values"].shape
-        (torch.Size([1, 26]), torch.Size([1, 3, 64, 64]))
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -48,23 +31,14 @@ class QuestionEncoder:
         """The id of the tokens that the picture's features replace."""
         return next(i for name in ("image_token_id", "image_token_index") if (i := getattr(self.config, name, None)) is not None)
 
-    @property
-    def context(self) -> int | None:
-        """The context length of the language model, in tokens, if its config says so."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
     def text(self, question: str) -> str:
         """Return the prompt of a question about a picture, up to where the answer begins."""
         if getattr(self.processor, "chat_template", None) is None:
             return f"{getattr(self.processor, 'image_token', '<image>')}{question}"
         return self.processor.apply_chat_template([_turn("user", question)], add_generation_prompt=True)
 
-    def ask(self, images: Union[Tensor, Sequence[Tensor]], questions: Sequence[str]) -> Inputs:
-        """Encode pictures (uint8, RGB, each `[3, H, W]`) with a question each, on the CPU.
-
-        Raises:
-            UnlearnError: if a question exceeds the context of the language model.
-        """
+    def ask(self, images: Union[Tensor, Sequence[Tensor]], questions: Sequence[str]) -> dict[str, Tensor]:
+        """Encode pictures (uint8, RGB, each `[3, H, W]`) with a question each: the model's arguments, on the CPU."""
         pictures = [[picture] for picture in as_pil(images)]
         texts = [self.text(question) for question in questions]
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -75,26 +49,22 @@ class QuestionEncoder:
         self._refuse_long(inputs, questions)
         return inputs
 
-    def answered(self, inputs: Mapping[str, Tensor], questions: Sequence[str], answers: Sequence[str]) -> tuple[Inputs, Tensor]:
+    def answered(
+        self, inputs: Mapping[str, Tensor], questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Append an answer to each question that `ask` has encoded.
 
-        Returns:
-            The inputs with the answers, and the answers' own tokens, `[B, A]`, padded by -100: the last A of each sequence.
-
-        Raises:
-            UnlearnError: if a question with its answer exceeds the context of the language model.
+        Returns the inputs with the answers, and the answers' own tokens, `[B, A]`, padded by -100: the last A of each sequence.
         """
-        rows = [self.tokens_of(question, answer) for question, answer in zip(questions, answers, strict=True)]
-        labels = pad_sequence(rows, batch_first=True, padding_value=-100).to(inputs["input_ids"].device)
-        counts = labels != -100
+        tokens = [self.tokens_of(question, answer) for question, answer in zip(questions, answers, strict=True)]
+        ids = inputs["input_ids"]
+        labels = pad_sequence(tokens, batch_first=True, padding_value=-100).to(ids.device)
+        # Of token_type_ids, 1 is an answer for PaliGemma (which the question must not attend to); 0 is text for Qwen.
+        added = {"input_ids": labels.clamp(min=0), "attention_mask": labels != -100, "token_type_ids": torch.ones_like(labels)}
         whole = dict(inputs)
-        for name, tensor in inputs.items():
-            if tensor.shape != inputs["input_ids"].shape:
-                continue
-            # Of token_type_ids, 1 is an answer for PaliGemma (which the question must not attend to); 0 is text for Qwen.
-            more = {"input_ids": labels.clamp(min=0), "attention_mask": counts, "token_type_ids": torch.ones_like(labels)}
-            behind = more.get(name, torch.zeros_like(labels)).to(tensor.dtype)
-            whole[name] = torch.cat([tensor, behind], dim=1)
+        for name in [name for name, tensor in inputs.items() if tensor.shape == ids.shape]:
+            behind = added.get(name, torch.zeros_like(labels)).to(inputs[name].dtype)
+            whole[name] = torch.cat([inputs[name], behind], dim=1)
         self._refuse_long(whole, [f"{q} {a}" for q, a in zip(questions, answers, strict=True)])
         return whole, labels
 
@@ -116,13 +86,15 @@ class QuestionEncoder:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
     def _refuse_long(self, inputs: Mapping[str, Tensor], texts: Iterable[str]) -> None:
+        """Refuse sequences that exceed the context of the language model."""
         length = inputs["input_ids"].shape[1]
-        if self.context is not None and length > self.context:
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length > context:
             row = int(inputs["attention_mask"].sum(1).argmax())
             pictures = int((inputs["input_ids"][row] == self.image_token).sum())
             raise UnlearnError(
                 f"question: {list(texts)[row]!r} has {length} tokens with its picture ({pictures} tokens), and the context of "
-                f"the language model is {self.context}; shorten the question, or have the processor resize pictures to fewer"
+                f"the language model is {context}; shorten the question, or have the processor resize pictures to fewer"
             )
 
 

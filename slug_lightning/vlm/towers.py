@@ -46,15 +46,7 @@ def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def by_depth(tower: nn.Module) -> dict[str, list[str]]:
-    """Divide the blocks of a tower into three parts of equal depth, as patterns of tensor names; other tensors are in none.
-
-    Example:
-        >>> from transformers import AutoModelForImageTextToText
-        >>> from slug_lightning.embedded import VLM
-        >>> _, tower = vision_tower(AutoModelForImageTextToText.from_pretrained(VLM))
-        >>> by_depth(tower)["late"]
-        ['encoder.layers.4.*', 'encoder.layers.5.*']
-    """
+    """Divide the blocks of a tower into three parts of equal depth, as patterns of tensor names; other tensors are in none."""
     found: dict[str, dict[str, int]] = {}
     for name, _ in tower.named_parameters():
         if match := BLOCK.match(name):
@@ -108,18 +100,13 @@ def freeze_unseen(model: Any, tower: nn.Module, encoder: QuestionEncoder) -> Non
 
 def _leaves(tensors: Iterable[Tensor]) -> set[int]:
     """Find the ids of the parameters that tensors were computed from, without a backward pass."""
-    waiting = [tensor.grad_fn for tensor in tensors]
-    visited: set[Any] = set()
-    found: set[int] = set()
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
+    visited: set[Any] = {None}
     while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):  # an AccumulateGrad node
-            found.add(id(node.variable))
-        waiting += [behind for behind, _ in node.next_functions]
-    return found
+        if (node := waiting.pop()) not in visited:
+            visited.add(node)
+            waiting += [behind for behind, _ in node.next_functions]
+    return {id(node.variable) for node in visited if hasattr(node, "variable")}  # AccumulateGrad nodes
 
 
 @contextmanager
@@ -138,12 +125,8 @@ def _without_tiles(image_processor: Any) -> Iterator[None]:
 class VisionSourceClip(SourceClip):
     """The CLIP or SigLIP that a vision tower comes from, which from now on sees with the tower's own tensors.
 
-    Args:
-        name: of the CLIP, as `slug_lightning.clip.models.load_clip` takes it: "hf:openai/clip-vit-large-patch14-336",
-            "local-dir:…".
-        tower: the vision tower of a vision-language model.
-        image_processor: of that model. It preprocesses pictures for the CLIP; if it makes tiles or another size, pictures are
-            resized to a square and normalised by its mean and deviation instead.
+    It is named as `slug_lightning.clip.models.load_clip` takes it. The model's image processor preprocesses pictures for it; if
+    that makes tiles or another size, pictures are resized to a square and normalised by its mean and deviation instead.
 
     Raises:
         UnlearnError: if the tower does not have this CLIP's layers: their names and shapes, and the bits of all but a few
@@ -178,18 +161,13 @@ def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
     theirs = {key.removeprefix("vision_model."): p for key, p in tower.named_parameters()}
     held = dict(own.named_parameters())
     matrices = [key for key, p in theirs.items() if p.ndim > 1]  # vectors often are all 0 or 1
-    unknown = [key for key in matrices if key not in held]
-    if unknown or not matrices:
+    fits = all(key in held and held[key].shape == theirs[key].shape for key in matrices)
+    odd = [key for key in matrices if key not in held or not _same_when_rounded(theirs[key], held[key])]
+    if not matrices or not fits or len(odd) > max(FEW, len(matrices) // 10):
         raise UnlearnError(
-            f"clip: the vision tower, a {type(tower).__name__}, does not have the layers of a CLIP or SigLIP (such as "
-            f"{(unknown or ['no matrix'])[0]}); use objective='answers', which needs no CLIP"
-        )
-    resized = [key for key in matrices if held[key].shape != theirs[key].shape]
-    odd = [key for key in matrices if key in resized or not _same_when_rounded(theirs[key], held[key])]
-    if resized or len(odd) > max(FEW, len(matrices) // 10):
-        raise UnlearnError(
-            f"clip: the vision tower is not that of {name}: they differ in {odd[0]} and {len(odd) - 1} more of {len(matrices)} "
-            "matrices. Give the CLIP or SigLIP that it was taken from; if the tower was trained since, use objective='answers'"
+            f"clip: the vision tower, a {type(tower).__name__}, is not that of {name}: they differ in {len(odd)} of "
+            f"{len(matrices)} matrices, such as {odd[:1]}. Give the CLIP or SigLIP that it was taken from; if there is none, or "
+            "the tower was trained since, use objective='answers'"
         )
     for key, p in theirs.items():
         if key in held:
