@@ -19,11 +19,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def load_clip(name: str, pretrained: Optional[str] = None) -> tuple[nn.Module, Tokenizer]:
-    """Load a CLIP and its tokenizer by name; the arguments are those of `slug_lightning.modules.ClipModule`.
-
-    Raises:
-        UnlearnError: if the library is not installed, or transformers finds no CLIP or SigLIP under that name.
-    """
+    """Load a CLIP or SigLIP and its tokenizer by name; the arguments are those of `slug_lightning.modules.ClipModule`."""
     if not name.startswith("hf:"):
         open_clip = import_optional("open_clip", "clip")
         return open_clip.create_model(name, pretrained=pretrained), open_clip.get_tokenizer(name)
@@ -93,17 +89,10 @@ class SourceClip(nn.Module):
 
 
 def to_hugging_face(model: nn.Module) -> nn.Module:
-    """Convert an open_clip ViT model into a transformers `CLIPModel` that computes the same features.
+    """Convert an open_clip ViT model into a transformers `CLIPModel` with the same features, in evaluation mode.
 
-    Args:
-        model: open_clip `CLIP` whose vision transformer pools at its class token, and whose causal text tower pools at the
-            end token (the highest id); with exact GELU or OpenAI's approximation. A transformers model is returned as it is.
-
-    Returns:
-        The `CLIPModel`, in evaluation mode.
-
-    Raises:
-        UnlearnError: if `CLIPModel` cannot compute what the model does.
+    Its vision transformer must pool at the class token, its causal text tower at the end token (the highest id), with exact
+    GELU or OpenAI's approximation; any other model is refused. A transformers model is returned as it is.
     """
     from transformers import CLIPConfig, CLIPModel
 

@@ -51,11 +51,7 @@ class ZeroShot(nn.Module):
 
 
 def make_judges(judges: Mapping[str, Judge], clips: list[TextSourceClip]) -> nn.ModuleDict:
-    """Make a frozen classifier for each kind of concept, such as "style"; the first CLIP judges where class names are given.
-
-    Raises:
-        UnlearnError: if there are class names and no CLIP, or a classifier cannot be loaded.
-    """
+    """Make a frozen classifier for each kind of concept, such as "style"; the first CLIP judges where class names are given."""
     made = nn.ModuleDict()
     for kind, judge in judges.items():
         if isinstance(judge, nn.Module):

@@ -23,9 +23,6 @@ class Denoising:
     High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), equation 3; with v-prediction
     (arXiv 2202.00512, appendix D), the velocity instead of the noise. Timesteps and noise come from torch's global generator,
     so that a run is reproducible. Pictures are encoded at `size` × `size` pixels.
-
-    Raises:
-        UnlearnError: if the pipeline's scheduler predicts anything else.
     """
 
     def __init__(self, pipeline: Any, size: int) -> None:
@@ -53,11 +50,9 @@ class Denoising:
         more = {}
         if "text_embeds" in read:
             # SDXL also reads the picture's size, the corner of its crop, and the target size.
-            place = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=clean.device)
-            more["added_cond_kwargs"] = {
-                "text_embeds": read["text_embeds"],
-                "time_ids": place.repeat(len(clean), 1).to(read["text_embeds"].dtype),
-            }
+            sizes = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=clean.device)
+            time_ids = sizes.repeat(len(clean), 1).to(read["text_embeds"].dtype)
+            more["added_cond_kwargs"] = {"text_embeds": read["text_embeds"], "time_ids": time_ids}
         noisy = self.noise.add_noise(clean, added, times).to(unet.dtype)
         guess = unet(noisy, times, encoder_hidden_states=read["encoder_hidden_states"], **more).sample
         target = {"epsilon": added, "sample": clean}.get(self.noise.config["prediction_type"])

@@ -25,11 +25,7 @@ ADAPTERS = "adapters"
 
 
 def load_pipeline(pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a Stable Diffusion pipeline (1.x, 2.x or XL) by name or folder; a pipeline object is used as it is.
-
-    Raises:
-        UnlearnError: if diffusers is not installed, or the pipeline cannot be loaded or has no UNet that reads CLIP encoders.
-    """
+    """Load a Stable Diffusion pipeline (1.x, 2.x or XL) by name or folder, or check one that is given; refuse all others."""
     if isinstance(pipeline, (str, Path)):
         diffusers = import_optional("diffusers", "diffusion")
         with warnings.catch_warnings():
@@ -74,11 +70,7 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 
 
 def read_prompts(pipeline: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Encode prompts, with their graph, by the pipeline's own `encode_prompt`.
-
-    Returns:
-        `encoder_hidden_states`, `[B, T, D]`, and for SDXL `text_embeds`, `[B, P]`.
-    """
+    """Encode prompts, with their graph: `encoder_hidden_states`, `[B, T, D]`, and for SDXL `text_embeds`, `[B, P]`."""
     found = pipeline.encode_prompt(
         list(texts), device=pipeline.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -89,18 +81,8 @@ def read_prompts(pipeline: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 def draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int) -> Tensor:
     """Draw prompts, each from the noise of its own seed, so that neither batch nor device changes it.
 
-    The safety checker, which would show black pictures to the judges, and the pipeline's progress bar are switched off.
-
-    Args:
-        pipeline: as `load_pipeline` returns it.
-        texts: prompts.
-        seeds: one for each prompt.
-        steps: sampling steps of the pipeline's own scheduler.
-        guidance: scale of classifier-free guidance; 1 disables it.
-        size: height and width in pixels.
-
-    Returns:
-        Pictures, float32, `[B, 3, size, size]`, in [-1, 1].
+    A guidance of 1 disables classifier-free guidance. The safety checker, which would show black pictures to the judges, and
+    the pipeline's progress bar are switched off. Returns pictures in [-1, 1], float32, `[B, 3, size, size]`.
     """
     noises = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     checker, bar = getattr(pipeline, "safety_checker", None), getattr(pipeline, "_progress_bar_config", {})

@@ -25,16 +25,9 @@ OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 class TextSourceClip(SourceClip):
     """A frozen CLIP that reads texts with the tensors of a pipeline's text encoder in place of its own.
 
-    Where the pipeline has left out the CLIP's last layers, as Stable Diffusion 2 does, the CLIP's own ones follow.
-
-    Args:
-        clip: a transformers `CLIPModel`, an open_clip model with a ViT, or the name of either, as `load_clip` takes it.
-        pipeline: a Stable Diffusion pipeline, one of whose text encoders has the CLIP's weights.
-        judging_only: whether the CLIP is only asked which class a picture shows; then the text encoder may be any.
-
-    Raises:
-        UnlearnError: if a name does not say where weights are, or half or more of the text matrices of every text encoder
-            differ from the CLIP's.
+    Where the pipeline has left out the CLIP's last layers, as Stable Diffusion 2 does, the CLIP's own ones follow. The CLIP is
+    given as a model or by a name that `load_clip` takes; it is refused if half or more of its text matrices differ from those
+    of every text encoder, except for `judging_only`, where it only tells which class a picture shows.
     """
 
     def __init__(self, clip: Any, pipeline: Any, judging_only: bool = False) -> None:

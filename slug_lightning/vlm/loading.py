@@ -13,7 +13,6 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.utils.pretrained import load_pretrained, refuse_adapters
 
-FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 PACKED = {torch.uint8, torch.int8, torch.int32}
 """Types of quantised weights that are stored as buffers; counters and positions are 64 bits wide."""
 
@@ -22,14 +21,11 @@ def load_vlm(model: Union[str, Path, nn.Module], processor: Any = None, dtype: t
     """Load an image-text-to-text model and its processor by name or folder; objects are used as they are.
 
     Without a processor, the one stored with the model is loaded.
-
-    Raises:
-        UnlearnError: if transformers is not installed or finds nothing of that name, or a model object has no processor.
     """
     transformers = import_optional("transformers", "hf")
-    if processor is None and isinstance(model, nn.Module):
-        raise UnlearnError("processor: a model object needs its processor; give its name, or the object")
     if processor is None:
+        if isinstance(model, nn.Module):
+            raise UnlearnError("processor: a model object needs its processor; give its name, or the object")
         processor = load_pretrained("model", transformers.AutoProcessor, model)
     elif isinstance(processor, (str, Path)):
         processor = load_pretrained("processor", transformers.AutoProcessor, processor)
@@ -49,10 +45,6 @@ def refuse_unfit(model: nn.Module, tower: nn.Module, differentiates: bool = True
     A quantised language model behind a tower that is not (bitsandbytes in 8 or 4 bits, for example) is fine, and so is a
     `device_map` that puts everything on one device. `differentiates` says whether the loss is the model's own, so that
     gradients must pass through its language model.
-
-    Raises:
-        UnlearnError: if the weights are spread over devices, offloaded or not loaded, the tower is quantised, or gradients do
-            not pass through the quantised rest.
     """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if len(places) > 1:
@@ -83,5 +75,5 @@ def refuse_unfit(model: nn.Module, tower: nn.Module, differentiates: bool = True
 def _is_quantised(tensor: Tensor) -> bool:
     """Whether a tensor is not a plain one of floating-point numbers; a packed one may report a floating dtype."""
     if isinstance(tensor, nn.Parameter):
-        return type(tensor) not in (nn.Parameter, DTensor) or tensor.dtype not in FLOATING
+        return type(tensor) not in (nn.Parameter, DTensor) or not tensor.is_floating_point() or tensor.itemsize < 2
     return tensor.dtype in PACKED

@@ -66,10 +66,6 @@ def freeze_unseen(model: Any, tower: nn.Module, encoder: QuestionEncoder) -> Non
 
     LLaVA reads the last layer but one; the gradient of a CLIP's own loss knows the last one too, whose edit would change no
     answer.
-
-    Raises:
-        UnlearnError: if the processor reserves another number of tokens for a picture than the tower has features, or cannot
-            know this number.
     """
     if getattr(encoder.processor, "patch_size", 0) is None:  # as those of old LLaVA checkpoints
         raise UnlearnError(
@@ -127,10 +123,6 @@ class VisionSourceClip(SourceClip):
 
     It is named as `slug_lightning.clip.models.load_clip` takes it. The model's image processor preprocesses pictures for it; if
     that makes tiles or another size, pictures are resized to a square and normalised by its mean and deviation instead.
-
-    Raises:
-        UnlearnError: if the tower does not have this CLIP's layers: their names and shapes, and the bits of all but a few
-            matrices (which may have been edited since).
     """
 
     def __init__(self, name: str, tower: nn.Module, image_processor: Any) -> None:
@@ -157,7 +149,10 @@ class VisionSourceClip(SourceClip):
 
 
 def _share(name: str, own: nn.Module, tower: nn.Module) -> None:
-    """Replace the tensors of a CLIP's image tower by those of the model's tower, if they are the same."""
+    """Replace the tensors of a CLIP's image tower by those of the model's tower.
+
+    Their matrices must have the same names, shapes and bits, except for a few that may have been edited since.
+    """
     theirs = {key.removeprefix("vision_model."): p for key, p in tower.named_parameters()}
     held = dict(own.named_parameters())
     matrices = [key for key, p in theirs.items() if p.ndim > 1]  # vectors often are all 0 or 1
