@@ -34,7 +34,7 @@ from slug_lightning.datamodules.demo.emoji import caption_of
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedCanvas
-from slug_lightning.objective.metrics import ROUNDING
+from slug_lightning.objective.metrics import TARGET_SLACK
 
 STYLES = ["blob", "emojione", "firefox", "fluent", "noto"]
 TEN = ["airplane", "bicycle", "cat", "cherries", "crown", "elephant", "guitar", "octopus", "rocket", "strawberry"]
@@ -145,8 +145,8 @@ def run(module: Watched, kind: str, concept: str, seed: int, options: argparse.N
 
 def holds(line: dict) -> bool:
     """Whether enough was forgotten, and enough kept."""
-    kept = all(line[name] >= line[f"{name} before"] - 0.05 - ROUNDING for name in ("IRA", "CRA"))
-    return line["UA"] >= 0.9 - ROUNDING and kept
+    kept = all(line[name] >= line[f"{name} before"] - 0.05 - TARGET_SLACK for name in ("IRA", "CRA"))
+    return line["UA"] >= 0.9 - TARGET_SLACK and kept
 
 
 def _tensors(patch: UnlearnPatch) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedClip, EmbeddedVLM
-from slug_lightning.objective.metrics import ROUNDING
+from slug_lightning.objective.metrics import TARGET_SLACK
 from slug_lightning.vlm.answers import mentions
 
 CONCEPTS = {
@@ -129,7 +129,7 @@ def run(kind: str, concept: str, objective: str, seed: int, options: argparse.Na
 
 def holds(line: Mapping[str, Any]) -> bool:
     """Whether enough was forgotten, and enough kept."""
-    return line["worst wording"] <= 0.05 + ROUNDING and line["others"] >= line["others before"] - 0.03 - ROUNDING
+    return line["worst wording"] <= 0.05 + TARGET_SLACK and line["others"] >= line["others before"] - 0.03 - TARGET_SLACK
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -34,11 +34,11 @@ class Simulated(Processes):
         return [said[number] for number in range(self.world_size)]
 
     def all_reduce_sum(self, tensors: Any) -> None:
-        if self.shares == 1:
+        if self.data_world_size == 1:
             return
         for tensor in tensors:
             self.sums += 1
-            found = self.all_gather_object("a sum", tensor.clone(), each_share=True)
+            found = self.all_gather_object("a sum", tensor.clone(), each_data_rank=True)
             tensor.copy_(torch.stack(found).sum(0))
 
 

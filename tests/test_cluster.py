@@ -152,7 +152,7 @@ def test_the_config_for_clusters_forgets_in_two_processes(tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert first == second == {"unlearned": 0, "infeasible": 3}[report["status"]]
     assert (lines(out), lines(other)) == ([f"{report['status']}: {tmp_path / 'run'}"], [])
-    assert any(note.startswith("2 processes shared the batches") for note in report["notes"])
+    assert any(note.startswith("2 ranks shared the batches") for note in report["notes"])
 
 
 def torchrun(folder: Path, *args: str) -> subprocess.CompletedProcess:

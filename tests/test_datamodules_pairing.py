@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -194,49 +194,42 @@ def test_pairs_are_made_once_and_anew_where_anything_differs(tmp_path, counting)
     assert [found(**other) for other in others] == expected
     assert len(counting) == 2 + len(others)
     kept = list((tmp_path / "pairs").iterdir())
-    assert len(kept) == 1 + len(others) and all(path.suffix == ".json" for path in kept)
+    assert len(kept) == 1 + len(others) and all(path.suffix == ".safetensors" for path in kept)
 
 
-def other_pairs(content: str) -> str:
-    kept = json.loads(content)
-    kept["pairs"][0] = kept["pairs"][1]
-    return json.dumps(kept)
+def other_pairs(content: bytes) -> bytes:
+    at = content.index(b'"data":"[[') + 10
+    return content[:at] + (b"1" if content[at : at + 1] != b"1" else b"2") + content[at + 1 :]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda content: content[: len(content) // 2],
-        other_pairs,
-        lambda _: "",
-        lambda _: "[]",
-        lambda _: '{"key": 1}',
-        lambda _: "[" * 99999,
-    ],
-    ids=["truncated", "altered", "empty", "a list", "another", "deep"],
+    [lambda content: content[: len(content) // 2], other_pairs, lambda _: b"", lambda _: b"[]", lambda _: b"[" * 99999],
+    ids=["truncated", "altered", "empty", "a list", "deep"],
 )
 def test_a_damaged_file_is_made_anew(tmp_path, damage):
     first = pair(FORGET, CORPUS, 2, cache=tmp_path)
     (path,) = tmp_path.iterdir()
-    whole = path.read_text()
-    path.write_text(damage(whole))
-    with pytest.warns(UserWarning, match="cache: .* is not used, and made anew"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="Ignoring cache file .* its content is computed again"):
         assert pair(FORGET, CORPUS, 2, cache=tmp_path) == first
-    assert path.read_text() == whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pair(FORGET, CORPUS, 2, cache=tmp_path) == first  # the file is whole again
 
 
 def test_a_file_of_other_texts_under_this_name_is_not_used(tmp_path):
     pair(FORGET, CORPUS, 2, "random", cache=tmp_path / "random")
     first = pair(FORGET, CORPUS, 2, cache=tmp_path / "nearest")
     (other,), (path,) = (tmp_path / "random").iterdir(), (tmp_path / "nearest").iterdir()
-    path.write_text(other.read_text())
-    with pytest.warns(UserWarning, match="made anew"):
+    path.write_bytes(other.read_bytes())
+    with pytest.warns(UserWarning, match="belongs to another key"):
         assert pair(FORGET, CORPUS, 2, cache=tmp_path / "nearest") == first
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cache: .* could not be written"):
+    with pytest.warns(UserWarning, match="Cannot write cache file"):
         assert pair(FORGET, CORPUS, 2, cache=tmp_path / "file") == pair(FORGET, CORPUS, 2)
 
 

@@ -312,7 +312,7 @@ def test_limits_hold_for_each_concept_and_are_told_once():
 
 def test_a_share_of_a_concept_of_unknown_length_is_refused_by_name():
     loaders = resolve_loaders({"cat": loader(range(9)), "dog": DataLoader(Stream())}, loader(RETAIN), None)
-    with pytest.raises(UnlearnError, match="the length of the forget 'dog' loader is not known"):
+    with pytest.raises(UnlearnError, match="the forget 'dog' loader has no length"):
         as_trainer_limits(loaders, trainer(limit_test_batches=0.5))
     notes = as_trainer_limits(loaders, trainer(limit_test_batches=1)).notes
     assert "1 of 1 forget batches or at most 1 of an unknown number of forget batches of each concept" in notes[-1]

@@ -28,7 +28,7 @@ from slug_lightning.diffusion.judges import NamedClassifier, make_judges
 from slug_lightning.diffusion.pipelines import draw
 from slug_lightning.diffusion.source_clip import OPENAI
 from slug_lightning.modules.diffusion import DiffusionModule
-from slug_lightning.objective.samples import MOST
+from slug_lightning.objective.samples import MAX_SAMPLES
 
 TEXTS = ["cat in blob style", "dog in noto style", "frog", "a rose"]
 SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler]
@@ -245,11 +245,11 @@ def test_what_is_logged_is_the_mean_over_the_samples_that_were_asked(monkeypatch
 def test_a_gallery_shows_a_few_prompts_from_the_first_to_the_last():
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 2))
     module = DiffusionModule(drawing_pipeline(), guidance=3.0, judges={"thing": judge})
-    count = 2 * MOST + 3
+    count = 2 * MAX_SAMPLES + 3
     texts = [TEXTS[i % 4] for i in range(count)]
     batch = {"text": texts, "seed": torch.arange(count), "steps": torch.full((count,), 2)}
     shown, titles = module.gallery_step(batch, 0)
-    assert shown.shape == (MOST, 3, SIZE, SIZE) and shown.min() >= 0 and shown.max() <= 1
+    assert shown.shape == (MAX_SAMPLES, 3, SIZE, SIZE) and shown.min() >= 0 and shown.max() <= 1
     assert titles[0] == texts[0] and titles[-1] == texts[-1] and all(title in texts for title in titles)
     last = draw(module.pipeline, texts[-1:], [count - 1], steps=2, guidance=3.0, size=SIZE)
     assert close(shown[-1:] * 2 - 1, last)

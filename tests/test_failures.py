@@ -225,7 +225,7 @@ def test_when_one_process_of_a_sharded_model_is_killed_the_other_ends_too(place,
 def test_what_fails_in_one_process_fails_in_the_other_with_its_message(place, rank, tmp_path):
     ends = in_processes(2, broken, place, rank, fail, tmp_path / "run", timeout=LIMIT)
     assert ends[rank].error == "RuntimeError: the failure of one process"
-    assert ends[1 - rank].error == f"OtherProcessError: process {rank}: the failure of one process"
+    assert ends[1 - rank].error == f"OtherProcessError: rank {rank}: the failure of one process"
     assert all(end.changed == set() and end.report is None for end in ends)
     assert is_whole(tmp_path / "run") == set()
 
@@ -283,7 +283,7 @@ def with_a_fragile_step(*args: Any) -> End:
 def test_a_step_that_fails_in_one_process_ends_both(step, calls, error):
     ends = in_processes(2, with_a_fragile_step, step, 1, calls, error, timeout=LIMIT)
     assert ends[1].error.startswith(error.__name__) and "val_f1" in ends[1].error
-    assert ends[0].error.startswith("OtherProcessError: process 1: ") and "val_f1" in ends[0].error
+    assert ends[0].error.startswith("OtherProcessError: rank 1: ") and "val_f1" in ends[0].error
     assert all(end.changed == set() for end in ends)
 
 
@@ -309,7 +309,7 @@ def with_a_hole(forget: bool) -> End:
 def test_data_that_cannot_be_read_in_one_process_end_both(forget):
     ends = in_processes(2, with_a_hole, forget, timeout=LIMIT)
     assert ends[1].error == "OSError: the mount is gone"
-    assert ends[0].error == "OtherProcessError: process 1: the mount is gone"
+    assert ends[0].error == "OtherProcessError: rank 1: the mount is gone"
     assert all(end.changed == set() for end in ends)
 
 
@@ -404,7 +404,7 @@ def test_what_depends_on_the_rank_neither_hangs_nor_splits_the_processes(name):
     assert isinstance(one, End) and isinstance(other, End)
     assert bool(one.error) == bool(other.error), "one process ends well and the other does not"
     if one.error:
-        assert "lost the others" not in one.error + other.error
+        assert "lost the connection" not in one.error + other.error
         assert {end.error.split(": ")[0] for end in (one, other)} <= {"UnlearnError", "OtherProcessError"}
         assert one.changed == other.changed == set()
     else:

@@ -206,7 +206,7 @@ def test_eight_are_taken_and_what_is_no_colour_is_made_one():
     ],
 )
 def test_a_step_that_gives_something_else_is_refused(step):
-    with pytest.raises(UnlearnError, match=r"gallery_step: it gives pictures \[.*give pictures \[n, 3, H, W\]"):
+    with pytest.raises(UnlearnError, match=r"gallery_step must return pictures \[n, 3, H, W\].*got \["):
         before_and_after(objective_of(Scaled(**step), DataLoader(numbers, 4)), "forget", nullcontext())
 
 

@@ -414,14 +414,14 @@ def test_where_parts_of_a_gradient_lie_elsewhere_all_run_the_batch_again():
 
     def run(processes):
         w = torch.ones(1, requires_grad=True)
-        runs[processes.share] = []
+        runs[processes.data_rank] = []
         backward = scaled(2.0**16, processes)
 
         def loss_of(x, number):
-            runs[processes.share].append(backward.scaler.get_scale())
-            return (Half.apply(w) * x * (3 if processes.share else 0.5)).sum(), 1
+            runs[processes.data_rank].append(backward.scaler.get_scale())
+            return (Half.apply(w) * x * (3 if processes.data_rank else 0.5)).sum(), 1
 
-        turns = [IndexedBatch(processes.share, torch.ones(1))]
+        turns = [IndexedBatch(processes.data_rank, torch.ones(1))]
         return gradients.mean_gradient(loss_of, turns, {"w": w}, backward=backward).tensors["w"].item()
 
     assert simulate(2, run, in_step=True) == [1.75, 1.75]
@@ -473,8 +473,8 @@ def test_a_loss_that_is_not_finite_in_a_stand_in_is_nobodys_concern():
     def run(processes):
         backward = Backward(processes)
         turns = [
-            IndexedBatch(0, 2.0, processes.share == 0),
-            IndexedBatch(2, 4.0 if processes.share == 0 else torch.inf, processes.share == 0),
+            IndexedBatch(0, 2.0, processes.data_rank == 0),
+            IndexedBatch(2, 4.0 if processes.data_rank == 0 else torch.inf, processes.data_rank == 0),
         ]
         return gradients.mean_gradient(lambda x, _: ((w * x).sum(), 1), turns, {"w": w}, backward=backward).tensors["w"].item()
 

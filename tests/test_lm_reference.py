@@ -410,7 +410,7 @@ def flip(content: bytearray) -> None:
 
 
 def rename(content: bytearray) -> None:
-    at = content.index(b'"rows"') + 20
+    at = content.index(b'"data"') + 20
     content[at] = ord("0") if content[at] != ord("0") else ord("1")
 
 
@@ -431,12 +431,18 @@ def test_what_is_damaged_or_altered_is_computed_anew(damage, tmp_path):
     file.unlink()  # the first one has it mapped
     file.write_bytes(content)
     again = TopK(model, tmp_path, k=8)
-    with pytest.warns(UserWarning, match=r"reference: .* is damaged or was altered, and is not used"):
+    with pytest.warns(UserWarning, match="Ignoring cache file .*reference-.* its content is computed again"):
         again.prepare([batch])
     assert torch.equal(again.kl(logits, batch["pair"]), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TopK(model, tmp_path, k=8).prepare([batch])  # the file is whole again
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_as_other_ranks_could_not_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        TopK(llama(), tmp_path / "file" / "kept", k=8).prepare([batch_of()])
 
 
 def test_files_of_another_original_under_this_one_s_name_are_not_believed(tmp_path):
@@ -445,7 +451,7 @@ def test_files_of_another_original_under_this_one_s_name_are_not_believed(tmp_pa
     theirs.prepare([batch])
     (file,) = files_in(tmp_path)
     file.rename(tmp_path / f"{ours._prefix()}-000000000000.safetensors")
-    with pytest.warns(UserWarning, match="belongs to something else"):
+    with pytest.warns(UserWarning, match="belongs to another key"):
         ours.prepare([batch])
     torch.testing.assert_close(ours.log_likelihood(batch["forget"]), FrozenCopy(ours.model).log_likelihood(batch["forget"]))
 
@@ -526,5 +532,5 @@ def test_of_several_processes_the_first_writes_and_all_read(tmp_path):
 def test_of_several_processes_none_waits_for_one_that_has_failed(tmp_path):
     first, second = in_processes(2, prepared, str(tmp_path), True, timeout=60)
     assert isinstance(first, Ended) and "ZeroDivisionError" in first.message
-    assert isinstance(second, Ended) and "process 0: division by zero" in second.message
+    assert isinstance(second, Ended) and "rank 0: division by zero" in second.message
     assert not files_in(tmp_path)

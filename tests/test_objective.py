@@ -27,7 +27,7 @@ from slug_lightning.distributed.batch_sharding import shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import only_differentiating
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.data_checks import digest_of_data, fingerprint, first_loss, rehearse
+from slug_lightning.objective.data_checks import digest_of_data, fingerprint, rehearse
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
@@ -262,33 +262,6 @@ def test_data_are_read_as_they_are_measured():
 # ---- the first loss
 
 
-def loss_of_the_first(losses, processes=None, counts=(2, 3, 4)):
-    module = Scripted([None if loss is None else torch.tensor(loss) for loss in losses])
-    measuring = Objective(module, {"retain": {"train": batches_of(*counts[: len(losses)])}}, PlainRunner(processes))
-    return first_loss(measuring, "retain", "train"), measuring.forward_samples
-
-
-def test_the_first_loss_is_that_of_the_first_batch_to_the_last_bit_whoever_runs_it():
-    nearly = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)).item()
-    assert loss_of_the_first([0.1, 5.0]) == (repr(torch.tensor(0.1).item()), 2) != loss_of_the_first([nearly, 5.0])
-    assert simulate(2, lambda each: loss_of_the_first([0.1, 5.0, 6.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 2
-    assert simulate(3, lambda each: loss_of_the_first([0.1, 5.0], each)) == [(repr(torch.tensor(0.1).item()), 5)] * 3
-    assert [loss_of_the_first([None, 1.0]), loss_of_the_first([])] == [(None, 2), (None, 0)]
-
-
-def test_the_first_loss_leaves_no_gradient_and_draws_as_a_gradient_does():
-    class Noisy(Scripted):
-        def training_step(self, batch, batch_idx):
-            self.last = (self.weight * torch.rand(())).sum()
-            return self.last
-
-    measuring = objective(Noisy(), batches=batches_of(3))
-    told = first_loss(measuring, "retain", "train")
-    assert not measuring.module.last.requires_grad and measuring.module.weight.grad is None
-    measuring.gradient("retain", {"weight": measuring.module.weight})
-    assert told == repr(measuring.module.last.item())
-
-
 # ---- to the end or not
 
 
@@ -389,7 +362,7 @@ def test_a_rehearsal_ends_with_the_batch_that_logs_a_metric_object():
     (lambda: Scripted([{"acc": 1.0}, {}]), ["acc", "f1"], batches_of(1, 1), r"logs no \['f1'\], only \['acc'\]"),
     (lambda: Scripted([None, None]), None, batches_of(1, 1), "retain_metric: the step returns no loss"),
     (lambda: pl.LightningModule(), "acc", batches_of(1), "LightningModule has no validation_step"),
-    (lambda: Scripted([{"guess": 1.0}]), "guess", batches_of(1), "guess: whether more is better cannot be told"),
+    (lambda: Scripted([{"guess": 1.0}]), "guess", batches_of(1), "guess: unknown whether higher is better"),
 ])  # fmt: skip
 def test_a_rehearsal_stumbles_over_the_same_things_as_a_measurement(module, metric, batches, message):
     with pytest.raises(UnlearnError, match=message):

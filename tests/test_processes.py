@@ -43,14 +43,14 @@ def test_alone_nothing_of_torch_distributed_is_called(monkeypatch):
     alone = Processes()
     unpicklable = object()
     assert alone.all_gather_object("this", unpicklable) == [unpicklable]
-    assert alone.all_gather_object("this", unpicklable, each_share=True) == [unpicklable]
+    assert alone.all_gather_object("this", unpicklable, each_data_rank=True) == [unpicklable]
     assert alone.broadcast("that", 3) == 3
     tensor = torch.ones(2)
     alone.all_reduce_sum([tensor])
     assert tensor.tolist() == [1, 1] and alone.sums == 0
     with pytest.raises(KeyError, match="as it is"), alone.together(), alone.elsewhere():
         raise KeyError("as it is")
-    assert (alone.world_size, alone.rank, alone.share, alone.shares, alone.is_first) == (1, 0, 0, 1, True)
+    assert (alone.world_size, alone.rank, alone.data_rank, alone.data_world_size, alone.is_first) == (1, 0, 0, 1, True)
 
 
 # ---- results
@@ -60,7 +60,7 @@ def results() -> Any:
     processes = joined()
     number = processes.rank
     everybody = processes.all_gather_object("a", {"number": number, "nan": None})
-    each = processes.all_gather_object("b", number, each_share=True)
+    each = processes.all_gather_object("b", number, each_data_rank=True)
     nested = processes.all_gather_object("c", [(number,) * number])
     return everybody, each, nested, processes.broadcast("d", f"by {number}"), processes.is_first, processes.world_size, number
 
@@ -75,9 +75,9 @@ def with_doubles() -> Any:
     processes = joined(shares=2)
     own = 10 * processes.rank
     return (
-        processes.share,
+        processes.data_rank,
         processes.all_gather_object("a", own),
-        processes.all_gather_object("b", own, each_share=True),
+        processes.all_gather_object("b", own, each_data_rank=True),
         processes.broadcast("c", own),
     )
 
@@ -93,8 +93,8 @@ def test_each_share_is_told_by_its_first_process_whatever_the_layout(layout):
     layout = [sorted(set(layout)).index(share) for share in layout]  # no share is left out
 
     def ask(processes):
-        processes.share = layout[processes.rank]
-        return processes.all_gather_object("a", processes.rank, each_share=True)
+        processes.data_rank = layout[processes.rank]
+        return processes.all_gather_object("a", processes.rank, each_data_rank=True)
 
     expected = [layout.index(share) for share in range(max(layout) + 1)]
     assert simulate(len(layout), ask) == [expected] * len(layout)
@@ -158,23 +158,23 @@ def test_one_that_fails_ends_all_with_its_message(who, way):
     for number, message in enumerate(messages(in_processes(3, failing, who, way, timeout=SECONDS))):
         if number in who:
             assert "Failure" in message and "OtherProcessError" not in message
-            assert f"number {number} cannot" in message and "process " not in message
+            assert f"number {number} cannot" in message and "rank " not in message
         else:
-            assert "OtherProcessError" in message and f"process {who[0]}: number {who[0]} cannot" in message
+            assert "OtherProcessError" in message and f"rank {who[0]}: number {who[0]} cannot" in message
 
 
 @pytest.mark.parametrize("who", [[0, 1], [1, 2], [0, 1, 2]])
 def test_of_several_that_fail_at_once_each_keeps_its_own_message(who):
     for number, message in enumerate(messages(in_processes(3, failing, who, "at once", timeout=SECONDS))):
         if number in who:
-            assert f"number {number} cannot" in message and "process " not in message
+            assert f"number {number} cannot" in message and "rank " not in message
         else:
-            assert f"process {who[0]}: number {who[0]} cannot" in message
+            assert f"rank {who[0]}: number {who[0]} cannot" in message
 
 
 def test_a_failure_without_words_is_told_by_its_kind():
     found = messages(in_processes(2, failing, [1], "silent", timeout=SECONDS))
-    assert "process 1: Failure" in found[0]
+    assert "rank 1: Failure" in found[0]
 
 
 def failing_in_pairs() -> Any:
@@ -182,12 +182,12 @@ def failing_in_pairs() -> Any:
     with processes.together():
         if processes.rank == 1:  # not the one that speaks for its share
             raise Failure("the double cannot")
-        return processes.all_gather_object("after", None, each_share=True)
+        return processes.all_gather_object("after", None, each_data_rank=True)
 
 
 def test_the_double_of_a_process_is_heard_when_it_fails():
     found = messages(in_processes(4, failing_in_pairs, timeout=SECONDS))
-    assert all("process 1: the double cannot" in message for number, message in enumerate(found) if number != 1)
+    assert all("rank 1: the double cannot" in message for number, message in enumerate(found) if number != 1)
 
 
 def twice_together() -> Any:
@@ -249,7 +249,7 @@ def test_a_killed_process_ends_the_others_within_seconds(who, when):
     assert time.monotonic() - start < SECONDS / 2
     assert [ended.code for ended in found] == [-9 if number == who else 1 for number in range(3)]
     for number in {0, 1, 2} - {who}:
-        assert f"process {number} has lost the others, look at their messages" in found[number].message
+        assert f"rank {number} has lost the connection to the others, see their messages" in found[number].message
 
 
 def alone_in_a_step(in_step: bool) -> Any:

@@ -33,7 +33,6 @@ from _tiny import PlainRunner, blobs, fit, loader, part, trained
 from slug_lightning import RetainCache
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.modules import UnlearnModule
-from slug_lightning.objective.data_checks import first_loss
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import Objective
@@ -69,12 +68,14 @@ def objective(module, data=None, **how) -> Objective:
 def asked(cache, module=None, data=None, names=("model.0.weight", "model.2.weight"), **how):
     """One request; gives the gradient, whether it was taken from the cache, and the report's notes."""
     module = module or made()
+    data = batches() if data is None else data
+    first = len(next(iter(data))[0])
     measuring, notes, before = objective(module, data, **how), [], cache.reused
     parameters = {name: dict(module.named_parameters())[name] for name in names}
     with preserve_state(module):
         found = cache.gradient(measuring, parameters, notes)
     reused = cache.reused > before
-    assert (measuring.backward_samples == 0) == reused
+    assert (measuring.backward_samples <= first) == reused  # the first batch is always computed
     return found, reused, notes
 
 
@@ -149,13 +150,19 @@ CHANGES = {
     "dtype of labels": lambda: {"data": batches(chosen=[(x, y.int()) for x, y in samples()])},
     "precision": lambda: {"precision": "bf16-mixed"},
     "candidates": lambda: {"names": ("model.0.weight",)},
-    "a closure": lambda: {"module": made(temperate(2.0))},
-    "a step of the module": changed(
-        lambda m: setattr(m, "retain_step", lambda batch: cross_entropy(m.model(batch[0]), batch[1]))
-    ),
-    "a setting": changed(lambda m: m.prompts["thing"].append("owl")),
-    "eps": changed(lambda m: setattr(m.model[1], "eps", 1e-3)),
+    "a hyperparameter": changed(lambda m: m.save_hyperparameters({"words": ["cat", "owl"]})),
+    "the class of a part": changed(lambda m: m.model.__setitem__(2, Other.of(m.model[2]))),
 }
+
+
+class Other(nn.Linear):
+    """Computes what its base does, as far as is known."""
+
+    @classmethod
+    def of(cls, layer):
+        new = cls(layer.in_features, layer.out_features)
+        new.load_state_dict(layer.state_dict())
+        return new
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -167,14 +174,81 @@ def test_whatever_differs_is_computed_anew_without_a_word(change, cache):
     assert not reused and notes == [] and same(found, computed(**options))
 
 
-def test_code_is_seen_where_the_loss_cannot_tell(cache):
-    losses = []
-    for loss in (attached, detached):
-        module = made(loss)
-        losses.append(first_loss(objective(module), "retain", "train"))
-        found, reused, _ = asked(cache, module)
-        assert not reused and same(found, computed(module))
-    assert losses[0] == losses[1]
+STALE = ["retain: cached gradient not used but computed again: the first batch no longer gives the same loss and gradient"]
+
+
+def negated(model, batch):  # the same loss, and gradients of the same norms
+    loss = attached(model, batch)
+    return 2 * loss.detach() - loss
+
+
+SOMEBODYS = """
+class Somebodys(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def training_step(self, batch, batch_idx):
+        return {loss}
+"""
+
+
+def somebodys(loss):
+    """A module of the same class name, whose code may have changed."""
+    scope = {"pl": pl, "torch": torch, "nn": nn, "cross_entropy": cross_entropy, "__name__": "somebodys"}
+    exec(SOMEBODYS.format(loss=loss), scope)
+    return scope["Somebodys"]().eval()
+
+
+CODE = {
+    "the loss of a step": (
+        lambda: somebodys("cross_entropy(self.model(batch[0]), batch[1])"),
+        lambda: somebodys("cross_entropy(self.model(batch[0]), batch[1], label_smoothing=0.1)"),
+    ),
+    "what a closure holds": (made, lambda: made(temperate(2.0))),
+    "an attribute of a part": (made, lambda: changed(lambda m: setattr(m.model[1], "eps", 1e-3))()["module"]),
+    "only the gradient": (lambda: made(attached), lambda: made(detached)),
+    "only the gradient's sign": (lambda: made(attached), lambda: made(negated)),
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_a_gradient_of_other_code_is_computed_again_and_a_note_says_so(what, cache):
+    before, now = CODE[what]
+    first = asked(cache, before())
+    found, reused, notes = asked(cache, now())
+    assert not reused and notes == STALE and same(found, computed(now())) and not same(found, first[0])
+    assert asked(cache, now())[1]
+    if "only" in what:
+        modules = [make() for make in CODE[what]]
+        losses = [objective(m).gradient("retain", {"model.0.weight": m.model[0].weight}).loss for m in modules]
+        assert losses[0] == losses[1]
+
+
+def test_a_user_s_key_tells_code_apart_that_the_first_batch_cannot(tmp_path):
+    found = [asked(RetainCache(tmp_path, key=key))[1] for key in ("", "one", "other", "one")]
+    assert found == [False, False, False, True]
+
+
+def test_gradients_that_differ_as_much_as_kernels_do_are_still_the_same(cache):
+    def rounding(model, batch):
+        loss = attached(model, batch)
+        return loss + 1e-4 * (loss - loss.detach())
+
+    asked(cache, made(attached))
+    assert asked(cache, made(rounding))[1]
+
+
+def test_without_a_loss_of_the_first_batch_nothing_is_cached(cache):
+    def late(model, batch):
+        return None if len(batch[0]) == 4 else attached(model, batch)
+
+    data = [(x, y) for x, y in batches()][::-1]
+    for _ in range(2):
+        found, reused, notes = asked(cache, made(late), data)
+        assert not reused and len(notes) == 1 and "the first one has no loss" in notes[0]
+        assert same(found, computed(made(late), data))
 
 
 class Hidden:
@@ -190,7 +264,7 @@ class Hidden:
 def test_what_nothing_else_tells_the_loss_of_the_first_batch_does(cache):
     one, other = asked(cache, made(Hidden(1.0))), asked(cache, made(Hidden(2.0)))
     again = asked(cache, made(Hidden(2.0)))
-    assert [found[1] for found in (one, other, again)] == [False, False, True]
+    assert [found[1] for found in (one, other, again)] == [False, False, True] and other[2] == STALE
     assert same(other[0], again[0]) and not same(one[0], other[0])
 
 
@@ -205,21 +279,13 @@ def test_how_matrices_are_multiplied_counts(cache):
 
 
 @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")  # of objects
-@pytest.mark.parametrize("unknown", ["data", "module"])
-def test_what_cannot_be_told_is_not_kept_and_a_note_says_so(unknown, cache):
-    def module():
-        made_anew = made()
-        if unknown == "module":
-            made_anew.loops = loops = []
-            loops.append(loops)
-        return made_anew
-
+def test_data_that_cannot_be_compared_are_not_cached_and_a_note_says_so(cache):
     x, y = blobs().tensors
-    data = [(x[:4], y[:4], *[object()] * (unknown == "data"))]
+    data = [(x[:4], y[:4], object())] * 2
     for _ in range(2):
-        found, reused, notes = asked(cache, module(), data)
-        assert not reused and len(notes) == 1 and "cannot be told" in notes[0]
-        assert same(found, computed(module(), data))
+        found, reused, notes = asked(cache, made(), data)
+        assert not reused and len(notes) == 1 and "cannot be compared" in notes[0]
+        assert same(found, computed(made(), data))
     assert cache.folder is None or not cache.folder.exists()
 
 
@@ -274,7 +340,10 @@ def kept(folder) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-def assert_refused(folder, match="is not used, and computed anew"):
+IGNORED = "Ignoring cache file .* its content is computed again"
+
+
+def assert_refused(folder, match=IGNORED):
     """It is warned of, computed anew, and written over."""
     with pytest.warns(UserWarning, match=match):
         found, reused, notes = asked(RetainCache(folder))
@@ -303,12 +372,14 @@ def test_a_file_cut_or_altered_anywhere_is_never_used(place, flip, way, tmp_path
         assert_refused(folder)
 
 
-def rewritten(path, tensors=lambda t: t, text=lambda t: t, **metadata):
+def rewritten(path, tensors=lambda t: t, text=lambda _: {}, **metadata):
     """Forge a file whose digest is right."""
     with safe_open(path, framework="pt") as file:
         found, old = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
-    new, details = tensors(found), text(old["details"])
-    save_file(new, path, metadata=old | {"details": details, "sha256": digest_of(new, details)} | metadata)
+    new, header = tensors(found), {name: old[name] for name in ("format", "key", "data")}
+    header |= text(header)
+    header["sha256"] = digest_of(new, "\0".join(header.values()))
+    save_file(new, path, metadata=header | metadata)
 
 
 class Trap:
@@ -323,16 +394,18 @@ FOREIGN = {
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Trap(path.with_name("ran")))), "header"),
     "torch's": (lambda path: torch.save(Trap(path.with_name("ran")), path), "header"),
     "nothing": (lambda path: path.write_bytes(b""), "header"),
-    "weights": (lambda path: save_file({"model.0.weight": torch.ones(6, 8)}, path), "not of the format"),
-    "another version": (lambda path: rewritten(path, format="slug-lightning retained 0"), "not of the format"),
-    "another digest": (lambda path: rewritten(path, sha256="0" * 64), "altered or damaged"),
+    "weights": (lambda path: save_file({"model.0.weight": torch.ones(6, 8)}, path), "its format is not"),
+    "another version": (lambda path: rewritten(path, format="slug-lightning cache 0"), "its format is not"),
+    "another digest": (lambda path: rewritten(path, sha256="0" * 64), "does not match its digest"),
     "another name": (lambda path: rewritten(path, lambda t: {"x": t.popitem()[1], **t}), "other tensors"),
     "another shape": (lambda path: rewritten(path, lambda t: {n: v.T.contiguous() for n, v in t.items()}), "other tensors"),
     "another dtype": (lambda path: rewritten(path, lambda t: {n: v.double() for n, v in t.items()}), "other tensors"),
     "a tensor less": (lambda path: rewritten(path, lambda t: dict([t.popitem()])), "other tensors"),
-    "another key": (lambda path: rewritten(path, text=lambda t: t.replace("32-true", "16-true")), "other weights, data"),
-    "no text": (lambda path: rewritten(path, text=lambda _: "{}"), "key"),
-    "no object": (lambda path: rewritten(path, text=lambda _: "[]"), "indices"),
+    "another key": (lambda path: rewritten(path, text=lambda h: {"key": h["key"].replace("32-", "16-")}), "another key"),
+    "no loss": (lambda path: rewritten(path, text=lambda _: {"data": "[{}]"}), "loss"),
+    "no gradient": (lambda path: rewritten(path, text=lambda _: {"data": '[{"loss": "0"}]'}), "gradient"),
+    "no object": (lambda path: rewritten(path, text=lambda _: {"data": '"text"'}), "indices"),
+    "a number": (lambda path: rewritten(path, text=lambda _: {"data": "5"}), "not iterable"),
 }
 
 
@@ -341,19 +414,19 @@ def test_a_file_of_another_kind_is_named_in_a_warning_and_never_used(what, tmp_p
     path, _ = kept(tmp_path)
     change, reason = FOREIGN[what]
     change(path)
-    assert_refused(tmp_path, f"{path.name} is not used, and computed anew.*{reason}")
+    assert_refused(tmp_path, f"Ignoring cache file .*{path.name}, .*{reason}")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"retain-gradient-.* could not be written"):
+    with pytest.warns(UserWarning, match=r"Cannot write cache file .*retain-gradient-"):
         found, reused, _ = asked(RetainCache(tmp_path / "file" / "kept"))
     assert not reused and same(found, computed())
     path, _ = kept(tmp_path / "kept")
     path.unlink()
     path.mkdir()
-    with pytest.warns(UserWarning, match="is not used"), pytest.warns(UserWarning, match="could not be written"):
+    with pytest.warns(UserWarning, match=IGNORED), pytest.warns(UserWarning, match="Cannot write"):
         found, reused, _ = asked(RetainCache(tmp_path / "kept"))
     assert not reused and same(found, computed())
     assert list((tmp_path / "kept").iterdir()) == [path]
@@ -454,7 +527,8 @@ def test_what_logs_something_else_now_is_measured_anew(tmp_path):
     data = [torch.zeros(2), torch.zeros(3)]
     found = [measured(tmp_path, Holding(value), data) for value in (0.5, 0.25, 0.25)]
     assert [values["acc"] for values, *_ in found] == [0.5, 0.25, 0.25]
-    assert [bool(notes) for *_, notes in found] == [False, False, True]
+    stale = "retain: cached values on val data not used but computed again: the first batch no longer gives the same values"
+    assert [notes for *_, notes in found[:2]] == [[], [stale]] and "taken from" in found[2][2][0]
 
 
 @examples(30)
@@ -480,19 +554,17 @@ ENTRY = [0, "acc", bits_of(0.5).hex(), 2]
 
 @pytest.mark.parametrize("entries", [
     "x", [[0, "acc"]], [[*ENTRY[:2], "00", 2]], [[*ENTRY[:2], "zz", 2]], [[*ENTRY[:3], 0]], [[*ENTRY[:3], "many"]],
-    [[None, *ENTRY[1:]]], None,
+    [[None, *ENTRY[1:]]], [[0, "other", *ENTRY[2:]]], None,
 ])  # fmt: skip
 def test_forged_values_whose_digest_is_right_are_refused(entries, tmp_path):
     module, data = Scripted([{"acc": 0.5}]), [torch.zeros(2)]
     measured(tmp_path, module, data)
     (path,) = tmp_path.iterdir()
-    details = json.loads(json.loads(path.read_text())["details"]) | {"entries": entries}
-    text = json.dumps(details)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"details": text, "sha256": digest_of({}, text)}))
-    with pytest.warns(UserWarning, match="is not used, and computed anew"):
+    rewritten(path, text=lambda _: {"data": json.dumps(entries)})
+    with pytest.warns(UserWarning, match=IGNORED):
         assert measured(tmp_path, module, data)[0] == {"acc": 0.5}
-    path.write_text(json.dumps({"format": "slug-lightning retained 1", "details": 5, "sha256": ""}))
-    with pytest.warns(UserWarning, match="is not used, and computed anew"):
+    path.write_bytes(b"{}")
+    with pytest.warns(UserWarning, match=IGNORED):
         assert measured(tmp_path, module, data)[0] == {"acc": 0.5}
     assert measured(tmp_path, module, data)[2]
 
@@ -528,7 +600,7 @@ def in_turn(folder: Path, here: Path) -> list:
     processes.all_gather_object("damaged", None)
     ask(folder)
     ask(folder)
-    module = made(Hidden(1.0 + processes.rank))  # the first one's loss decides
+    module = made(Hidden(2.0 + processes.rank))  # the first one's loss decides
     ask(folder, module=module)
     ask(folder, module=module)
     values = [measured(folder, trained(), loader(False), "val_acc", processes) for _ in range(2)]

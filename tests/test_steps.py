@@ -445,7 +445,7 @@ def test_shared_logs_are_those_of_one_process_to_the_last_bit(batches, shares, e
         reader = Told(processes=processes)
         told = []
         for place, first in enumerate(range(0, len(batches), shares)):
-            number = first + processes.share
+            number = first + processes.data_rank
             if number < len(batches):
                 fill(reader, number, batches[number])
             if place % every == 0:
@@ -466,16 +466,16 @@ def test_what_is_shared_once_is_not_sent_again():
     sent = []
 
     class Watching(Simulated):
-        def all_gather_object(self, what, item, each_share=False):
+        def all_gather_object(self, what, item, each_data_rank=False):
             sent.append(len(item[0]))
-            return super().all_gather_object(what, item, each_share)
+            return super().all_gather_object(what, item, each_data_rank)
 
     def run(processes):
         processes.__class__ = Watching
         sent.clear()
         reader = LogReader(processes=processes)
         for number in range(3):
-            fill(reader, 2 * number + processes.share, [("a", 1.0, 1)])
+            fill(reader, 2 * number + processes.data_rank, [("a", 1.0, 1)])
             reader.share()
         return len(reader.entries)
 
@@ -553,7 +553,7 @@ def test_metric_objects_give_what_one_process_gives_that_saw_everything(sizes, s
         module = ManyMetrics(names)
         with read_logs(module, processes) as reader:
             for number, batch in enumerate(batches_of(sizes)):
-                if number % processes.shares == processes.share:
+                if number % processes.data_world_size == processes.data_rank:
                     module.step(reader, *batch)
             reader.share()
             return reader.values(), reader.logged()
@@ -632,7 +632,7 @@ def test_unusual_metric_objects_are_shared_too():
         module = Unusual()
         with read_logs(module, processes) as reader:
             for number, batch in enumerate(batches_of([5, 4, 6, 2])):
-                if number % processes.shares == processes.share:
+                if number % processes.data_world_size == processes.data_rank:
                     module.step(reader, *batch)
             reader.share()
             return reader.values()
@@ -652,7 +652,7 @@ def test_a_metric_object_that_is_no_attribute_is_refused_by_its_name():
 
     for error in simulate(2, run):
         assert isinstance(error, UnlearnError)
-        assert "'hidden'" in str(error) and "no attribute of the module" in str(error)
+        assert "'hidden'" in str(error) and "must be an attribute of the module" in str(error)
     reader = LogReader()
     reader.log("hidden", metric := torchmetrics.MeanMetric())
     metric.update(3.0)

@@ -26,11 +26,11 @@ class SomebodysStrategy(Strategy):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy(), "FSDPStrategy is not supported.*neither a norm.*ModelParallelStrategy"),
+        (FSDPStrategy(), "FSDPStrategy is not supported.*neither scored.*ModelParallelStrategy"),
         (named("DeepSpeedStrategy"), "DeepSpeedStrategy is not supported.*engine.*FSDP2"),
-        (named("SingleDeviceXLAStrategy", SingleDeviceStrategy), "XLA.*not supported.*forget on a GPU or CPU"),
+        (named("SingleDeviceXLAStrategy", SingleDeviceStrategy), "XLA.*not supported.*unlearn on a GPU or CPU"),
         (named("XLAStrategy"), "XLA.*not supported"),
-        (SomebodysStrategy(), "SomebodysStrategy is not supported, it is not known.*'ddp'"),
+        (SomebodysStrategy(), "SomebodysStrategy is not supported, .*unknown; use one device, 'ddp'"),
     ],
 )
 def test_a_strategy_under_which_the_answer_would_be_wrong_is_refused_in_setup(strategy, message):

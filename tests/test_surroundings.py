@@ -92,8 +92,8 @@ def mean_loss(batches: Any, model: Any = None) -> float:
             {"limit_val_batches": 0, "limit_test_batches": 0},
             {},
             [
-                "limit_val_batches=0: no val loop of Lightning's, but the search read the whole",
-                "limit_test_batches=0: no test loop",
+                "limit_val_batches=0 skips Lightning's val loop, but the search read the whole",
+                "limit_test_batches=0 skips Lightning's test loop",
             ],
         ),
         ({}, {}, []),
@@ -131,7 +131,7 @@ class Stream(IterableDataset):
 
 def test_a_share_of_a_stream_is_refused_and_a_number_is_not():
     data = {"forget": DataLoader(Stream(True), batch_size=4), "retain": loader(False, batch_size=16)}
-    with pytest.raises(UnlearnError, match=r"Trainer\(limit_val_batches=0.5\): the length of the forget loader.*number of"):
+    with pytest.raises(UnlearnError, match=r"Trainer\(limit_val_batches=0.5\): the forget loader has no length.*number of"):
         forgotten(callback(**data), limit_val_batches=0.5)
     forgetting = callback(**data)
     forgotten(forgetting, limit_val_batches=2)

@@ -117,35 +117,37 @@ def plain(batch: Any) -> Any:
     return repr(torch.utils._pytree.tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, Tensor) else leaf, batch))
 
 
-def turns_of(make: Any, processes: Processes) -> list[IndexedBatch]:
-    """All turns of one process, with what it draws itself in each."""
+def batches_of(make: Any, processes: Processes) -> list[IndexedBatch]:
+    """All batches of one rank, with what it draws itself in each."""
     with preserve_state(torch.nn.Identity()):
-        torch.manual_seed(100 + processes.share)  # the processes come from anywhere
-        random.seed(200 + processes.share)
-        np.random.seed(300 + processes.share)
+        torch.manual_seed(100 + processes.data_rank)  # the processes come from anywhere
+        random.seed(200 + processes.data_rank)
+        np.random.seed(300 + processes.data_rank)
         found = []
-        for turn in shard_batches(make(), processes):
+        for indexed in shard_batches(make(), processes):
             drawn = torch.rand(1).item(), np.random.rand(), random.random()
-            samples = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor[..., :1], turn.batch)
-            found.append(turn._replace(batch=(plain(samples), plain(turn.batch), drawn)))
+            samples = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor[..., :1], indexed.batch)
+            found.append(indexed._replace(batch=(plain(samples), plain(indexed.batch), drawn)))
         return found
 
 
 def check(make: Any, shares: int) -> list[list[IndexedBatch]]:
     """What always holds, however many processes share whatever loader."""
-    alone = turns_of(make, Processes())
-    assert [turn.number for turn in alone] == list(range(len(alone)))
-    assert all(turn.counts for turn in alone)
-    found = simulate(shares, lambda processes: turns_of(make, processes))
+    alone = batches_of(make, Processes())
+    assert [indexed.batch_idx for indexed in alone] == list(range(len(alone)))
+    assert all(indexed.is_real for indexed in alone)
+    found = simulate(shares, lambda processes: batches_of(make, processes))
     for result in found:
         if isinstance(result, Exception):
             raise result
-    counting = [[turn for turn in turns if turn.counts] for turns in found]
-    assert sorted((turn for turns in counting for turn in turns), key=lambda turn: turn.number) == alone
-    assert all(turns == sorted(turns, key=lambda turn: turn.number) for turns in counting), "not in the order of one device"
-    assert len({len(turns) for turns in found}) == 1, "who has nothing left keeps the others company"
-    batches = {turn.batch[0] for turn in alone}
-    assert all(turn.batch[0] in batches for turns in found for turn in turns), "a stand-in is one of the batches"
+    counting = [[indexed for indexed in batches if indexed.is_real] for batches in found]
+    assert sorted((indexed for batches in counting for indexed in batches), key=lambda indexed: indexed.batch_idx) == alone
+    assert all(batches == sorted(batches, key=lambda indexed: indexed.batch_idx) for batches in counting), (
+        "not in the order of one device"
+    )
+    assert len({len(batches) for batches in found}) == 1, "who has nothing left keeps the others company"
+    contents = {indexed.batch[0] for indexed in alone}
+    assert all(indexed.batch[0] in contents for batches in found for indexed in batches), "a stand-in is one of the batches"
     return found
 
 
@@ -165,7 +167,7 @@ def test_so_are_those_of_several_loaders_one_after_the_other(parts, shares):
 @pytest.mark.parametrize("kind", ["list", "batches"])
 def test_a_chain_numbers_its_batches_on_after_a_stand_in(kind):
     found = check(lambda: Chained([LOADERS[kind](7), LOADERS[kind](3), LOADERS[kind](0), LOADERS[kind](1)]), 2)
-    counting = sorted(turn.number for turns in found for turn in turns if turn.counts)
+    counting = sorted(indexed.batch_idx for batches in found for indexed in batches if indexed.is_real)
     assert counting == list(range(11 if kind == "list" else 5))
 
 
@@ -174,9 +176,9 @@ def test_a_chain_numbers_its_batches_on_after_a_stand_in(kind):
 def test_batches_are_dealt_in_turn_and_stand_ins_come_last(kind, size, shares, rounds):
     samples = size if kind == "list" else 2 * size
     found = check(lambda: LOADERS[kind](samples), shares)
-    for share, turns in enumerate(found):
-        assert [turn.number for turn in turns if turn.counts] == list(range(share, size, shares))
-        assert [turn.counts for turn in turns] == [round * shares + share < size for round in range(rounds)]
+    for share, batches in enumerate(found):
+        assert [indexed.batch_idx for indexed in batches if indexed.is_real] == list(range(share, size, shares))
+        assert [indexed.is_real for indexed in batches] == [round * shares + share < size for round in range(rounds)]
 
 
 def test_an_empty_loader_gives_nothing_to_anybody():
@@ -192,7 +194,7 @@ def test_of_a_dataset_a_process_reads_nothing_but_its_own_batches(size, batch_si
     def read(processes):
         dataset = Numbers(size)
         loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
-        mine = [turn.batch.flatten().tolist() for turn in shard_batches(loader, processes)]
+        mine = [indexed.batch.flatten().tolist() for indexed in shard_batches(loader, processes)]
         return dataset.read, mine
 
     found = simulate(shares, read)
@@ -213,8 +215,8 @@ def test_a_loader_made_for_one_of_several_processes_is_read_as_that_of_one_devic
         return DataLoader(dataset, batch_size=2, sampler=sampler, drop_last=drop_last)
 
     alone = [plain(batch) for batch in make(0, 1)]
-    found = simulate(3, lambda p: [(t.number, plain(t.batch)) for t in shard_batches(make(p.share, 3), p) if t.counts])
-    assert [batch for _, batch in sorted(turn for turns in found for turn in turns)] == alone
+    found = simulate(3, lambda p: [(t.batch_idx, plain(t.batch)) for t in shard_batches(make(p.data_rank, 3), p) if t.is_real])
+    assert [batch for _, batch in sorted(indexed for batches in found for indexed in batches)] == alone
 
 
 def test_a_dataset_without_a_length_is_no_obstacle_where_its_sampler_knows_the_indices():
@@ -248,8 +250,8 @@ def test_what_a_batch_draws_does_not_depend_on_what_the_others_drew():
     def read(draws):
         with preserve_state(torch.nn.Identity()):
             found = []
-            for turn in shard_batches(DataLoader(Drawing(6), batch_size=2), Processes()):
-                found.append(plain(turn.batch))
+            for indexed in shard_batches(DataLoader(Drawing(6), batch_size=2), Processes()):
+                found.append(plain(indexed.batch))
                 torch.rand(draws)
                 np.random.rand(draws)
             return found
@@ -258,7 +260,7 @@ def test_what_a_batch_draws_does_not_depend_on_what_the_others_drew():
 
 
 def test_each_batch_draws_its_own_numbers():
-    drawn = [turn.batch[2] for turn in turns_of(lambda: LOADERS["drawing"](8), Processes())]
+    drawn = [indexed.batch[2] for indexed in batches_of(lambda: LOADERS["drawing"](8), Processes())]
     assert len({number for numbers in drawn for number in numbers}) == 12
 
 
@@ -292,16 +294,16 @@ DIFFERENT = [kept_open, split_by_rank, another_size, longer, emptier, shuffled_b
 @pytest.mark.parametrize("make", DIFFERENT)
 @pytest.mark.parametrize("shares", [2, 3])
 def test_processes_that_would_not_read_the_same_are_refused_everywhere(make, shares):
-    fine = simulate(shares, lambda p: len(list(shard_batches(make(p.share, True), p))))
+    fine = simulate(shares, lambda p: len(list(shard_batches(make(p.data_rank, True), p))))
     assert len(set(fine)) == 1 and isinstance(fine[0], int)
-    found = simulate(shares, lambda p: list(shard_batches(make(p.share, False), p)))
+    found = simulate(shares, lambda p: list(shard_batches(make(p.data_rank, False), p)))
     assert all(isinstance(error, UnlearnError) for error in found), found
 
 
 def test_the_refusal_says_what_to_do():
-    (first, second) = simulate(2, lambda p: list(shard_batches(kept_open(p.share, False), p)))
+    (first, second) = simulate(2, lambda p: list(shard_batches(kept_open(p.data_rank, False), p)))
     for error in (first, second):
-        assert "do not read the same batches" in str(error) and "in every process (without split_by_node" in str(error)
+        assert "batches differ across ranks" in str(error) and "on every rank (without split_by_node" in str(error)
 
 
 def test_what_cannot_be_compared_is_trusted():
@@ -309,7 +311,7 @@ def test_what_cannot_be_compared_is_trusted():
         def __init__(self, number: int) -> None:
             self.number = number
 
-    found = simulate(2, lambda p: [(t.number, t.batch.number) for t in shard_batches([Opaque(i) for i in range(4)], p)])
+    found = simulate(2, lambda p: [(t.batch_idx, t.batch.number) for t in shard_batches([Opaque(i) for i in range(4)], p)])
     assert found == [[(0, 0), (2, 2)], [(1, 1), (3, 3)]]
 
 
@@ -326,7 +328,7 @@ def in_one_of_several(size: int) -> list[Any]:
         DataLoader(Numbers(size), batch_size=2, shuffle=True, num_workers=1),
         Chained([DataLoader(Numbers(size), batch_size=3), DataLoader(Stream(size), batch_size=2), lists(2)]),
     ]
-    return [[turn._replace(batch=plain(turn.batch)) for turn in shard_batches(loader, processes)] for loader in loaders]
+    return [[indexed._replace(batch=plain(indexed.batch)) for indexed in shard_batches(loader, processes)] for loader in loaders]
 
 
 def alone(size: int) -> list[Any]:
@@ -336,16 +338,18 @@ def alone(size: int) -> list[Any]:
         DataLoader(Numbers(size), batch_size=2, shuffle=True, num_workers=1),
         Chained([DataLoader(Numbers(size), batch_size=3), DataLoader(Stream(size), batch_size=2), lists(2)]),
     ]
-    return [[turn._replace(batch=plain(turn.batch)) for turn in shard_batches(loader, Processes())] for loader in loaders]
+    return [
+        [indexed._replace(batch=plain(indexed.batch)) for indexed in shard_batches(loader, Processes())] for loader in loaders
+    ]
 
 
 def test_three_real_processes_read_what_one_reads():
     (one,) = in_processes(1, alone, 9)
     found = in_processes(3, in_one_of_several, 9)
     for place in range(3):
-        counting = [turn for turns in found for turn in turns[place] if turn.counts]
-        assert sorted(counting, key=lambda turn: turn.number) == one[place]
-        assert len({len(turns[place]) for turns in found}) == 1
+        counting = [indexed for batches in found for indexed in batches[place] if indexed.is_real]
+        assert sorted(counting, key=lambda indexed: indexed.batch_idx) == one[place]
+        assert len({len(batches[place]) for batches in found}) == 1
 
 
 def refused(kind: Any) -> None:
@@ -360,4 +364,4 @@ def refused(kind: Any) -> None:
 def test_two_real_processes_with_different_loaders_end_both(kind):
     for ended in in_processes(2, refused, kind, timeout=30):
         assert isinstance(ended, Ended)
-        assert "do not read the same batches" in ended.message
+        assert "batches differ across ranks" in ended.message

@@ -431,10 +431,10 @@ def empty():
             "forget_target: nothing to forget.*; look at the forget data, or give a stricter",
         ),
         ({"forget_target": 0.0}, lambda: trained(Explaining), r"forget_target: nothing to forget.*already; names: it never says"),
-        ({"forget_metric": "val_acc"}, trained, "forget_target: the chance level of 'val_acc' is not known.*num_classes"),
+        ({"forget_metric": "val_acc"}, trained, "forget_target: the chance level of 'val_acc' is unknown.*num_classes"),
         ({}, nan_weights, "_metric: loss is nan before any edit"),
         ({}, lambda: trained(Silent), "forget_metric: the step returns no loss"),
-        ({}, lambda: trained(Vector), "training_step: it must return a scalar loss"),
+        ({}, lambda: trained(Vector), "training_step must return a scalar loss"),
         ({}, lambda: trained(Detached), "forget: the loss of the step has no graph"),
     ],
 )

@@ -6,20 +6,17 @@ import hashlib
 import json
 import random
 import re
-import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.files import atomic_write
+from slug_lightning.tensors.file_store import cache_path, read_entry, write_entry
 from slug_lightning.utils.optional_imports import import_optional
 
 Method = Literal["nearest", "random"]
 
-FORMAT = "slug-lightning pairs 1"
 WORDS = 3
 """Words in a sequence that two texts are compared by."""
 SHARED = 0.5
@@ -101,9 +98,9 @@ def pair(
     path = None
     if cache is not None:
         key = _key(forget, corpus, k, method, encoder, seed)
-        path = Path(cache) / f"pairs-{key[:12]}.json"
-        if (kept := _read(path, key)) is not None:
-            return kept
+        path = cache_path(cache, "pairs", key)
+        if (found := read_entry(path, key)) is not None:
+            return found.data
     excluded = set(near_duplicates(forget, corpus))
     candidates = [i for i in range(len(corpus)) if i not in excluded]
     if len(candidates) < k:
@@ -117,7 +114,7 @@ def pair(
         vectors = _tf_idf(forget, corpus) if encoder is None else _embeddings(encoder, forget, corpus, verbose)
         pairs = [[candidates[j] for j in row] for row in _nearest(vectors[0], vectors[1][candidates], k)]
     if path is not None:
-        _write(path, key, pairs)
+        write_entry(path, key, pairs, {})
     return pairs
 
 
@@ -169,41 +166,9 @@ def _nearest(queries: Any, vectors: Any, k: int) -> list[list[int]]:
     return np.concatenate(list(chunked(queries, vectors, metric="cosine", reduce_func=first))).tolist()
 
 
-# ---- kept on the disk
-
-
 def _key(forget: Sequence[str], corpus: Sequence[str], k: int, method: str, encoder: str | None, seed: int) -> str:
-    """A digest of all that pairs depend on."""
+    """Digest all that pairs depend on."""
     files = sorted(path for path in Path(encoder).rglob("*") if path.is_file()) if encoder and Path(encoder).is_dir() else []
     content = [(path.relative_to(str(encoder)).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
-    return _digest([FORMAT, WORDS, SHARED, list(forget), list(corpus), k, method, content or encoder, seed])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _write(path: Path, key: str, pairs: list[list[int]]) -> None:
-    """Keep pairs; that this fails is no reason to end a run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: every process of a run writes the same file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, atomic_write(path, Path(folder)) as part:
-            part.write_text(json.dumps({"key": key, "pairs": pairs, "sha256": _digest([key, pairs])}))
-    except OSError as error:
-        warnings.warn(f"cache: {path} could not be written ({error})", stacklevel=3)
-
-
-def _read(path: Path, key: str) -> list[list[int]] | None:
-    """Pairs that were kept under this key; of a file that is not whole, only a warning is left."""
-    if not path.exists():
-        return None
-    try:
-        kept = json.loads(path.read_text())
-        if kept["key"] == key and kept["sha256"] == _digest([key, kept["pairs"]]):
-            return kept["pairs"]
-        problem: object = "its content does not match its digest"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = error
-    warnings.warn(f"cache: {path} is not used, and made anew: {problem}", stacklevel=3)
-    return None
+    everything = [WORDS, SHARED, list(forget), list(corpus), k, method, content or encoder, seed]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""What knows ranks: exchange between processes, sharing of batches, the backward pass under a strategy."""
+"""Exchange between ranks, sharding of batches, and the backward pass under a strategy."""

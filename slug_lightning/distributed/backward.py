@@ -1,4 +1,4 @@
-"""How the gradient of one batch comes to the sum of all, under any precision and strategy."""
+"""Add the gradient of one batch to the sum of all, under any precision and strategy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.dtensor import local
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
-"""What Lightning calls the dimensions of a device mesh: along the first the data are shared, along the other the tensors."""
+"""What Lightning calls the dimensions of a device mesh: along the first the data are sharded, along the other the tensors."""
 SMALLEST_SCALE = 2.0**-14
 """A gradient that still overflows below it is not finite at any scale."""
 LossOf = Callable[[], tuple[Tensor | None, int]]
 
 
 class Backward:
-    """How the gradient of one batch comes to the sum of all: what the precision and the strategy ask for.
+    """The backward pass of a batch, as precision and strategy require it.
 
     Args:
-        processes: that share the batches.
+        processes: the ranks that share the batches.
         scaler: of 16-bit precision: losses are multiplied by its scale, which is halved until nothing overflows.
-        averages: over how many processes the strategy itself averages what it has sharded; 1 if it does not.
+        averages: over how many ranks the strategy itself averages what it has sharded; 1 if it does not.
     """
 
     def __init__(self, processes: Processes | None = None, scaler: GradScaler | None = None, averages: int = 1) -> None:
@@ -37,20 +37,14 @@ class Backward:
         self.averages = averages
 
     def is_averaged(self, parameter: Tensor) -> bool:
-        """Whether the strategy has summed a parameter's gradient over the processes when it arrives."""
+        """Whether the strategy has reduced a parameter's gradient over the ranks when it arrives."""
         if self.averages == 1 or not isinstance(parameter, DTensor):
             return False
         names = parameter.device_mesh.mesh_dim_names
         return names is None or bool(set(names) - {TENSOR})  # else it is split for tensor parallelism alone
 
-    def differentiate(self, run: LossOf, taker: Taker, name: str, counts: bool = True) -> tuple[float, int]:
-        """Run a batch forward and backward, and again while its gradient overflows.
-
-        Args:
-            run: gives loss and number of samples.
-            taker: gets the gradients.
-            name: "forget" or "retain" and which batch, for messages.
-            counts: whether the batch counts, or only keeps the others company.
+    def differentiate(self, run: LossOf, taker: Taker, name: str, is_real: bool = True) -> tuple[float, int]:
+        """Run a batch forward and backward, and again while its gradient overflows; `name` is for messages.
 
         Returns:
             The loss and the weight of the batch; weight 0 if it has no loss.
@@ -59,12 +53,12 @@ class Backward:
             loss, samples = run()
             if loss is None:
                 if self.processes.in_step:
-                    raise UnlearnError(f"{name}: the step gives no loss, but a sharded model must run every batch")
+                    raise UnlearnError(f"{name}: the step returns no loss, but a sharded model must run every batch")
                 return 0.0, 0
             value = loss.item()
             problem = f"{name}: the loss is {value}; look at its data or use precision=32"
-            problem = problem if counts and not math.isfinite(value) else ""
-            weight = most = samples * counts
+            problem = problem if is_real and not math.isfinite(value) else ""
+            weight = most = samples * is_real
             if self.averages > 1:
                 # What the strategy averages cannot be weighted afterwards, as it mixes batches of different sizes. Most often
                 # they are equal, and the factor is 1.
@@ -88,12 +82,12 @@ class Backward:
 
     def _overflows(self, taker: Taker) -> bool:
         bad = not taker.is_finite()
-        # Parts of one gradient lie in several processes: all of them run the batch again, or none.
+        # Parts of one gradient lie on several ranks: all of them run the batch again, or none.
         return any(self.processes.all_gather_object("overflow", bad)) if self.processes.in_step else bad
 
 
 class Taker:
-    """Takes each parameter's gradient as soon as a backward pass has it, and lets it go once it is added to the sum.
+    """Takes each parameter's gradient as soon as a backward pass has it, and frees it once it is added to the sum.
 
     Inside, `.grad` is empty; afterwards it is as it was.
     """
@@ -107,18 +101,18 @@ class Taker:
         self.held: dict[str, Tensor] | None = None
 
     def start(self, weight: float, hold: bool) -> None:
-        """Before a backward pass: the weight of its gradients, and whether they wait for `finish`."""
+        """Before a backward pass: set the weight of its gradients, and whether they wait for `finish`."""
         self.weight = weight
         self.held = {} if hold else None
 
     def is_finite(self) -> bool:
-        """Whether all gradients that wait are."""
+        """Whether all gradients that wait are finite."""
         assert self.held is not None
         flags = [torch.isfinite(gradient).all() for gradient in self.held.values()]
         return not flags or bool(torch.stack(flags).all())
 
     def finish(self) -> None:
-        """Add what waits."""
+        """Add the gradients that wait."""
         for key, gradient in (self.held or {}).items():
             self._add(key, gradient)
         self.held = None

@@ -1,4 +1,4 @@
-"""The one place that knows devices, strategies and precision."""
+"""Devices, strategies and precision: nothing else needs to know them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,20 @@ from slug_lightning.utils.names import some_of
 
 SINGLE, DDP, MODEL_PARALLEL = "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"
 REFUSED = {
-    "XLA": "the tensors of an XLA device are computed late, and the search would wait for each; forget on a GPU or CPU",
+    "XLA": "XLA computes tensors lazily, and the search would wait for each of them; unlearn on a GPU or CPU",
     "FSDPStrategy": (
-        "it flattens tensors into one, so that a layer has neither a norm nor an edit of its own; use FSDP2: "
+        "it flattens the tensors of a layer into one, which can be neither scored nor edited; use FSDP2: "
         "strategy=ModelParallelStrategy(…) with fully_shard in configure_model"
     ),
     "DeepSpeedStrategy": (
-        "its engine keeps weights and gradients to itself, so that neither can be scored or edited in place; use FSDP2 "
+        "its engine owns weights and gradients, which can be neither scored nor edited in place; use FSDP2 "
         "(strategy=ModelParallelStrategy(…)) or 'ddp', and load the checkpoint into DeepSpeed afterwards"
     ),
 }
 
 
 def refuse_unsupported(strategy: Strategy) -> None:
-    """Refuse a strategy under which the result would be wrong, before anything is computed.
-
-    Raises:
-        UnlearnError: for anything but one device, DDP and FSDP2.
-    """
+    """Refuse any strategy but one device, DDP and FSDP2, as the result would be wrong."""
     # By name: a Trainer of the `pytorch_lightning` package has classes of its own.
     names = [kind.__name__ for kind in type(strategy).__mro__]
     for refused, why in REFUSED.items():
@@ -46,18 +42,13 @@ def refuse_unsupported(strategy: Strategy) -> None:
             raise UnlearnError(f"Trainer(strategy=…): {type(strategy).__name__} is not supported, {why}")
     if not {SINGLE, DDP, MODEL_PARALLEL} & set(names):
         raise UnlearnError(
-            f"Trainer(strategy=…): {type(strategy).__name__} is not supported, it is not known how it spreads weights and "
-            "gradients; use one device, 'ddp' or ModelParallelStrategy (FSDP2), and load the patch or checkpoint elsewhere"
+            f"Trainer(strategy=…): {type(strategy).__name__} is not supported, as how it shards weights and gradients is "
+            "unknown; use one device, 'ddp' or ModelParallelStrategy (FSDP2), and load the patch or checkpoint elsewhere"
         )
 
 
 class Runner:
-    """Brings batches to the device, shares them with the other processes, and computes in the trainer's precision.
-
-    Args:
-        strategy: the trainer's.
-        state: the trainer's, which says whether it trains or validates.
-    """
+    """Moves this rank's batches to the device, and computes in the trainer's precision."""
 
     def __init__(self, strategy: Strategy, state: TrainerState) -> None:
         self.strategy = strategy
@@ -75,47 +66,40 @@ class Runner:
             self.processes = Processes(data["rank"], data["num_replicas"], group, in_step=mesh is not None)
         self.is_sharded = self.processes.in_step
         self.precision = str(strategy.precision_plugin.precision)
-        averages = self.processes.shares if self.is_sharded else 1
         self.scaler: GradScaler | None = getattr(strategy.precision_plugin, "scaler", None)
+        averages = self.processes.data_world_size if self.is_sharded else 1
         self.backward = Backward(self.processes, self.scaler, averages)
 
     def prepare(self, datamodule: LightningDataModule) -> None:
-        """Let one process of a machine download what a datamodule needs, and the others wait for it."""
+        """Let one rank per node download what a datamodule needs, while the others wait."""
         first_here = getattr(self.strategy, "local_rank", 0) == 0
         if first_here if datamodule.prepare_data_per_node else self.processes.is_first:
             datamodule.prepare_data()
         self.processes.all_gather_object("data prepared", None)
 
     def notes(self) -> list[str]:
-        """Sentences for the report: what the losses saw, what is not done."""
-        notes = []
-        if self.processes.world_size > 1:
-            notes.append(
-                f"{self.processes.world_size} processes shared the batches: every loss saw a whole batch of its loader, as on "
-                "one device"
-            )
-        if self.is_sharded:
-            notes.append(
-                "a sharded model is run by all processes together: every evaluation was computed whole, and no operations counted"
-            )
-        return notes
+        """Say in the report what the losses saw, and what was left out."""
+        world_size = self.processes.world_size
+        shared = f"{world_size} ranks shared the batches: every loss saw a whole batch of its loader, as on one device"
+        sharded = "sharded model: every evaluation was computed whole, and no operations were counted"
+        return [shared] * (world_size > 1) + [sharded] * self.is_sharded
 
     def batches(self, loader: Iterable[Any]) -> Iterator[IndexedBatch]:
-        """Read this process's share of a loader once; its batches arrive converted and on the device."""
-        for turn in shard_batches(loader, self.processes):
-            batch = self.module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(turn.batch))
-            yield turn._replace(batch=self.strategy.batch_to_device(batch))
+        """Read this rank's share of a loader once; its batches arrive converted and on the device."""
+        for indexed in shard_batches(loader, self.processes):
+            batch = self.module._on_before_batch_transfer(self.strategy.precision_plugin.convert_input(indexed.batch))
+            yield indexed._replace(batch=self.strategy.batch_to_device(batch))
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """One pass over data; afterwards, also if it fails, a sharded model holds no tensor whole."""
+        """One pass over data; `reshard` afterwards, also if it fails."""
         try:
             yield
         finally:
             self.reshard()
 
     def reshard(self) -> None:
-        """Let go of the whole tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
+        """Free the gathered tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -124,7 +108,7 @@ class Runner:
     def differentiating(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, only these parameters get gradients; afterwards the scaler is as it was."""
         state = self.scaler.state_dict() if self.scaler else {}
-        # A sharded model has copies of its parameters that would not notice.
+        # A sharded model has copies of its parameters, which `requires_grad_` would not reach.
         only = _dropping_others if self.is_sharded else only_differentiating
         try:
             with only(module, parameters):
@@ -153,13 +137,7 @@ class Runner:
 def only_differentiating(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, a graph is built for these, also where they are frozen, and for no other parameter.
 
-    What lies in front of the first of them is not kept.
-
-    Example:
-        >>> module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-        >>> with only_differentiating(module, {"1.weight": module[1].weight}):
-        ...     [name for name, p in module.named_parameters() if p.requires_grad]
-        ['1.weight']
+    Activations in front of the first of them are not kept.
     """
     chosen = {id(p) for p in parameters.values()}
     others = [p for p in module.parameters() if p.requires_grad != (id(p) in chosen)]
@@ -178,7 +156,7 @@ def _dropping_others(module: nn.Module, parameters: Mapping[str, Tensor]) -> Ite
     chosen = {id(p) for p in parameters.values()}
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise UnlearnError(
-            f"layers: {some_of(frozen)}: frozen and sharded, so that FSDP2 makes no gradient; set requires_grad=True in "
+            f"layers: {some_of(frozen)}: frozen and sharded, so that FSDP2 computes no gradient; set requires_grad=True in "
             "configure_model, before fully_shard"
         )
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slug_lightning.distributed.processes import Processes
@@ -21,13 +15,10 @@ from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
 from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences, digests
 from slug_lightning.objective.eval_mode import eval_mode
-from slug_lightning.tensors.bits import digest_of
-from slug_lightning.utils.files import atomic_write
+from slug_lightning.tensors.file_store import Entry, cache_path, read_entry, write_entry
 
-FORMAT = "slug-lightning reference 1"
 PENDING = 64 * 2**20
 """Bytes that `TopK` holds in memory before it writes a file."""
-UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError)
 
 
 class _Row(NamedTuple):
@@ -55,9 +46,9 @@ class TopK:
     than 2⁻¹¹/e = 0.0002 (p·|log p| is at most 1/e), so that at first the divergence is not 0 but below 10⁻⁶. Training holds one
     more fp32 copy of the model's own logits, where the full divergence holds two.
 
-    The files belong to the weights (by digest) and to k; where a run finds those of its original, it computes nothing. It
-    computes anew what is damaged or was altered. While it prepares, it holds 64 MiB and a batch, and writes as many files as that
-    makes, each whole or not at all.
+    The files belong to the weights (by digest) and to k; where a run finds those of its original, it computes nothing. What
+    is damaged or was altered is computed again. While it prepares, it holds 64 MiB and a batch, and writes as many files as that
+    makes, each atomically.
 
     Args:
         model: a transformers causal language model, while it is the original.
@@ -76,7 +67,7 @@ class TopK:
         self.folder = Path(folder)
         self.k = k
         self._digest = weights_digest(model)
-        self._key = json.dumps({"weights": self._digest, "k": k}, sort_keys=True)
+        self._key = {"weights": self._digest, "k": k}
         self._files: set[Path] = set()
         self._is_original = False
         # Of each sequence, by digest, parts of the files, mapped into memory.
@@ -98,11 +89,11 @@ class TopK:
         processes = Processes()
         with processes.together():
             if processes.is_first:
-                self._open(warn=True)
+                self._open_all(warn=True)
                 self._compute(batches)
         processes.all_gather_object("reference", None)
         if not processes.is_first:
-            self._open()
+            self._open_all()
 
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
         """KL(p₀ ‖ p) over k + 1 buckets, `[B]`, of sequences that were prepared as pairs."""
@@ -166,44 +157,30 @@ class TopK:
         names = ("ids", "log_probs", "rest")
         tensors = {name: torch.cat(parts) for name, parts in zip(names, zip(*tops, strict=True), strict=True)}
         tensors["token"] = torch.cat([row.token for row in rows])
-        content = json.dumps([[row.digest, len(row.token), row.top is not None] for row in rows])
-        sha256 = digest_of(tensors, self._key + content)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self._prefix()}-{sha256[:12]}.safetensors"  # by content: nobody writes over another's
-        metadata = {"format": FORMAT, "key": self._key, "rows": content, "sha256": sha256}
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, atomic_write(path, Path(folder)) as part:
-            save_file(tensors, part, metadata=metadata)
-        self._take(path)
+        content = [[row.digest, len(row.token), row.top is not None] for row in rows]
+        path = cache_path(self.folder, self._prefix(), content)  # nobody writes over other rows
+        write_entry(path, self._key, content, tensors, required=True)
+        self._open(path)
 
-    def _open(self, warn: bool = False) -> None:
+    def _open_all(self, warn: bool = False) -> None:
         """Map the files that belong to the original."""
         for path in sorted(self.folder.glob(f"{self._prefix()}-*.safetensors")):
-            if path in self._files:
-                continue
-            try:
-                self._take(path)
-            except UNREADABLE as error:
-                if warn:
-                    warnings.warn(f"reference: {path} is damaged or was altered, and is not used ({error})", stacklevel=3)
+            self._open(path, warn)
 
-    def _take(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if (metadata.get("format"), metadata.get("key")) != (FORMAT, self._key):
-            raise ValueError("it belongs to something else")
-        if metadata["sha256"] != digest_of(tensors, self._key + metadata["rows"]):
-            raise ValueError("its content does not match its digest")
-        rows = json.loads(metadata["rows"])
+    def _open(self, path: Path, warn: bool = True) -> None:
+        if path not in self._files and read_entry(path, self._key, self._take, warn):
+            self._files.add(path)
+
+    def _take(self, entry: Entry) -> None:
+        rows, tensors = entry
         tokens = tensors["token"].split([length for _, length, _ in rows])
         lengths = [length for _, length, has_top in rows if has_top]
         tops = zip(*(tensors[name].split(lengths) for name in ("ids", "log_probs", "rest")), strict=True)
         self._tokens |= {name: token for (name, _, _), token in zip(rows, tokens, strict=True)}
         self._tops |= dict(zip([name for name, _, has_top in rows if has_top], tops, strict=True))
-        self._files.add(path)
 
     def _prefix(self) -> str:
-        return f"reference-{hashlib.sha256(self._key.encode()).hexdigest()[:12]}"
+        return cache_path("", "reference", self._key).stem
 
 
 def bucketed(scores: Tensor, chosen: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from slug_lightning.diffusion.source_clip import load_source_clips
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules.base import UnlearnModule
-from slug_lightning.objective.samples import MOST
+from slug_lightning.objective.samples import MAX_SAMPLES
 from slug_lightning.utils.model_parts import base_parameters, parts_of
 
 
@@ -170,7 +170,7 @@ class DiffusionModule(UnlearnModule):
     def gallery_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[Tensor, list[str]]:
         """Draw a few prompts of an evaluation batch, evenly spaced: pictures `[n, 3, H, W]` in [0, 1], and the prompts."""
         count = len(batch["text"])
-        rows = torch.linspace(0, count - 1, min(MOST, count)).long()
+        rows = torch.linspace(0, count - 1, min(MAX_SAMPLES, count)).long()
         texts = [batch["text"][int(row)] for row in rows]
         pictures = self.draw({"text": texts, "seed": batch["seed"][rows], "steps": batch["steps"][rows]})
         return (pictures + 1) / 2, texts

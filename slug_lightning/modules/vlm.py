@@ -18,7 +18,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.kv_cache import cache_argument, cache_of
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.objective.batch_utils import batch_samples
-from slug_lightning.objective.samples import MOST
+from slug_lightning.objective.samples import MAX_SAMPLES
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.vlm.answers import mentions
 from slug_lightning.vlm.loading import load_vlm, refuse_unfit
@@ -161,7 +161,7 @@ class VLMModule(UnlearnModule):
     def gallery_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[Tensor, list[str]]:
         """Take a few pictures of an evaluation batch, evenly spaced: `[n, 3, H, W]` in [0, 1], each with question and answer."""
         count = len(batch["question"])
-        rows = torch.linspace(0, count - 1, min(MOST, count)).long().tolist()
+        rows = torch.linspace(0, count - 1, min(MAX_SAMPLES, count)).long().tolist()
         some = {name: [batch[name][row] for row in rows] for name in ("image", "question")}
         side = max(max(image.shape[1:]) for image in some["image"])
         pictures = [interpolate(image[None].float(), (side, side)) for image in some["image"]]

@@ -1,4 +1,4 @@
-"""What a step takes and gives: its arguments, its loss, how many samples a batch has."""
+"""The arguments and the loss of a step, and the number of samples in a batch."""
 
 from __future__ import annotations
 
@@ -16,34 +16,20 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """Find the loss in what a step returns: a tensor, a dict with "loss", or None to leave the batch out.
-
-    Raises:
-        UnlearnError: if it is something else, or not a scalar.
-
-    Example:
-        >>> import torch
-        >>> loss_in({"loss": torch.tensor(2.0), "predictions": torch.zeros(3)})
-        tensor(2.)
-    """
+    """Find the loss in what a step returns: a scalar, a dict with "loss", or None to leave the batch out."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
         return None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise UnlearnError(
-            "training_step: it must return a scalar loss, a dict with 'loss' or None, not "
-            f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}; or define forget_step and retain_step"
+            "training_step must return a scalar loss, a dict with 'loss' or None, "
+            f"not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}; or define forget_step and retain_step"
         )
     return loss.squeeze()
 
 
 def call_step(step: Callable[..., Any], batch: Any, number: int) -> Any:
-    """Call a step with as many arguments as it takes: `batch`, then `batch_idx`, then `dataloader_idx`.
-
-    Example:
-        >>> call_step(lambda batch: batch, "b", 3), call_step(lambda batch, batch_idx: batch_idx, "b", 3)
-        ('b', 3)
-    """
+    """Call a step with as many arguments as it takes: `batch`, then `batch_idx`, then `dataloader_idx`."""
     kinds = [p.kind for p in inspect.signature(step).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return step(batch, number)
@@ -51,26 +37,15 @@ def call_step(step: Callable[..., Any], batch: Any, number: int) -> Any:
 
 
 def batch_samples(batch: Any) -> int:
-    """Count the samples of a batch: the first dimension of the first tensor in it; 1 if that is a scalar.
+    """Count the samples of a batch: the first dimension of the first tensor in its containers; 1 if that is a scalar.
 
-    What lies beside the tensors, such as texts, is not counted: a sample may have several.
-
-    Args:
-        batch: tensors in containers: mappings, dataclasses, or anything that can be iterated.
-
-    Raises:
-        UnlearnError: if there is no tensor in it.
-
-    Example:
-        >>> import torch
-        >>> batch_samples({"text": ["a cat", "a dog"], "image": torch.zeros(2, 3, 8, 8)})
-        2
+    Texts are not counted, as a sample may have several.
     """
     first = next(_tensors_in(batch), None)
     if first is None:
         raise UnlearnError(
             f"a batch ({type(batch).__name__}) holds no tensor, so that its samples cannot be counted; let the loader add one "
-            "of shape [B, ...], such as labels or numbers of the samples"
+            "of shape [B, ...], such as labels or indices"
         )
     return len(first) if first.ndim else 1
 
@@ -82,8 +57,8 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
         for value in content.values():
             yield from _tensors_in(value)
     elif is_dataclass(content) and not isinstance(content, type):
-        for one in fields(content):
-            yield from _tensors_in(getattr(content, one.name))
+        for field in fields(content):
+            yield from _tensors_in(getattr(content, field.name))
     elif isinstance(content, Iterable) and not isinstance(content, (str, bytes, np.ndarray)):
         for value in content:
             yield from _tensors_in(value)

@@ -6,18 +6,14 @@ import itertools
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 
 from slug_lightning.distributed.batch_sharding import DIFFERENT_BATCHES, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples
-from slug_lightning.objective.log_capture import read_logs
 from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.objective import Kind, Objective, defines
 from slug_lightning.tensors.digests import digest
-from slug_lightning.utils.random import seed_for_batch
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:
@@ -81,29 +77,10 @@ def digest_of_data(objective: Objective, kind: Kind, split: str) -> str | None:
     told: list[tuple[int, str | None]] = []
     with nullcontext() if split == "train" else objective.runner.validating():
         for one in objective.runner.batches(objective.loaders[kind][split]):
-            if one.counts:
-                told.append((one.number, _digest_or_none(one.batch)))
-    found = sorted(itertools.chain(*objective.processes.all_gather_object("a digest of data", told, each_share=True)))
+            if one.is_real:
+                told.append((one.batch_idx, _digest_or_none(one.batch)))
+    found = sorted(itertools.chain(*objective.processes.all_gather_object("a digest of data", told, each_data_rank=True)))
     return None if any(batch is None for _, batch in found) else digest([batch for _, batch in found])
-
-
-def first_loss(objective: Objective, kind: Kind, split: str) -> str | None:
-    """The loss of the first batch of a gradient's pass, to the last bit; the same in every process.
-
-    Returns:
-        As text, or None if there is no batch, or it has no loss.
-    """
-    told, samples = None, 0
-    with torch.no_grad(), objective.runner.passing(), read_logs(objective.module):
-        for one in itertools.islice(objective.runner.batches(objective.loaders[kind][split]), 1):
-            seed_for_batch(one.number)
-            with objective.runner.forward_context():
-                loss = objective.loss(kind, one.batch, one.number)
-            told = None if loss is None else repr(loss.item())
-            samples = batch_samples(one.batch) * one.counts
-    found = objective.processes.all_gather_object("the first loss", (told, samples), each_share=True)
-    objective.forward_samples += sum(samples for _, samples in found)
-    return found[0][0]
 
 
 def _digest_or_none(batch: Any) -> str | None:

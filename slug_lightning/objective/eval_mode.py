@@ -1,15 +1,14 @@
-"""Put a module into evaluation mode for a while, and leave no trace."""
+"""Put a module into evaluation mode, and restore everything afterwards."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torchmetrics
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 
 
@@ -17,16 +16,8 @@ from torch import nn
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and each module's own mode afterwards.
 
-    It touches nothing else. `preserve_state` writes buffers, which a graph that waits for its backward pass,
-    as that of a loss on the original's logits, may need as they are.
-
-    Example:
-        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-        >>> with eval_mode(net):
-        ...     [m.training for m in net.modules()]
-        [False, False, False]
-        >>> [m.training for m in net.modules()]
-        [True, True, False]
+    Nothing else is restored: `preserve_state` writes buffers, which a graph that still waits for its backward pass, as that of
+    a loss on the original's logits, may need unchanged.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -39,16 +30,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards modes, buffers, metric states and random numbers are as before.
-
-    Example:
-        >>> net = nn.BatchNorm1d(2)
-        >>> with preserve_state(net):
-        ...     net.running_mean.add_(1), net.training
-        (tensor([1., 1.]), False)
-        >>> net.running_mean, net.training
-        (tensor([0., 0.]), True)
-    """
+    """Evaluation mode inside; afterwards modes, buffers, metric states and random states are as before."""
     restore = snapshot(module)
     try:
         with eval_mode(module):
@@ -58,15 +40,14 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
 
 
 def snapshot(module: nn.Module) -> Callable[[], None]:
-    """Remember buffers, metric states and random numbers; gives what puts them back."""
+    """Copy buffers, metric states and random states; return a function that puts them back."""
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     # In a list: a torchmetrics object's hash changes with its states.
     metrics = [
         (m, {key: _copied(value) for key, value in m.metric_state.items()}, m._update_count, m._computed)
         for m in metrics_in(module)
     ]
-    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random_states = _collect_rng_states()
 
     def restore() -> None:
         with torch.no_grad():
@@ -77,11 +58,7 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
             for key, value in state.items():
                 setattr(metric, key, _copied(value))
             metric._update_count, metric._computed = count, computed
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(host)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        _set_rng_states(random_states)
 
     return restore
 

@@ -81,7 +81,7 @@ def mean_gradient(
             loss, weight = backward.differentiate(run, taker, f"{name}, batch {number}", counts)
             total += loss * weight
             samples += weight
-    found = backward.processes.all_gather_object(f"gradient of {name}", (total, samples, seen), each_share=True)
+    found = backward.processes.all_gather_object(f"gradient of {name}", (total, samples, seen), each_data_rank=True)
     total, samples, seen = (sum(column) for column in zip(*found, strict=True))
     if samples == 0:
         problem = "the step returns no loss for any batch" if seen else "the set is empty"

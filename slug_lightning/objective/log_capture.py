@@ -1,4 +1,4 @@
-"""Read what a LightningModule's own steps log outside the training loop, and run a step without consequences."""
+"""Read what a LightningModule's steps log outside of Lightning's loops, and undo a step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ from slug_lightning.objective.eval_mode import metrics_in, snapshot
 
 
 class Logged(NamedTuple):
-    """One value that a step has logged.
-
-    Attributes:
-        number: of the batch.
-        name: as logged.
-        value: a mean over samples; a tensor while it may still be on its way on a device.
-        weight: of how many samples.
-    """
+    """One logged value: a mean over `weight` samples of batch `number`; a tensor while it may be on its way on a device."""
 
     number: int
     name: str
@@ -35,26 +28,13 @@ class Logged(NamedTuple):
 
 
 class LogReader:
-    """Stands in for a module's `log` and `log_dict`: keeps what is logged, and makes means weighted by samples.
-
-    Args:
-        metrics: the module's metric objects.
-        processes: that log, too.
-
-    Example:
-        >>> reader = LogReader()
-        >>> for value, count in ((1.0, 1), (0.0, 3)):
-        ...     reader.samples = count
-        ...     reader.log("accuracy", value)
-        >>> reader.values()
-        {'accuracy': 0.25}
-    """
+    """Stands in for a module's `log` and `log_dict`, and computes means weighted by samples."""
 
     def __init__(self, metrics: Sequence[torchmetrics.Metric] = (), processes: Processes | None = None) -> None:
         self.number = 0
-        """Of the batch at hand."""
+        """Index of the current batch."""
         self.samples = 1
-        """Samples of the batch at hand: the weight of what is logged without `batch_size`."""
+        """Samples of the current batch: the weight of what is logged without `batch_size`."""
         self.entries: list[Logged] = []
         self.objects: dict[str, torchmetrics.Metric] = {}
         self._metrics = metrics
@@ -62,7 +42,7 @@ class LogReader:
         self._shared = 0
 
     def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
-        """Take one value as `LightningModule.log` would: a number, a one-element tensor or a torchmetrics object."""
+        """Log as `LightningModule.log`: a number, a one-element tensor or a torchmetrics object."""
         if isinstance(value, torchmetrics.Metric):
             self.objects[name] = value
             return
@@ -74,7 +54,7 @@ class LogReader:
             self.entries.append(Logged(self.number, name, value.clone(), weight))
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
-        """Take several values at once, also a torchmetrics `MetricCollection`."""
+        """Log as `LightningModule.log_dict`, also a torchmetrics `MetricCollection`."""
         for name, value in dictionary.items():
             self.log(name, value, *args, batch_size=batch_size, **kwargs)
 
@@ -83,38 +63,38 @@ class LogReader:
         return len(self.entries), dict(self.objects)
 
     def restore(self, state: tuple[int, dict[str, torchmetrics.Metric]]) -> None:
-        """Go back to what was logged by then."""
+        """Drop what was logged since."""
         del self.entries[state[0] :]
         self.objects = dict(state[1])
 
     def share(self) -> None:
-        """Let every process know what all have logged since the last time, in the order of the batches."""
+        """Gather what all ranks have logged since the last call, in the order of the batches."""
         if self._processes.world_size == 1:
             return
         own = [entry._replace(value=float(entry.value)) for entry in self.entries[self._shared :]]
         # By identity: metric objects make a new one when they are compared.
         numbers = {id(metric): number for number, metric in enumerate(self._metrics)}
-        if strange := [name for name, metric in self.objects.items() if id(metric) not in numbers]:
-            raise UnlearnError(f"{strange}: the logged metric object is no attribute of the module; make it one")
-        places = {name: numbers[id(metric)] for name, metric in self.objects.items()}
-        found = self._processes.all_gather_object("what is logged", (own, places), each_share=True)
+        if unknown := [name for name, metric in self.objects.items() if id(metric) not in numbers]:
+            raise UnlearnError(f"{unknown}: a logged metric object must be an attribute of the module")
+        objects = {name: numbers[id(metric)] for name, metric in self.objects.items()}
+        found = self._processes.all_gather_object("logged values", (own, objects), each_data_rank=True)
         # As one device would have logged it, so that the sums have the same bits.
         self.entries[self._shared :] = sorted((e for entries, _ in found for e in entries), key=lambda entry: entry.number)
         self._shared = len(self.entries)
-        for _, places in found:
-            self.objects |= {name: self._metrics[place] for name, place in places.items()}
+        for _, objects in found:
+            self.objects |= {name: self._metrics[number] for name, number in objects.items()}
 
     def logged(self) -> list[str]:
-        """The names of what was logged so far."""
+        """Names of what was logged so far."""
         return [*dict.fromkeys(entry.name for entry in self.entries), *self.objects]
 
     def of(self, name: str) -> tuple[list[float], list[int]]:
-        """The values logged under a name, and their weights."""
+        """Values logged under a name, and their weights."""
         found = [entry for entry in self.entries if entry.name == name]
         return [float(entry.value) for entry in found], [entry.weight for entry in found]
 
     def values(self) -> dict[str, float]:
-        """What was logged so far, by name; of several processes, after `share`."""
+        """Means of what was logged so far, by name; over all ranks, after `share`."""
         means = {}
         for name in dict.fromkeys(entry.name for entry in self.entries):
             values, weights = self.of(name)
@@ -123,14 +103,14 @@ class LogReader:
 
 
 def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
-    """A metric object's value over the samples of all processes."""
+    """Compute a metric object's value over the samples of all ranks."""
     if processes.world_size == 1:
         return float(metric.compute())
     own = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
-    updated = processes.all_gather_object("metric objects", [m._update_count > 0 for m in own], each_share=True)
+    updated = processes.all_gather_object("metric objects", [m._update_count > 0 for m in own], each_data_rank=True)
 
     def gather(any_data: Sequence[bool], state: Tensor, group: Any = None) -> list[Tensor]:
-        found = processes.all_gather_object("a metric's state", state.cpu(), each_share=True)
+        found = processes.all_gather_object("state of a metric", state.cpu(), each_data_rank=True)
         return [other.to(state.device) for other, has in zip(found, any_data, strict=True) if has or not any(any_data)]
 
     before = [(m.dist_sync_fn, m.distributed_available_fn, m._to_sync) for m in own]
@@ -138,7 +118,7 @@ def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
         m.dist_sync_fn, m.distributed_available_fn, m._to_sync = partial(gather, any_data), lambda: True, True
         m._computed = None  # one that remembers its value would leave the others waiting
     try:
-        with warnings.catch_warnings():  # torchmetrics doesn't know that other processes have seen samples
+        with warnings.catch_warnings():  # torchmetrics doesn't know that other ranks have seen samples
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             return float(metric.compute())
     finally:
@@ -148,13 +128,11 @@ def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
 
 @contextmanager
 def read_logs(module: nn.Module, processes: Processes | None = None) -> Iterator[LogReader]:
-    """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops.
-
-    Metric objects of the module start empty.
-    """
-    for metric in metrics_in(module):
+    """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops; reset metric objects."""
+    metrics = list(metrics_in(module))
+    for metric in metrics:
         metric.reset()
-    reader = LogReader(list(metrics_in(module)), processes)
+    reader = LogReader(metrics, processes)
     # On the instance, so that the class and every other instance stay as they are.
     own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     vars(module).update(log=reader.log, log_dict=reader.log_dict)
@@ -166,23 +144,7 @@ def read_logs(module: nn.Module, processes: Processes | None = None) -> Iterator
 
 
 class Attempt:
-    """One batch's step, which can be run without consequences.
-
-    Args:
-        module: whose step it is.
-        run: runs it.
-        reader: what it logs to, if to anything.
-
-    Example:
-        >>> net, reader = nn.BatchNorm1d(2), LogReader()
-        >>> step = Attempt(net, lambda: reader.log("loss", 1.0), reader)
-        >>> with step.undone():
-        ...     step()
-        ...     step.seen()
-        [0, 'loss', tensor(1., dtype=torch.float64), 1]
-        >>> step.seen()
-        []
-    """
+    """One batch's step, whose effects on the module and its log can be undone."""
 
     def __init__(self, module: nn.Module, run: Callable[[], Any], reader: LogReader | None = None) -> None:
         self.module = module
@@ -190,12 +152,11 @@ class Attempt:
         self.reader = reader or LogReader()
 
     def __call__(self) -> None:
-        """Run the step."""
         self.run()
 
     @contextmanager
     def undone(self, only_if_it_fails: bool = False) -> Iterator[None]:
-        """What happens inside has not happened afterwards."""
+        """Undo afterwards what happens inside."""
         restore, log = snapshot(self.module), self.reader.state()
         try:
             yield
@@ -208,5 +169,5 @@ class Attempt:
                 self.reader.restore(log)
 
     def seen(self) -> list[Any]:
-        """What was logged so far: values, and the states of metric objects."""
+        """List what was logged so far: values, and the states of metric objects."""
         return tree_leaves([self.reader.entries, [metric.metric_state for metric in metrics_in(self.module)]])

@@ -1,4 +1,4 @@
-"""When is something forgotten, and how much of the rest is lost: the two bounds, for any metric."""
+"""The bounds on forgetting and on the loss of retain performance, for any metric."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from slug_lightning.errors import UnlearnError
 
 LOSS_WORDS = set("loss nll ce bce xent entropy perplexity ppl kl error err mse mae rmse wer cer distance fid".split())  # noqa: SIM905
 SCORE_WORDS = set("acc accuracy score f precision recall auc auroc map iou dice bleu rouge top r psnr ssim match".split())  # noqa: SIM905
-ROUNDING = 1e-6
+TARGET_SLACK = 1e-6
 """An accuracy is a mean in fp32: one in five comes out as 0.20000000298, and is at chance all the same."""
 LIKELIHOOD_DROP = 100.0
-"""A loss counts as forgotten once the data are this many times less likely than before."""
+"""By default, a loss reaches its target once the data are this many times less likely than before."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Metric:
     Attributes:
         name: as logged.
         higher_is_better: True for an accuracy, False for a loss.
-        chance: what a model scores that knows nothing, or None where that cannot be told.
+        chance: score of a model that knows nothing, or None if unknown.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Metric:
     chance: float | None = None
 
     def default_target(self, before: float) -> tuple[float, str]:
-        """Choose when the metric counts as forgotten, if the user did not.
+        """Choose the value from which on the metric counts as forgotten, and say how it came about.
 
         An accuracy: chance. A loss: read as a negative log-likelihood in nats, `before + ln 100`, so that the data
         are a hundred times less likely than before (per sample or token; a perplexity grows a hundredfold), but at
@@ -42,23 +42,11 @@ class Metric:
         while others hold. At ten times, half of a forgotten class's answers were still right in
         tests/test_somebody_elses_module.py; at a hundred, as many as by chance. A loss with an upper bound, such as
         a cosine, never gets there: give `forget_target` for it.
-
-        Returns:
-            The target and how it came about.
-
-        Raises:
-            UnlearnError: if the chance level of an accuracy is not known.
-
-        Example:
-            >>> Metric("accuracy", True, chance=0.1).default_target(0.95)
-            (0.1, 'chance level of accuracy')
-            >>> round(Metric("loss", False).default_target(0.2)[0], 3)
-            4.805
         """
         if self.higher_is_better:
             if self.chance is None:
                 raise UnlearnError(
-                    f"forget_target: the chance level of {self.name!r} is not known; give forget_target=…, or set "
+                    f"forget_target: the chance level of {self.name!r} is unknown; give forget_target=…, or set "
                     "num_classes on the module"
                 )
             return self.chance, f"chance level of {self.name}"
@@ -71,25 +59,12 @@ class Metric:
         return max(floors, key=lambda floor: floor[0])
 
     def reaches(self, value: float, target: float) -> bool:
-        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it.
-
-        Example:
-            >>> import torch
-            >>> Metric("accuracy", True).reaches(torch.tensor([1.0, 0, 0, 0, 0]).mean().item(), 1 / 5)
-            True
-        """
-        slack = ROUNDING * max(1.0, abs(target))
+        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it."""
+        slack = TARGET_SLACK * max(1.0, abs(target))
         return value <= target + slack if self.higher_is_better else value >= target - slack
 
     def loss_of_retain(self, before: float, after: float) -> float:
-        """How much of what is kept was lost: absolute for an accuracy, relative for a loss; below 0 is a gain.
-
-        Example:
-            >>> round(Metric("accuracy", True).loss_of_retain(0.9, 0.88), 3)
-            0.02
-            >>> round(Metric("loss", False).loss_of_retain(2.0, 2.1), 3)
-            0.05
-        """
+        """How much worse a retain metric became: absolute for an accuracy, relative for a loss; below 0 is a gain."""
         if self.higher_is_better:
             return before - after
         return (after - before) / abs(before) if before else after - before
@@ -98,12 +73,7 @@ class Metric:
 def constraint_usage(
     metrics: Mapping[str, Metric], before: Mapping[str, float], after: Mapping[str, float], tolerance: float
 ) -> float:
-    """The worst retain metric's loss as a share of the tolerance: at most 1 where every bound holds.
-
-    Example:
-        >>> round(constraint_usage({"acc": Metric("acc", True)}, {"acc": 0.9}, {"acc": 0.89}, tolerance=0.02), 3)
-        0.5
-    """
+    """The worst retain metric's loss divided by the tolerance: at most 1 where every bound holds."""
     # Equal counts divide to slightly different floats; the slack is far below one sample of any real set.
     slack = 1e-9
     losses = [metric.loss_of_retain(before[name], after[name]) for name, metric in metrics.items()]
@@ -114,11 +84,7 @@ def constraint_usage(
 
 
 def refuse_infinite(kind: str, values: Mapping[str, float]) -> None:
-    """Refuse to go on from a metric that is not a number.
-
-    Raises:
-        UnlearnError: if a value is NaN or infinite.
-    """
+    """Refuse to start from a metric that is NaN or infinite."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise UnlearnError(f"{kind}_metric: {name} is {value} before any edit; look at the {kind} data and the model")
@@ -127,21 +93,10 @@ def refuse_infinite(kind: str, values: Mapping[str, float]) -> None:
 def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
     """Find out which way a metric is better and where chance lies.
 
-    The module's `higher_is_better` (a dict by metric) decides, else what a logged torchmetrics object says of itself,
-    else the words of the name ("val_ce" is a loss, "val_acc" an accuracy). Chance is what the module's `chance`
-    says (a number, or a dict by metric), else 1 / `num_classes` (for a loss its logarithm), read from the metric
+    The module's `higher_is_better` (a dict by metric) decides, else the attribute of a logged torchmetrics object,
+    else the words of the name ("val_ce" is a loss, "val_acc" an accuracy). Chance is the module's `chance`
+    (a number, or a dict by metric), else 1 / `num_classes` (for a loss its logarithm), read from the metric
     object, the module or the module's `hparams`.
-
-    Example:
-        >>> class Net:
-        ...     num_classes = 4
-        >>> describe_metric("val_acc", Net())
-        Metric(name='val_acc', higher_is_better=True, chance=0.25)
-        >>> describe_metric("val_loss", Net()).chance == math.log(4)
-        True
-
-    Raises:
-        UnlearnError: if nothing tells which way is better.
     """
     higher = (getattr(module, "higher_is_better", None) or {}).get(name, getattr(logged, "higher_is_better", None))
     if higher is None:
@@ -149,8 +104,8 @@ def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
         is_loss = not words.isdisjoint(LOSS_WORDS) or "loss" in name.lower() or "error" in name.lower()
         if not is_loss and words.isdisjoint(SCORE_WORDS) and "acc" not in name.lower():
             raise UnlearnError(
-                f"{name}: whether more is better cannot be told from this name; set higher_is_better = {{{name!r}: …}} on "
-                "the module, log a torchmetrics object, or call it a loss or an accuracy"
+                f"{name}: unknown whether higher is better; set higher_is_better = {{{name!r}: …}} on the module, log a "
+                "torchmetrics object, or put 'loss' or 'acc' into the name"
             )
         higher = not is_loss
     declared = getattr(module, "chance", None)

@@ -105,7 +105,7 @@ class Objective:
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
         first = itertools.islice(self._batches(kind, "train"), 1)
-        halves = (IndexedBatch(one.number, _first_half(one.batch), counts=one.number == 0) for one in first)
+        halves = (IndexedBatch(one.batch_idx, _first_half(one.batch), is_real=one.batch_idx == 0) for one in first)
         return self._differentiated(kind, parameters, halves, nullcontext if exact else self.runner.forward_context).tensors
 
     def _differentiated(
@@ -182,7 +182,7 @@ class Objective:
             samples, stopped = self._run_batches(kind, split, reader, record, edited, stop)
             reader.share()
             found = reader.values()
-        samples = sum(self.processes.all_gather_object("samples", samples, each_share=True))
+        samples = sum(self.processes.all_gather_object("samples", samples, each_data_rank=True))
         self.forward_samples += samples
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")

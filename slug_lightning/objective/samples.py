@@ -1,4 +1,4 @@
-"""The same pictures drawn, or talked about, before an edit and after it, side by side."""
+"""Compare what a generator draws, or says about pictures, before an edit and after it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,19 @@ from slug_lightning.utils.random import seed_for_batch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST = 8
-"""Pictures of a gallery: what is readable side by side."""
+MAX_SAMPLES = 8
+"""Pictures of a gallery: what is readable in one row."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Pictures of a generator, or pictures and what is said to them, before and after.
+    """Pictures of a generator, or pictures and answers about them, before and after an edit.
 
     Attributes:
-        titles: what was asked for, one text a picture; or what was said to it before the edit.
+        titles: the prompt of each picture, or the answer before the edit.
         before: uint8 `[n, 3, H, W]`, RGB, n from 1 to 8.
         after: the same of the edited model.
-        said: where the titles are other ones after the edit, as answers are: these.
-
-    Example:
-        >>> grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
-        >>> figure = Gallery(["a cat", "a dog"], grey, grey // 2).figure("To forget: cats")
-        >>> [axes.get_xlabel() for axes in figure.axes]
-        ['', '', 'a cat', 'a dog']
+        said: the titles after the edit, if they differ.
     """
 
     titles: list[str]
@@ -47,13 +41,7 @@ class Gallery:
     said: list[str] | None = None
 
     def figure(self, heading: str) -> Figure:
-        """Two rows of pictures, each picture of the second below the same one of the first, with its title below both.
-
-        Where titles changed, each row has its own.
-
-        Args:
-            heading: over all.
-        """
+        """Draw two rows of pictures, before above after, with the titles below both, or below each row if they changed."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(1.7 * len(self.titles) + 0.5, 4), 4.6), layout="constrained")
@@ -75,24 +63,16 @@ class Gallery:
 
 
 def before_and_after(objective: Objective, kind: Kind, edit: AbstractContextManager[None]) -> Gallery:
-    """Let the module draw from the first batch of report data, as it is and with an edit, from the same random numbers.
+    """Let the module draw from the first batch of the test split, as it is and with an edit, from the same random numbers.
 
-    `gallery_step(batch, batch_idx)` of the module gives pictures `[n, 3, H, W]` in [0, 1] and a title for each; of more than
-    eight the first eight are taken. Every process of a run draws the same ones.
-
-    Args:
-        objective: of a module that defines `gallery_step`, in evaluation mode, with its data and its precision.
-        kind: whether of what is to be forgotten or of what is to be kept.
-        edit: inside, the model is edited.
-
-    Raises:
-        UnlearnError: if the step gives something else.
+    `gallery_step(batch, batch_idx)` of the module returns pictures `[n, 3, H, W]` in [0, 1] and a title for each, of which the
+    first eight are taken. All ranks draw the same ones.
     """
-    # As `First`, so that each process reads the same batch; kept, as a loader may serve another one the next time.
-    (turn,) = objective.runner.batches(First(objective.loaders[kind]["test"], 1))
-    before, titles = _drawn(objective, turn.batch)
+    # As `First`, so that every rank reads the same batch; read once, as a loader may serve another one the next time.
+    (indexed,) = objective.runner.batches(First(objective.loaders[kind]["test"], 1))
+    before, titles = _drawn(objective, indexed.batch)
     with edit:
-        after, said = _drawn(objective, turn.batch)
+        after, said = _drawn(objective, indexed.batch)
     return Gallery(titles, before, after, None if said == titles else said)
 
 
@@ -104,8 +84,8 @@ def _drawn(objective: Objective, batch: Any) -> tuple[Tensor, list[str]]:
         pictures, titles = call_step(module.gallery_step, batch, 0)
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not 0 < len(pictures) == len(titles):
         raise UnlearnError(
-            f"gallery_step: it gives pictures {list(pictures.shape)} and {len(titles)} titles; give pictures [n, 3, H, W], at "
-            "least one, and a title for each"
+            f"gallery_step must return pictures [n, 3, H, W], at least one, and a title for each, got {list(pictures.shape)} and "
+            f"{len(titles)} titles"
         )
-    bright = pictures[:MOST].float().nan_to_num(0).clamp(0, 1)  # what an edit has broken may hold anything
-    return (bright * 255).round().to("cpu", torch.uint8), list(titles[:MOST])
+    bright = pictures[:MAX_SAMPLES].float().nan_to_num(0).clamp(0, 1)  # what an edit has broken may hold anything
+    return (bright * 255).round().to("cpu", torch.uint8), list(titles[:MAX_SAMPLES])

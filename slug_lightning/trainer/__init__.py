@@ -1,1 +1,1 @@
-"""What knows Lightning's Trainer, below the callbacks."""
+"""Helpers of the callbacks that need Lightning's Trainer."""

@@ -1,4 +1,4 @@
-"""What else is in the Trainer: what would undo the edit, what must learn of it, where its files go."""
+"""Callbacks and loggers of the Trainer: what would undo the edit, what must save it, where files go."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
 def refuse_surroundings(trainer: Any) -> None:
-    """Refuse what would leave out the edit, or write over it, before anything is computed.
+    """Refuse limits that end the fit before the edit or train over it, and callbacks that average weights.
 
-    Raises:
-        UnlearnError: for limits that end the fit too early or too late, and callbacks that average weights: they write an
-            average, from a copy that was made before the edit, over it when the fit ends.
+    Those write an average, from a copy that was made before the edit, over it when the fit ends.
     """
     for callback in trainer.callbacks:
         # By name: a callback may come from the `pytorch_lightning` package.
         if AVERAGES & {kind.__name__ for kind in type(callback).__mro__}:
             raise UnlearnError(
-                f"Trainer(callbacks=…): {type(callback).__name__}'s weight averaging would put an average over the edit that "
-                "nobody has measured; leave it out, and forget in a fit of its own when the averaging is done"
+                f"Trainer(callbacks=…): {type(callback).__name__}'s weight averaging would overwrite the edit with an average "
+                "that was not measured; leave it out, and unlearn in a separate fit after the averaging"
             )
     if trainer.min_epochs or trainer.min_steps:
         raise UnlearnError("Trainer(min_epochs=…, min_steps=…): they would train over the edit; leave them out")
@@ -35,23 +33,23 @@ def refuse_surroundings(trainer: Any) -> None:
         )
     if trainer.precision == "16-true":
         rank_zero_warn(
-            "Trainer(precision='16-true'): losses and gradients easily leave float16's range, and become 0 or infinite; use "
-            "'bf16-mixed', or 'bf16-true' where weights must be short",
+            "Trainer(precision='16-true'): losses and gradients easily underflow or overflow float16; use 'bf16-mixed', or "
+            "'bf16-true' to save memory",
             stacklevel=3,
         )
 
 
 def outdate_checkpoints(trainer: Trainer) -> None:
-    """Let each ModelCheckpoint save anew: what it has saved so far, in the training before, is not the edited model.
+    """Let each ModelCheckpoint save again: what it saved in the training before is not the edited model.
 
-    Those with `save_last` do so when the fit ends, even without a batch, unless they think that they have saved already.
+    Those with `save_last` do so when the fit ends, even without a batch, unless they believe that they have saved already.
     """
     for checkpoint in trainer.checkpoint_callbacks:
         vars(checkpoint).update(_last_checkpoint_saved="", _last_global_step_saved=0)
 
 
 def folder_of(trainer: Any) -> str | None:
-    """The folder of the first logger's run, or None without a logger, or with one that writes nothing."""
+    """The folder of the first logger's run; None without a logger, or with one that writes nothing."""
     if not trainer.loggers or trainer.fast_dev_run:
         return None
     logger = trainer.loggers[0]

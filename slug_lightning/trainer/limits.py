@@ -1,4 +1,4 @@
-"""Read no more than the Trainer's debugging flags allow."""
+"""Apply the Trainer's debugging flags to the loaders of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ _USES: dict[Split, str] = {"train": "gradients", "val": "search", "test": "repor
 
 
 def as_trainer_limits(loaders: UnlearnLoaders, trainer: pl.Trainer) -> UnlearnLoaders:
-    """Read no more batches than the trainer's debugging flags allow, and say so in the notes.
+    """Limit loaders as the trainer's debugging flags do, and say so in the notes.
 
-    `limit_train_batches` bounds the gradient's passes, `limit_val_batches` the search's, `limit_test_batches` the report's;
-    `overfit_batches` and `fast_dev_run` as Lightning takes them. A limit of 0 leaves out a loop of Lightning's, but there is
-    no forgetting without search and report: these read the whole set then.
-
-    Args:
-        loaders: of a run.
-        trainer: whose limits count.
-
-    Raises:
-        UnlearnError: if a limit is a share of a loader whose length is not known.
+    `limit_train_batches` bounds the gradients' passes, `limit_val_batches` the search's, `limit_test_batches` the report's;
+    `overfit_batches` and `fast_dev_run` as Lightning takes them. A limit of 0 leaves out a loop of Lightning's, but
+    unlearning needs search and report: these read the whole set then.
     """
     limited = UnlearnLoaders({name: {} for name in loaders.forget}, {}, list(loaders.notes))
     for split in SPLITS:
@@ -36,48 +29,38 @@ def as_trainer_limits(loaders: UnlearnLoaders, trainer: pl.Trainer) -> UnlearnLo
         for concept, parts in loaders.forget.items():
             kind = labelled("forget", concept if len(loaders.forget) > 1 else None)
             limited.forget[concept][split] = _first(kind, parts[split], name, limit)
-            sizes[concept] = _told(limited.forget[concept][split], parts[split], "forget")
+            sizes[concept] = f"{_count(limited.forget[concept][split])} of {_count(parts[split])} forget batches"
         limited.retain[split] = _first("retain", loaders.retain[split], name, limit)
         each = " of each concept" if len(sizes) > 1 else ""
         told = " or ".join(sentence for _, sentence in grouped(sizes)) + each
-        told += f" and {_told(limited.retain[split], loaders.retain[split], 'retain')}"
+        told += f" and {_count(limited.retain[split])} of {_count(loaders.retain[split])} retain batches"
         if limit == 0:
-            limited.notes.append(f"{name}=0: no {split} loop of Lightning's, but the {_USES[split]} read the whole sets")
-        elif not _is_whole(limit):
+            limited.notes.append(f"{name}=0 skips Lightning's {split} loop, but the {_USES[split]} read the whole sets")
+        elif limit is not None:
             limited.notes.append(f"{name}={limit}: the {_USES[split]} read {told}")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        limited.notes.append("fast_dev_run: so few batches say nothing about the model")
+        limited.notes.append("fast_dev_run: results of so few batches say nothing about the model")
     return limited
 
 
-def _limit(trainer: Any, split: Split) -> tuple[str, int | float]:
-    """The limit of one split, under the name of the argument that it was given by."""
+def _limit(trainer: Any, split: Split) -> tuple[str, int | float | None]:
+    """The limit of one split, None for 1.0, which is everything, and the name of the argument that it was given by."""
     limit = getattr(trainer, f"limit_{split}_batches")
+    limit = None if isinstance(limit, float) and limit == 1.0 else limit
     if trainer.overfit_batches and split != "test":
         return "overfit_batches", limit
     return "fast_dev_run" if trainer.fast_dev_run else f"limit_{split}_batches", limit
 
 
-def _is_whole(limit: int | float) -> bool:
-    """Whether a limit is none: 1.0 is everything, and 1 a single batch."""
-    return isinstance(limit, float) and limit == 1.0
-
-
-def _first(kind: str, batches: Batches, name: str, limit: int | float) -> Batches:
+def _first(kind: str, batches: Batches, name: str, limit: int | float | None) -> Batches:
     """As many batches as a limit allows, but at least one."""
-    if limit == 0 or _is_whole(limit):
+    if not limit:
         return batches
     if isinstance(limit, int) or limit > 1:
         return First(batches, int(limit))
     if (total := sized_len(batches)) is None:
-        raise UnlearnError(
-            f"Trainer({name}={limit}): the length of the {kind} loader is not known; give {name} as a number of batches (int)"
-        )
+        raise UnlearnError(f"Trainer({name}={limit}): the {kind} loader has no length; give {name} as a number of batches (int)")
     return First(batches, max(1, int(total * limit)))
-
-
-def _told(limited: Batches, batches: Batches, kind: str) -> str:
-    return f"{_count(limited)} of {_count(batches)} {kind} batches"
 
 
 def _count(batches: Batches) -> str:

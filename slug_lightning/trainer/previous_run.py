@@ -16,19 +16,14 @@ from slug_lightning.utils.modules import unwrap_model
 
 @dataclass(frozen=True)
 class PreviousRun:
-    """An edit that was made before: in the last fit, or in the one that wrote the checkpoint.
-
-    Attributes:
-        report: of it.
-        request: what was asked for, as plain data.
-        data: a fingerprint of the forget data; None in checkpoints of earlier versions.
-        weights: a digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along.
-    """
+    """Report and request of an earlier edit: of the last fit, or of the one that wrote the checkpoint."""
 
     report: Union[UnlearnReport, JointReport]
     request: dict[str, Any]
     data: Optional[str]
+    """Fingerprint of the forget set; None in checkpoints of earlier versions."""
     weights: Optional[str] = None
+    """Digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along."""
 
     def is_same_request(self, request: dict[str, Any]) -> bool:
         """Whether the same is asked for now; version 0.1 recorded less, by other names."""
@@ -40,6 +35,6 @@ class PreviousRun:
 
 
 def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:
-    """Tells the edited tensors' content; of a module that has no such tensors, nothing that an edit could have led to."""
+    """Digest the tensors that a report says were edited, as far as the module has them."""
     named = plain_parameters(unwrap_model(module))
     return digest_of({name: p for name, p in named.items() if name in report.tensors}, "")

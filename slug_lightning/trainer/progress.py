@@ -1,4 +1,4 @@
-"""Show how far a run is where the Trainer shows it."""
+"""Progress in the kind of bar that the Trainer shows."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from slug_lightning.utils.progress import Progress
 
 
 def progress_of(trainer: Any) -> Progress:
-    """In the first of several processes, the kind of the trainer's bar."""
+    """The trainer's kind of bar, on rank 0."""
     return Progress(trainer.progress_bar_callback if trainer.is_global_zero else None)

@@ -1,4 +1,4 @@
-"""Brings a report from the processes that a launcher forks back to the one that called it."""
+"""Bring a report back from the processes that a launcher forks or spawns."""
 
 from __future__ import annotations
 
@@ -13,39 +13,32 @@ from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.run_files import PATCH, REPORT, patch_of
 from slug_lightning.reports.several import JointReport, report_from_json
 from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.trainer.run_folder import save_patches
 from slug_lightning.utils.files import atomic_write
 
 
 class ReportTransfer:
-    """A place in the temporary folder that is known before the processes part.
+    """A temporary folder whose name is chosen before the processes are started.
 
     With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, Lightning gives the calling process the weights, but no callback's state.
-
-    Example:
-        >>> ReportTransfer().fetch() is None
-        True
     """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.gettempdir()) / f"slug-lightning-{uuid.uuid4().hex}"
 
     def leave(self, report: Union[UnlearnReport, JointReport], strategy: Any) -> None:
-        """Leave a report, if this process was forked."""
+        """Write a report, if a launcher has started this process."""
         launcher = getattr(strategy, "launcher", None)
         if not any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__):
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700)
-        if report.patch is not None:
-            report.patch.save(self.folder / PATCH)
-            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
-                assert single.patch is not None
-                single.patch.save(patch_of(self.folder, name))
+        save_patches(self.folder, report)
         with atomic_write(self.folder / REPORT) as part:
             part.write_text(json.dumps(report.to_dict()))  # not by `to_json`, which knows no infinity
 
     def fetch(self) -> Union[UnlearnReport, JointReport, None]:
-        """Take out what was left, or None."""
+        """Read and remove the report, if there is one."""
         if not (self.folder / REPORT).exists():
             return None
         report = report_from_json(self.folder / REPORT)

@@ -1,4 +1,4 @@
-"""The folder of a run: what stays on disk, and that nothing in it is overwritten."""
+"""Write the folder of a run."""
 
 from __future__ import annotations
 
@@ -27,36 +27,56 @@ from slug_lightning.utils.modules import unwrap_model
 def save_run(
     folder: Path, report: UnlearnReport | JointReport, trainer: Trainer, module: LightningModule, processes: Processes
 ) -> None:
-    """Write report and figures, and where something was unlearned the patch, the checkpoint and the plain weights.
+    """Write report and figures, and after an edit the patch, the checkpoint and the plain weights; all ranks call it.
 
-    Of several concepts, each has a patch of its own, too. The plain weights are those of the wrapped model, under its own
+    Each of several concepts also has a patch of its own. The plain weights are those of the wrapped model, under its own
     names, so that its library loads them; where the module has a `save_pretrained(folder)`, that writes them, to `model`. Each
-    file is there whole or not at all, and the report comes last: a folder with a report is whole.
-
-    Args:
-        folder: where to.
-        report: of the run.
-        trainer: writes the checkpoint in its own format.
-        module: holds the edited model.
-        processes: of which the first writes; the others help to gather what is sharded.
+    file is written atomically, and the report comes last: a folder with a report is complete.
     """
     by_itself = _saves_itself(module)
     weights = _first_names(unwrap_model(module), keep=processes.is_first) if report.patch is not None and not by_itself else {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        if report.patch is not None:
-            report.patch.save(folder / PATCH)
-            for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
-                assert single.patch is not None
-                single.patch.save(patch_of(folder, name))
-            if by_itself:
-                _save_pretrained(folder, module)
-            else:
-                with atomic_write(folder / WEIGHTS) as part:
-                    save_file(weights, part)
-        _save_figures(folder, report)
-    processes.all_gather_object("files", None)
+        save_patches(folder, report)
+        if report.patch is not None and by_itself:
+            _save_pretrained(folder, module)
+        elif report.patch is not None:
+            with atomic_write(folder / WEIGHTS) as part:
+                save_file(weights, part)
+    _finish(folder, report, trainer, processes, report.patch is not None)
+
+
+def save_patches(folder: Path, report: UnlearnReport | JointReport) -> None:
+    """Write the patch, if there is one, and that of each of several concepts."""
     if report.patch is not None:
+        report.patch.save(folder / PATCH)
+        for name, single in report.unlearned.items() if isinstance(report, JointReport) else ():
+            assert single.patch is not None
+            single.patch.save(patch_of(folder, name))
+
+
+def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes) -> None:
+    """Write report, figures, checkpoint, and the model as transformers loads it; all ranks call it."""
+    model: Any = module.model
+    state = _gathered(model.state_dict(), keep=processes.is_first)
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder / MODEL, state_dict=state)
+        module.tokenizer.save_pretrained(folder / MODEL)
+    _finish(folder, report, trainer, processes, True)
+
+
+def _finish(
+    folder: Path, report: UnlearnReport | JointReport | PassagesReport, trainer: Trainer, processes: Processes, edited: bool
+) -> None:
+    """Write figures, the checkpoint of an edited model, and at last the report."""
+    if processes.is_first:
+        for name, figure in report.figures().items():
+            (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / FIGURES / f"{name}.png") as part:
+                figure.savefig(part, dpi=150, format="png")
+    processes.all_gather_object("files", None)
+    if edited:
         with processes.elsewhere():  # the Trainer has its own ways to wait for the others
             trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
     if processes.is_first:
@@ -65,7 +85,7 @@ def save_run(
 
 
 def _saves_itself(module: LightningModule) -> bool:
-    """Whether a module knows how its library wants its weights; of a sharded one, no process has them to write."""
+    """Whether a module can write the weights as its library loads them; of a sharded one, no rank has them all."""
     return hasattr(module, "save_pretrained") and not any(isinstance(p, DTensor) for p in module.parameters())
 
 
@@ -78,44 +98,10 @@ def _save_pretrained(folder: Path, module: Any) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_passages(folder: Path, report: PassagesReport, trainer: Trainer, module: CausalLMModule, processes: Processes) -> None:
-    """Write what a run over passages leaves: report, figures, checkpoint, and the model as transformers loads it.
-
-    Args:
-        folder: where to.
-        report: of the run.
-        trainer: writes the checkpoint in its own format.
-        module: holds the trained model and its tokenizer.
-        processes: of which the first writes; the others help to gather what is sharded.
-    """
-    model: Any = module.model
-    state = _gathered(model.state_dict(), keep=processes.is_first)
-    if processes.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder / MODEL, state_dict=state)
-        module.tokenizer.save_pretrained(folder / MODEL)
-        _save_figures(folder, report)
-    processes.all_gather_object("files", None)
-    with processes.elsewhere():
-        trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
-    if processes.is_first:
-        with atomic_write(folder / REPORT) as part:
-            report.to_json(part)
-
-
-def _save_figures(folder: Path, report: UnlearnReport | JointReport | PassagesReport) -> None:
-    for name, figure in report.figures().items():
-        (folder / FIGURES / name).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / FIGURES / f"{name}.png") as part:
-            figure.savefig(part, dpi=150, format="png")
-
-
 def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """A model's tensors, whole, tied ones once, under the name that stands first: the one that patches use.
+    """Gather a model's tensors, tied ones once, under the name that stands first: the one that patches use.
 
-    Args:
-        model: sharded or not.
-        keep: whether this process wants them, or only helps to gather what is sharded, one after the other.
+    Unless `keep`, this rank only helps to gather what is sharded, one tensor after the other.
     """
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[object, str] = {}
@@ -126,7 +112,7 @@ def _first_names(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def _gathered(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors, whole and on the host, by their plain names; `keep` as in `_first_names`."""
+    """Gather tensors on the host, by their plain names; `keep` as in `_first_names`."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         gathered = whole(tensor)
@@ -136,7 +122,7 @@ def _gathered(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _identity(tensor: Tensor) -> object:
-    """The same for names of one memory; a shard may be empty, and has none of its own."""
+    """The same for names of one memory, which an empty shard does not have."""
     if isinstance(tensor, DTensor) or tensor.numel() == 0:
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape)

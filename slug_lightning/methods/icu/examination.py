@@ -51,7 +51,7 @@ class Examiner:
         self.batch_size = batch_size
         self.progress = progress
         # All ranks run a sharded model together: each examines all passages.
-        self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.share, self.processes.shares)
+        self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.data_rank, self.processes.data_world_size)
 
     def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
         """Complete each passage, of token ids `[T]`, and measure it; `prefixes` as in `slug_lightning.lm.criteria.gather`."""

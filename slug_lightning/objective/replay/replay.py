@@ -1,8 +1,7 @@
-"""Forward again only what the edit can change.
+"""Evaluate an edited model by computing only what the edit can change.
 
-An evaluation of an edited model differs from one of the original only behind the edited tensor. While the original is
-evaluated, `trace.Trace` finds out which module calls depend on which layer; of the calls that do not, `Replay` keeps the
-outputs that other code reads, and gives them back in later evaluations instead of computing them.
+While the original is evaluated, `trace.Trace` finds out which module calls depend on which layer. Of the calls that do not,
+`Replay` keeps the outputs that other code reads, and returns them in later evaluations instead of computing them.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from slug_lightning.objective.log_capture import Attempt
-from slug_lightning.objective.replay.trace import ROOT, Output, Places, Plan, Trace
+from slug_lightning.objective.replay.trace import ROOT, ModuleCalls, Output, OutputAt, SkipPlan, Trace
 from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.digests import UNCHANGEABLE, fingerprint
 from slug_lightning.tensors.layers import Layer
 
 SHARE = 0.25
-"""Of the memory that is free when a run starts, so much may hold recorded outputs."""
+"""Of the memory that is free when a run starts, the part that may hold recorded outputs."""
 CPU = torch.device("cpu")
 
 
@@ -32,17 +31,7 @@ class NotKept(RuntimeError):
 
 
 class Absent(Tensor):
-    """Stands for an output that nobody reads: it has a shape and a dtype, and no values.
-
-    Example:
-        >>> absent = Absent(torch.zeros(2, 3))
-        >>> absent.shape
-        torch.Size([2, 3])
-        >>> absent + 1
-        Traceback (most recent call last):
-        ...
-        slug_lightning.objective.replay.replay.NotKept: aten.add.Tensor reads an output that was not kept
-    """
+    """Stands for an output that nobody reads: it has a shape and a dtype, and no values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     touched = False
@@ -60,64 +49,41 @@ class Absent(Tensor):
 
 @dataclass
 class _Recorded:
-    """One batch of one pass.
-
-    Attributes:
-        fingerprint: of the batch.
-        plans: by layer.
-        outputs: by place, with `Absent` for every tensor.
-        kept: the tensors that are kept, by place and position.
-    """
+    """One batch of one pass."""
 
     fingerprint: list[Any]
-    plans: dict[str, Plan]
+    plans: dict[str, SkipPlan]
+    """By layer."""
     outputs: dict[int, Output] = field(default_factory=dict)
-    kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By call, with `Absent` for every tensor."""
+    kept: dict[OutputAt, Tensor] = field(default_factory=dict)
 
     def take(self, trace: Trace) -> None:
         """Take over what the skipped calls returned; of what is not kept only the shape."""
         held = _storages(self.kept.values())
-        for place in {place for plan in self.plans.values() for place in plan.skipped}:
-            leaves, structure = trace.outputs[place]
+        for call in {call for plan in self.plans.values() for call in plan.skipped}:
+            leaves, structure = trace.outputs[call]
             for position, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in held:
-                    self.kept.setdefault((place, position), leaf)  # costs nothing, as its memory is held anyway
-            self.outputs[place] = Output([Absent(v) if isinstance(v, Tensor) else v for v in leaves], structure)
+                    self.kept.setdefault((call, position), leaf)  # costs nothing, as its memory is held anyway
+            self.outputs[call] = Output([Absent(v) if isinstance(v, Tensor) else v for v in leaves], structure)
 
 
 class Replay:
-    """Evaluates edits of single layers, and computes only what depends on the layer.
+    """Evaluates edits of single layers by computing only what depends on the layer.
 
-    Exact: what is given back was computed by the same code in the same mode, and the first batch of every layer is
-    computed both ways and compared to the last bit. Where they differ, or where it cannot be told what depends on what,
-    everything is computed, and `notes()` says so. Apart from the edited layer the weights must be as they were while
-    recording.
+    Exact: what is returned was computed by the same code in the same mode, and the first batch of every layer is
+    computed both ways and compared to the last bit. Where they differ, or where dependencies cannot be found, everything is
+    computed, and `notes()` says so. All weights but the edited layer's must be as they were while recording.
 
-    Bounded: what exceeds the budget of the device goes to the host, and what exceeds the host's is computed again.
-
-    Args:
-        module: the whole module whose steps are run.
-        layers: candidates.
-        budget: bytes that may be kept on the device, and again on the host if that is another; None for a quarter of
-            what is free.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
-        >>> replay, x, seen = Replay(net, [Layer("2.weight", {"2.weight": net[2].weight})]), torch.ones(1, 2), []
-        >>> step = Attempt(net, lambda: seen.append(net(x)))
-        >>> with torch.no_grad():
-        ...     replay.record(("step", "val"), 0, x, step, ["2.weight"])
-        ...     _ = net[2].weight.mul_(2)
-        ...     for _ in range(2):  # once with the check, once without
-        ...         replay.evaluate(("step", "val"), 0, x, step, "2.weight")
-        >>> replay.skipped_calls, torch.equal(seen[-1], net(x))
-        (4, True)
+    Bounded: what exceeds the budget of the device goes to the host, and what exceeds the host's is computed again. The
+    budget is in bytes, on the device and again on the host; by default a quarter of what is free.
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[Layer], budget: int | None = None) -> None:
         self.layers = {layer.name: number for number, layer in enumerate(layers)}
         self.candidates = list(layers)
-        self.places = Places(module)
+        self.calls = ModuleCalls(module)
         self.batches: dict[tuple[str, ...], dict[int, _Recorded]] = {}
         self.device = next(iter(module.parameters())).device
         self.budget = {where: int(SHARE * _free(where)) if budget is None else budget for where in (self.device, CPU)}
@@ -125,12 +91,12 @@ class Replay:
         self.most_held = 0
         self.skipped_calls = 0
         self.over_budget = 0
-        """Batches that were computed whole, since there was no room for what would have spared it."""
+        """Batches that were computed whole for want of memory."""
         self._before: Trace | None = None
         self._checked: set[tuple[str, str]] = set()
         compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
         # What is inside a compiled module must not see a wrapper, so that nothing is intercepted.
-        reason = "a part of the module is compiled, and cannot be followed with the bits it has when it is not"
+        reason = "a part of the module is compiled, and cannot be traced without changing its bits"
         self._refused: dict[str, str] = dict.fromkeys(self.layers, reason) if compiled else {}
 
     def run(
@@ -155,24 +121,19 @@ class Replay:
     def record(self, where: tuple[str, ...], number: int, batch: Any, step: Attempt, layers: Sequence[str]) -> None:
         """Run a batch with the original weights, and keep what evaluations of these layers read.
 
-        Args:
-            where: names the program that runs, then the pass over the data.
-            number: of the batch in it.
-            batch: the batch; another one of the same number is told from it by its content.
-            step: runs it.
-            layers: names of the layers that will be evaluated.
+        `where` names the step that runs, then the pass over the data, and `number` the batch in it.
         """
         if all(layer in self._refused for layer in layers):
             step()
             return
-        trace = Trace(self.places, self.candidates, self._before if self.batches.get(where) else None)
+        trace = Trace(self.calls, self.candidates, self._before if self.batches.get(where) else None)
         try:
             found = fingerprint(batch)  # first, as a step may write into its batch
             with step.undone(only_if_it_fails=True):
                 trace.run(step)
         except Exception as error:  # if it was not the trace's fault, the plain run fails too
             step()
-            self._refused.update(dict.fromkeys(layers, f"what depends on what could not be followed ({error})"))
+            self._refused.update(dict.fromkeys(layers, f"dependencies could not be traced ({error})"))
             return
         self._before = trace
         plans = {name: trace.plan(self.layers[name]) for name in layers}
@@ -181,17 +142,17 @@ class Replay:
         for plan in sorted(plans.values(), key=lambda plan: sum(_storages(trace.kept_by(plan).values()).values())):
             self._keep(recorded, {at: t for at, t in trace.kept_by(plan).items() if at not in recorded.kept})
         recorded.take(trace)
-        for place, position in trace.let_go(_storages(recorded.kept.values())):
+        for call, position in trace.release(_storages(recorded.kept.values())):
             for name, plan in plans.items():
-                if place in plan.skipped and (place, position) not in recorded.kept:
-                    plans[name] = Plan(reason=f"an output of {self.places.names[place]} is remembered beyond its batch")
+                if call in plan.skipped and (call, position) not in recorded.kept:
+                    plans[name] = SkipPlan(reason=f"an output of {self.calls.names[call]} is remembered beyond its batch")
 
     def forget(self) -> None:
         """Drop what was kept."""
         self.batches.clear()
         self.held = dict.fromkeys(self.budget, 0)
 
-    def _keep(self, recorded: _Recorded, outputs: dict[tuple[int, int], Tensor]) -> None:
+    def _keep(self, recorded: _Recorded, outputs: dict[OutputAt, Tensor]) -> None:
         """Keep the outputs that a plan reads, all of them or none."""
         needed = sum(_storages(outputs.values()).values())
         for device in self.budget:
@@ -204,102 +165,81 @@ class Replay:
     # ---- an edit
 
     def evaluate(self, where: tuple[str, ...], number: int, batch: Any, step: Attempt, layer: str) -> None:
-        """Run a batch with one layer edited, as far as that layer matters.
-
-        Args:
-            where: pass, as recorded.
-            number: of the batch.
-            batch: the batch.
-            step: runs it.
-            layer: name of the edited layer.
-        """
+        """Run a batch with one layer edited; the arguments are as in `record`."""
         recorded = self.batches.get(where, {}).get(number)
         plan = recorded.plans.get(layer) if recorded else None
         if recorded is None or plan is None or layer in self._refused:
             step()
-        elif plan.reason:
-            self._refused[layer] = plan.reason
-            step()
         elif not plan.skipped:
+            if plan.reason:
+                self._refused[layer] = plan.reason
             step()
         elif not plan.kept <= recorded.kept.keys():
             self.over_budget += 1
             step()
         elif not _is_same_batch(recorded.fingerprint, batch):
-            self._refused[layer] = "the loader serves other batches, or in another order, in every pass"
+            self._refused[layer] = "the loader serves other batches, or another order, in every pass"
             step()
-        elif (where[0], layer) not in self._checked:
-            self._checked.add((where[0], layer))
-            self._check(recorded, plan, step, layer)
-        else:
-            try:
-                with step.undone(only_if_it_fails=True):
-                    self._run(recorded, plan, step)
-            except Exception as error:  # if it was not the replay's fault, the plain run fails too
-                self._refused[layer] = str(error) or type(error).__name__
-                step()
+        elif problem := self._replay(recorded, plan, step, (where[0], layer)):
+            self._refused[layer] = problem
 
-    def _check(self, recorded: _Recorded, plan: Plan, step: Attempt, layer: str) -> None:
-        """Run a batch both ways; the plain run is what counts."""
+    def _replay(self, recorded: _Recorded, plan: SkipPlan, step: Attempt, name: tuple[str, str]) -> str | None:
+        """Run a batch by a plan, the first one of a name also whole; return why the plan cannot be trusted, or None."""
+        is_checked = name in self._checked
+        self._checked.add(name)
         problem = None
-        replayed: dict[tuple[int, int], Any] = {}
+        replayed: dict[OutputAt, Any] = {}
         seen: list[Any] = []
         try:
-            with step.undone():
+            with step.undone(only_if_it_fails=is_checked):
                 replayed = self._run(recorded, plan, step)
-                seen = step.seen()
+                seen = [] if is_checked else step.seen()
         except Exception as error:  # if it was not the replay's fault, the plain run fails too
             problem = str(error) or type(error).__name__
-        unchanged: list[bool] = []
-        computed = self._run(recorded, Plan(), step, plan.kept, unchanged)
-        if problem is None:
+        if is_checked and problem:
+            step()
+        elif not is_checked:
+            unchanged: list[bool] = []
+            computed = self._run(recorded, SkipPlan(), step, plan.kept, unchanged)
             # What nobody reads has no values in one of the two.
             both = [at for at, leaf in replayed.items() if not isinstance(leaf, Absent)]
             ours, others = [*seen, *map(replayed.get, both)], [*step.seen(), *map(computed.get, both)]
-            if not all(unchanged) or not _same(ours, others):
-                problem = "spared of calls, it gives other bits than a plain evaluation (a fused kernel?)"
-        if problem:
-            self._refused[layer] = problem
+            if problem is None and not (all(unchanged) and len(ours) == len(others) and all(map(_is_same, ours, others))):
+                problem = "with calls skipped, it gives other bits than a plain evaluation (a fused kernel?)"
+        return problem
 
     def _run(
-        self,
-        recorded: _Recorded,
-        plan: Plan,
-        step: Attempt,
-        watched: Collection[tuple[int, int]] = (),
-        unchanged: list[bool] | None = None,
-    ) -> dict[tuple[int, int], Any]:
-        """Run a batch by a plan, and give the outputs of the outermost calls that were computed.
+        self, recorded: _Recorded, plan: SkipPlan, step: Attempt, watched: Collection[OutputAt] = (), unchanged: Any = None
+    ) -> dict[OutputAt, Any]:
+        """Run a batch by a plan, and return the outputs of the outermost calls that were computed.
 
-        Of those that are `watched`, `unchanged` gets whether they are what was kept.
-
-        Raises:
-            NotKept: if something has read an output that is absent, even if the module has caught that.
+        To the list `unchanged` it appends, for each of the `watched` outputs, whether it is what was kept. Raises `NotKept`
+        if something has read an output that is absent, even if the module has caught that.
         """
-        found: dict[tuple[int, int], Any] = {}
+        found: dict[OutputAt, Any] = {}
         versions = {at: _version(kept) for at, kept in recorded.kept.items()}
 
-        def visit(place: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-            if place in plan.skipped:
+        def visit(call: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+            if call in plan.skipped:
                 self.skipped_calls += 1
-                leaves = list(recorded.outputs[place].leaves)
+                leaves = list(recorded.outputs[call].leaves)
                 for position in range(len(leaves)):
-                    at = place, position
+                    at = call, position
                     if at in recorded.kept:
                         lent = _moved(recorded.kept[at], self.device)
                         leaves[position] = lent.clone() if at in plan.changed else lent
                 # A container of its own: callers may write into it.
-                return tree_unflatten(leaves, recorded.outputs[place].structure)
+                return tree_unflatten(leaves, recorded.outputs[call].structure)
             out = forward(*args, **kwargs)
             for position, leaf in enumerate(tree_leaves(out)):
-                if self.places.parents[place] == ROOT:
-                    found[place, position] = leaf
-                if unchanged is not None and (place, position) in watched:
-                    unchanged.append(bitwise_equal(recorded.kept[place, position], leaf))
+                if self.calls.parents[call] == ROOT:
+                    found[call, position] = leaf
+                if unchanged is not None and (call, position) in watched:
+                    unchanged.append(bitwise_equal(recorded.kept[call, position], leaf))
             return out
 
         Absent.touched = False
-        with self.places.intercepted(visit):
+        with self.calls.intercepted(visit):
             step()
         if Absent.touched:
             raise NotKept("an output that was not kept was read")
@@ -308,7 +248,7 @@ class Replay:
         return found
 
     def report(self) -> dict[str, Any]:
-        """Plain data: the budget, the most that was held of it, how many calls were spared, how many batches were not."""
+        """Report the budget, the most that was held of it, and how many calls were skipped, as plain data."""
         return {
             "budget_bytes": sum(self.budget.values()),
             "most_held_bytes": self.most_held,
@@ -317,10 +257,11 @@ class Replay:
         }
 
     def notes(self) -> list[str]:
-        """Sentences for the report: which layers were evaluated whole, and why."""
-        reasons = dict.fromkeys(self._refused.values())
-        layers = {reason: [layer for layer, its in self._refused.items() if its == reason] for reason in reasons}
-        notes = [f"replay: {', '.join(layers[reason])} computed whole in every evaluation: {reason}" for reason in reasons]
+        """Say which layers were evaluated whole, and why."""
+        layers: dict[str, list[str]] = {}
+        for layer, reason in self._refused.items():
+            layers.setdefault(reason, []).append(layer)
+        notes = [f"replay: {', '.join(names)} computed whole in every evaluation: {reason}" for reason, names in layers.items()]
         if self.over_budget:
             notes.append(f"replay: {self.over_budget} batches computed whole, as replay_budget was used up")
         return notes
@@ -356,14 +297,8 @@ def _is_same_batch(before: list[Any], batch: Any) -> bool:
         return False
 
 
-def _same(ours: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two lists hold the same, tensors to the last bit; objects of unknown kinds are not looked into."""
-    if len(ours) != len(others):
-        return False
-    for a, b in zip(ours, others, strict=True):
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if not bitwise_equal(a, b):
-                return False
-        elif isinstance(a, UNCHANGEABLE) and isinstance(b, UNCHANGEABLE) and repr(a) != repr(b):
-            return False
-    return True
+def _is_same(a: Any, b: Any) -> bool:
+    """Compare two leaves, tensors to the last bit; objects of unknown kinds are not looked into."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return bitwise_equal(a, b)
+    return not (isinstance(a, UNCHANGEABLE) and isinstance(b, UNCHANGEABLE)) or repr(a) == repr(b)

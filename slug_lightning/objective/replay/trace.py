@@ -22,61 +22,62 @@ from slug_lightning.tensors.digests import UNCHANGEABLE
 from slug_lightning.tensors.layers import Layer
 
 ROOT = 0
-"""The place of everything that is not inside a module call."""
+"""The call of the step itself: all that is not inside a module call."""
 EVERY = -1
 """As a bit mask: every layer."""
+CONVERSIONS = ("numpy", "tolist", "__array__", "__dlpack__")
+"""Methods by which a tensor becomes a list or an array, which are no operations that a mode would see."""
+OutputAt = tuple[int, int]
+"""One leaf of what a call returned: the call's number, and the leaf's position."""
 
 
 class CannotTrace(RuntimeError):
-    """What depends on what cannot be told for this module."""
+    """Dependencies of this module cannot be found."""
 
 
-class Places:
-    """Numbers the places of a program: the n-th call of a module within another call.
+class ModuleCalls:
+    """Numbers the module calls of a step: the n-th call of a module within another call.
 
-    The number of a place does not depend on what happens elsewhere, so that leaving out a call moves no other.
-
-    Args:
-        module: whose modules' calls are looked at.
+    A call's number does not depend on what happens elsewhere, so that skipping one call renumbers no other.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(_interceptable(module))
         self.numbers: dict[tuple[int, int, int], int] = {}
         self.parents = [ROOT]
-        """By place: the place around it, whose number is smaller."""
+        """By call: the call around it, whose number is smaller."""
         self.names = ["the step"]
         self.stack = [ROOT]
 
     @contextmanager
     def intercepted(self, visit: Callable[[int, Callable[..., Any], tuple, dict], Any]) -> Iterator[None]:
-        """Inside, every call of a module is `visit(place, forward, args, kwargs)`."""
+        """Inside, every call of a module is `visit(call, forward, args, kwargs)`."""
         own = {name: vars(m)["forward"] for name, m in self.modules if "forward" in vars(m)}
-        calls = [Counter[int]()]
+        counts = [Counter[int]()]
         self.stack = [ROOT]
 
-        def wrapped(number: int, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(index: int, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)  # some libraries ask for a forward's signature
-            def call(*args: Any, **kwargs: Any) -> Any:
-                key = (self.stack[-1], number, calls[-1][number])
-                calls[-1][number] += 1
+            def visited(*args: Any, **kwargs: Any) -> Any:
+                key = (self.stack[-1], index, counts[-1][index])
+                counts[-1][index] += 1
                 if key not in self.numbers:
                     self.numbers[key] = len(self.parents)
                     self.parents.append(key[0])
                     self.names.append(name)
                 self.stack.append(self.numbers[key])
-                calls.append(Counter())
+                counts.append(Counter())
                 try:
                     return visit(self.numbers[key], forward, args, kwargs)
                 finally:
                     self.stack.pop()
-                    calls.pop()
+                    counts.pop()
 
-            return call
+            return visited
 
         try:
-            for number, (name, m) in enumerate(self.modules):
-                vars(m)["forward"] = wrapped(number, name, m.forward)
+            for index, (name, m) in enumerate(self.modules):
+                vars(m)["forward"] = wrapped(index, name, m.forward)
             yield
         finally:
             for name, m in self.modules:
@@ -86,7 +87,7 @@ class Places:
 
 
 def _interceptable(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose calls can be looked at: not what is scripted, nor metrics, which count."""
+    """Modules whose calls can be looked at: neither scripted ones, nor metrics, which count."""
     seen = set() if seen is None else seen
     if id(module) in seen or isinstance(module, (torch.jit.ScriptModule, torchmetrics.Metric)):
         return
@@ -98,87 +99,66 @@ def _interceptable(module: nn.Module, name: str = "", seen: set[int] | None = No
 
 @dataclass(eq=False)
 class _Memory:
-    """What is known of one storage.
-
-    Attributes:
-        storage: refers to it, weakly.
-        bits: the layers it depends on.
-        home: place that made it; None if it was there before.
-        writer: place that wrote to it last.
-        writes: how often it was written to.
-        returned: each output that is this memory: place, position, number of writes by then.
-    """
+    """What is known of one storage."""
 
     storage: weakref.ref[torch.UntypedStorage]
     bits: int = 0
+    """The layers it depends on."""
     home: int | None = None
+    """The call that made it; None if it was there before."""
     writer: int | None = None
+    """The call that wrote to it last."""
     writes: int = 0
-    returned: list[tuple[int, int, int]] = field(default_factory=list)
+    returned: list[tuple[OutputAt, int]] = field(default_factory=list)
+    """Each output that is this memory, and the number of writes by then."""
 
-    def as_returned(self) -> list[tuple[int, int]]:
+    def as_returned(self) -> list[OutputAt]:
         """The outputs that are this memory as it is now."""
-        return [(place, position) for place, position, writes in self.returned if writes == self.writes]
+        return [output for output, writes in self.returned if writes == self.writes]
 
 
 class _Read(NamedTuple):
-    """An operation reads a memory: where, who wrote it, how often it was written to, which outputs it is."""
+    """An operation in a call reads a memory, which is these outputs."""
 
-    place: int
+    call: int
     writer: int | None
     memory: _Memory
     writes: int
-    outputs: list[tuple[int, int]]
+    outputs: list[OutputAt]
 
 
 class Output(NamedTuple):
-    """What a call returned: its leaves, and how they hang together."""
+    """What a call returned: its leaves, and their structure."""
 
     leaves: list[Any]
     structure: TreeSpec
 
 
-class Plan(NamedTuple):
-    """How to evaluate an edit of one layer.
-
-    Attributes:
-        skipped: calls that need not be computed, though the code around them is.
-        kept: of their outputs those that are read: place and position.
-        changed: of these, those that are written to later, so that a copy must be handed out.
-        reason: why nothing can be skipped, or None.
-    """
+class SkipPlan(NamedTuple):
+    """How to evaluate an edit of one layer."""
 
     skipped: frozenset[int] = frozenset()
-    kept: frozenset[tuple[int, int]] = frozenset()
-    changed: frozenset[tuple[int, int]] = frozenset()
+    """Calls that need not be computed, though the code around them is."""
+    kept: frozenset[OutputAt] = frozenset()
+    """Their outputs that are read."""
+    changed: frozenset[OutputAt] = frozenset()
+    """Of these, those that are written to later, so that a copy must be handed out."""
     reason: str | None = None
+    """Why nothing can be skipped, or None."""
 
 
 class Trace(TorchDispatchMode):
-    """Follows the influence of layers through one run: from their tensors through every operation to module outputs.
+    """Follows the influence of layers through one run, from their tensors through every operation to module outputs.
 
     Influence is followed operation by operation and not by `requires_grad`, since it also passes `no_grad` blocks,
     `detach`, `argmax` and generated text. What leaves the tensors (`item()`, `tolist()`, a data-dependent shape) may
-    decide anything that happens afterwards.
-
-    Args:
-        places: of the module.
-        layers: candidates; the number in this list is the layer's bit.
-        before: the trace of the batch before: what still lives of it may have been remembered, and matters again.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
-        >>> places = Places(net)
-        >>> trace = Trace(places, [Layer(f"{i}.weight", {"weight": net[i].weight}) for i in (0, 2)])
-        >>> with torch.no_grad():
-        ...     trace.run(lambda: net(torch.ones(1, 2)))
-        >>> [sorted(places.names[place] for place in trace.plan(layer).skipped) for layer in (0, 1)]
-        [[], ['0', '1']]
+    decide anything that happens afterwards. A layer's bit is its position in `layers`. What still lives of the batch
+    `before` may have been remembered, and matters again.
     """
 
-    def __init__(self, places: Places, layers: Sequence[Layer], before: Trace | None = None) -> None:
+    def __init__(self, calls: ModuleCalls, layers: Sequence[Layer], before: Trace | None = None) -> None:
         super().__init__()
-        self.places = places
+        self.calls = calls
         self.memory: dict[int, _Memory] = {}
         for old in before.memory.values() if before else ():
             storage = old.storage()
@@ -193,17 +173,15 @@ class Trace(TorchDispatchMode):
         self.failed: CannotTrace | None = None
         self.depends: dict[int, int] = {}
         self.outputs: dict[int, Output] = {}
-        """By place, each leaf as it was when the call returned."""
+        """By call, each leaf as it was when the call returned."""
         self.reads: list[_Read] = []
         self.writes: list[tuple[int, _Memory]] = []
 
     def run(self, step: Callable[[], Any]) -> None:
-        """Run one batch.
-
-        Raises:
-            CannotTrace: if a tensor has no plain memory.
-        """
-        with self.places.intercepted(self._visit), _conversions_seen_by(self._escapes), _assignments_seen_by(self._assign), self:
+        """Run one batch; raises `CannotTrace` if a tensor has no plain memory."""
+        conversions = _spied(Tensor, CONVERSIONS, self._escapes)
+        assignments = _spied(nn.Module, ["__setattr__"], self._assign)
+        with self.calls.intercepted(self._visit), conversions, assignments, self:
             step()
         if self.failed:  # and somebody has caught it
             raise self.failed
@@ -221,14 +199,14 @@ class Trace(TorchDispatchMode):
     def _escapes(self, tensor: Tensor) -> None:
         self.escaped |= self._of(tensor).bits
 
-    def _assign(self) -> None:
-        """A module gets an attribute: what is inside which calls must not be left out, as others may read it."""
+    def _assign(self, _: nn.Module) -> None:
+        """A module gets an attribute: the calls around must not be skipped, as others may read it."""
         self.assigned = True
-        self.depends.update(dict.fromkeys(self.places.stack, EVERY))
+        self.depends.update(dict.fromkeys(self.calls.stack, EVERY))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        here = self.places.stack[-1]
+        here = self.calls.stack[-1]
         given = {id(m): m for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) for m in [self._of(leaf)]}
         written = {id(m): m for leaf in _written(func, args, kwargs) for m in [self._of(leaf)]}
         bits = 0
@@ -236,8 +214,8 @@ class Trace(TorchDispatchMode):
             bits |= m.bits
             self.reads.append(_Read(here, m.writer, m, m.writes, m.as_returned()))
         for m in written.values():
-            for place, position in m.as_returned():
-                leaves = self.outputs[place].leaves
+            for call, position in m.as_returned():
+                leaves = self.outputs[call].leaves
                 leaves[position] = leaves[position].clone()
         out = func(*args, **kwargs)
         for m in written.values():
@@ -253,65 +231,60 @@ class Trace(TorchDispatchMode):
             self.escaped |= bits
         return out
 
-    def _visit(self, place: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _visit(self, call: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         before = _random_states()
         out = forward(*args, **kwargs)
         leaves, structure = tree_flatten(out)
-        self.outputs[place] = Output(leaves, structure)
-        bits = self.escaped | self.depends.get(place, 0)
+        self.outputs[call] = Output(leaves, structure)
+        bits = self.escaped | self.depends.get(call, 0)
         if _random_states() != before:
-            bits = EVERY  # left out, it would leave its random numbers to others
+            bits = EVERY  # skipped, it would leave its random numbers to others
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 m = self._of(leaf)
                 bits |= m.bits
-                m.returned.append((place, position, m.writes))
+                m.returned.append(((call, position), m.writes))
             elif not isinstance(leaf, UNCHANGEABLE):
                 bits = EVERY  # an object of its own kind: nobody knows what it holds
-        self.depends[place] = bits
+        self.depends[call] = bits
         return out
 
-    def let_go(self, held: Collection[int]) -> list[tuple[int, int]]:
-        """Let go of every output; gives those, place and position, that somebody else remembers.
-
-        They outlive their batch, so later code may read them.
-
-        Args:
-            held: storages that the caller keeps alive.
-        """
+    def release(self, held: Collection[int]) -> list[OutputAt]:
+        """Drop every output; return those that anybody but the caller, who has `held` storages, keeps alive for later code."""
         self.outputs.clear()
         self.reads.clear()
         self.writes.clear()
         living = [m for key, m in self.memory.items() if m.home is not None and key not in held and m.storage() is not None]
-        return [(place, position) for m in living for place, position, _ in m.returned]
+        return [output for m in living for output, _ in m.returned]
 
-    def kept_by(self, plan: Plan) -> dict[tuple[int, int], Tensor]:
+    def kept_by(self, plan: SkipPlan) -> dict[OutputAt, Tensor]:
         """The outputs that a plan reads, each as it was when the call returned."""
-        return {(place, position): self.outputs[place].leaves[position] for place, position in plan.kept}
+        return {(call, position): self.outputs[call].leaves[position] for call, position in plan.kept}
 
-    def plan(self, layer: int) -> Plan:
-        """Say what need not be computed again when only this layer changes."""
-        gone: dict[int | None, bool] = {ROOT: False, None: False}  # is it, or a call around it, left out?
-        for place in range(1, len(self.places.parents)):
-            unchanged = not (self.depends.get(place, EVERY) >> layer) & 1
-            gone[place] = unchanged or gone[self.places.parents[place]]
-        skipped = frozenset(p for p, left_out in gone.items() if p and left_out and not gone[self.places.parents[p]])
-        for place, memory in self.writes:
-            if gone[place] and not gone[memory.home]:
-                return Plan(reason=f"{self.places.names[place]} changes a buffer, or what it was given")
-        kept: dict[tuple[int, int], bool] = {}
+    def plan(self, layer: int) -> SkipPlan:
+        """Find what need not be computed again when only this layer changes."""
+        names, parents = self.calls.names, self.calls.parents
+        gone: dict[int | None, bool] = {ROOT: False, None: False}  # is it, or a call around it, skipped?
+        for call in range(1, len(parents)):
+            unchanged = not (self.depends.get(call, EVERY) >> layer) & 1
+            gone[call] = unchanged or gone[parents[call]]
+        skipped = frozenset(call for call, is_gone in gone.items() if call and is_gone and not gone[parents[call]])
+        for call, memory in self.writes:
+            if gone[call] and not gone[memory.home]:
+                return SkipPlan(reason=f"{names[call]} changes a buffer, or its arguments")
+        kept: dict[OutputAt, bool] = {}
         times: dict[int, int] = {}
         for read in self.reads:
-            if gone[read.place]:
+            if gone[read.call]:
                 continue
             outputs = [output for output in read.outputs if output[0] in skipped]
             if gone[read.writer] and not outputs:
                 assert read.writer is not None
-                return Plan(reason=f"{self.places.names[read.writer]} hands on a value otherwise than as its output")
+                return SkipPlan(reason=f"{names[read.writer]} hands on a value otherwise than as its output")
             if outputs and times.setdefault(id(read.memory), read.writes) != read.writes:
-                return Plan(reason=f"an output of {self.places.names[outputs[0][0]]} is overwritten and read again")
+                return SkipPlan(reason=f"an output of {names[outputs[0][0]]} is overwritten and read again")
             kept.update(dict.fromkeys(outputs, read.memory.writes > read.writes))
-        return Plan(skipped, frozenset(kept), frozenset(output for output, changed in kept.items() if changed))
+        return SkipPlan(skipped, frozenset(kept), frozenset(output for output, changed in kept.items() if changed))
 
 
 def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -326,7 +299,7 @@ to_numpy = Tensor.numpy  # as it is while nobody listens
 
 
 def _random_states() -> list[Any]:
-    """Where the generators of random numbers stand."""
+    """The states of all generators of random numbers."""
     with _disable_current_modes():  # these operations are ours
         states = [torch.default_generator.get_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
         torch_states = [to_numpy(state).tobytes() for state in states]
@@ -335,42 +308,25 @@ def _random_states() -> list[Any]:
 
 
 @contextmanager
-def _assignments_seen_by(spy: Callable[[], None]) -> Iterator[None]:
-    """Inside, `spy` is called whenever a module's attribute is set."""
-    own = nn.Module.__setattr__
+def _spied(owner: type, names: Sequence[str], spy: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, `spy` gets every object of a class before one of these methods is called on it."""
+    own = {name: vars(owner)[name] for name in names if name in vars(owner)}
 
-    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-        spy()
-        own(module, name, value)
-
-    try:
-        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign,assignment]
-        yield
-    finally:
-        nn.Module.__setattr__ = own  # type: ignore[method-assign]
-
-
-@contextmanager
-def _conversions_seen_by(spy: Callable[[Tensor], None]) -> Iterator[None]:
-    """Inside, `spy` gets every tensor that becomes a list or an array, which is no operation that a mode would see."""
-    names = ("numpy", "tolist", "__array__", "__dlpack__")
-    own = {name: vars(Tensor)[name] for name in names if name in vars(Tensor)}
-
-    def seen(method: Callable[..., Any]) -> Callable[..., Any]:
+    def spying(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def convert(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            spy(tensor)
-            return method(tensor, *args, **kwargs)
+        def call(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            spy(instance)
+            return method(instance, *args, **kwargs)
 
-        return convert
+        return call
 
     try:
         for name in names:
-            setattr(Tensor, name, seen(getattr(Tensor, name)))
+            setattr(owner, name, spying(getattr(owner, name)))
         yield
     finally:
         for name in names:
             if name in own:
-                setattr(Tensor, name, own[name])
+                setattr(owner, name, own[name])
             else:
-                delattr(Tensor, name)
+                delattr(owner, name)
