@@ -43,7 +43,7 @@ CASES: dict[str, list[str]] = {
     "several": ["fit", "--config", "{configs}/several.yaml"],
     "icu": ["fit", "--config", "{configs}/icu.yaml"],
     "vlm": ["fit", "--config", "{configs}/vlm.yaml"],
-    "vlm-clip": ["fit", "--config", "{configs}/vlm.yaml", "--model.objective", "clip"],
+    "vlm-clip": ["fit", "--config", "{configs}/vlm.yaml", "--model.route", "clip"],  # its name in 0.1, too
     "unlearn_canvas": ["fit", "--config", "{configs}/unlearn_canvas.yaml"],
     "cluster": ["fit", "--config", "{configs}/cluster.yaml", *HOST],
     "another": ["forget-another", "--run", "{runs}/several", "--forget", ANOTHER],
