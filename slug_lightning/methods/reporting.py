@@ -62,7 +62,7 @@ def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any
         gallery=galleries,
     )
     if edits:
-        joint.patch = UnlearnPatch.combine([reports[name].patch for name in edits if reports[name].patch is not None])
+        joint.patch = UnlearnPatch.combine([patch for name in edits if (patch := reports[name].patch) is not None])
         joint.patch_digest = joint.patch.digest
     return joint
 
@@ -74,8 +74,9 @@ def _concept_report(concept: Concept, context: Context, findings: Findings, is_r
         report = concept.report
         if edit is not None:
             return replace(report, search_after=outcome.search_after or report.search_after)
-        nothing = {"layer": None, "step_size": None, "relative_step": None, "patch": None, "patch_digest": None}
-        return replace(report, status="infeasible", holds=None, tensors=[], search_after=report.search_before, **nothing)
+        report = replace(report, status="infeasible", holds=None, tensors=[], search_after=report.search_before)
+        report.layer = report.step_size = report.relative_step = report.patch = report.patch_digest = None
+        return report
     metric = concept.metric.name
     search_before = {"forget": {metric: concept.before}, "retain": context.retain_before()}
     report = UnlearnReport(

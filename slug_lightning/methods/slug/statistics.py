@@ -83,6 +83,6 @@ def layer_statistics(
         seen[layer.tower] += 1
         forget_square, retain_square, weight_square, inner = (math.fsum(column) for column in zip(*of_processes, strict=True))
         if forget_square and weight_square:
-            norms = map(math.sqrt, (weight_square, forget_square, retain_square))
-            found.append(LayerStatistics(layer, *norms, inner, depth))
+            weight_norm, forget_norm, retain_norm = map(math.sqrt, (weight_square, forget_square, retain_square))
+            found.append(LayerStatistics(layer, weight_norm, forget_norm, retain_norm, inner, depth))
     return found
