@@ -18,6 +18,18 @@ OF_METHOD = ("layers", "granularity", "max_evaluations", "margin")
 OF_RUNTIME = ("replay", "replay_budget", "count_cost", "retain_cache", "offload_gradient")
 
 
+DEFAULTS = {"layers": "*", "granularity": "tensor", "max_evaluations": 10, "margin": 0.0, "strengths": [], "then": "stop"}
+DEFAULTS |= {"replay": True, "count_cost": False, "offload_gradient": False}
+"""A config.yaml of version 0.1 has every keyword: with its default it asks for nothing."""
+
+
+def known_only(old: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a keyword that there has never been, as Python would."""
+    if unknown := [name for name in old if name not in (*OF_METHOD, *OF_RUNTIME, "strengths", "then")]:
+        raise TypeError(f"UnlearnCallback.__init__() got an unexpected keyword argument {unknown[0]!r}")
+    return old
+
+
 class OldKeywords(pl.Callback):
     """Takes the keywords that have moved, so that configs and code of version 0.1 go on working."""
 
@@ -38,7 +50,7 @@ class OldKeywords(pl.Callback):
     ) -> None:
         super().__init__()
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__") and value is not None}
-        self._old: dict[str, Any] = given
+        self._old: dict[str, Any] = {name: value for name, value in given.items() if DEFAULTS.get(name) != value}
 
     def _moved(
         self, method: Method, scales: Sequence[float], continue_training: bool, runtime: Runtime
@@ -53,10 +65,15 @@ class OldKeywords(pl.Callback):
         if then := old.get("then"):
             if then not in ("stop", "continue"):
                 raise UnlearnError(f"then must be 'stop' or 'continue', got {then!r}")
-            continue_training = then == "continue"
+            continue_training = continue_training or then == "continue"
         of_method = {RENAMED.get(name, name): old[name] for name in OF_METHOD if name in old}
         if of_method and not isinstance(method, SLUG):
             raise UnlearnError(f"{', '.join(of_method)}: give these to {type(method).__name__} itself")
+        of_runtime = {name: old[name] for name in OF_RUNTIME if name in old}
+        for home, default, moved in ((method, SLUG(), of_method), (runtime, Runtime(), of_runtime)):
+            for name, value in moved.items():
+                if getattr(home, name) not in (getattr(default, name), value):
+                    raise UnlearnError(f"{name} is given twice: {value!r} by its old keyword, {getattr(home, name)!r} by the new")
         method = replace(method, **of_method) if isinstance(method, SLUG) else method
-        runtime = replace(runtime, **{name: old[name] for name in OF_RUNTIME if name in old})
-        return method, old.get("strengths", scales), continue_training, runtime
+        runtime = replace(runtime, **of_runtime)
+        return method, scales or old.get("strengths", ()), continue_training, runtime

@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Union
 import lightning.pytorch as pl
 import torch
 
-from slug_lightning.callbacks.deprecated import OldKeywords
+from slug_lightning.callbacks.deprecated import OldKeywords, known_only
 from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
 from slug_lightning.distributed.processes import Processes
@@ -102,7 +102,7 @@ class UnlearnCallback(OldKeywords):
         runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
         **old: Any,
     ) -> None:
-        super().__init__(**old)
+        super().__init__(**known_only(old))
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance must be >= 0 and finite, got {retain_tolerance}")
         if forget_target is not None and not math.isfinite(forget_target):
@@ -123,6 +123,7 @@ class UnlearnCallback(OldKeywords):
         self.continue_training = continue_training
         self.output_dir = output_dir
         self.runtime = runtime
+        self._method_request = method.request()
         self._report: Optional[AnyReport] = None
         self._data: Optional[str] = None
         self._last: Optional[PreviousRun] = None
@@ -146,6 +147,7 @@ class UnlearnCallback(OldKeywords):
         refuse_unusable_steps(pl_module)
         refuse_surroundings(trainer)
         self._report = None
+        self._method_request = self.method.request()  # not later: a method may collect what it finds
         if trainer.is_global_zero:
             self._transfer.fetch()  # what nobody has asked for
         self._earlier = self._last  # unless the checkpoint of this fit says otherwise
@@ -192,7 +194,7 @@ class UnlearnCallback(OldKeywords):
     def _request(self) -> dict[str, Any]:
         """What this callback was asked to do, as far as plain data can say it."""
         concepts = list(self.forget) if isinstance(self.forget, Mapping) else None
-        return {"concepts": concepts} | asdict(self.request) | self.method.request()
+        return {"concepts": concepts, **asdict(self.request), "method": self._method_request}
 
     def _remember(self, module: pl.LightningModule) -> None:
         """Let the next fit know what was done in this one, and to which weights it led."""
@@ -278,7 +280,7 @@ class UnlearnCallback(OldKeywords):
 
     def _keep(self, trainer: pl.Trainer, module: pl.LightningModule, report: AnyReport, processes: Processes) -> None:
         """Edit the weights for good, tell the loggers, write the files; undo the edit if one of these fails."""
-        patch = report.patch
+        patch, text = report.patch, report.to_text()
         named = plain_parameters(unwrap_model(module))
         before = {name: local(named[name]).clone() for name in report.tensors}
         try:
@@ -301,6 +303,6 @@ class UnlearnCallback(OldKeywords):
                     write_local(named[name], values)
             raise
         progress = progress_of(trainer)
-        progress.say("\n" + report.to_text())
+        progress.say("\n" + text)
         if folder is not None:
             progress.say(f"Saved in {folder}")

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from _callback import unlearn_callback
 from _processes import Ended, in_processes
@@ -25,9 +27,10 @@ from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import Context, Method, Outcome
 from slug_lightning.methods.slug.candidates import Candidate
-from slug_lightning.patches.temporary import EditStep
+from slug_lightning.patches.temporary import EditStep, merged
 from slug_lightning.reports.several import report_from_json
 from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.tensors.layers import Layer
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
@@ -70,7 +73,7 @@ class TwoOutcomes(Method):
             gradient = context.gradient("forget", [layer], concept)
             relative = self.step / 100 if concept.name == self.weak else self.step
             edit = EditStep(layer, gradient, relative * context.unit_step(layer, gradient))
-            outcomes.append(Outcome(concept.name, edit, relative))
+            outcomes.append(Outcome(concept.name, edit))
         return outcomes
 
 
@@ -178,7 +181,7 @@ def test_the_command_line_runs_it_in_two_processes(seam, my_rules, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["slug-lightning", *config(seam, tmp_path), *ddp])
     assert in_processes(2, main, timeout=60) == [0, 0]
     report = report_from_json(tmp_path / "run" / "report.json")
-    assert report.status == "unlearned" and any("2 processes" in note for note in report.notes)
+    assert report.status == "unlearned" and any("2 ranks" in note for note in report.notes)
 
 
 def test_a_class_without_a_rule_of_that_name_is_refused():
@@ -212,6 +215,33 @@ class Needy:
         return gradient
 
 
+class Asking(Method):
+    """Asks the context for something."""
+
+    def __init__(self, ask: Any) -> None:
+        self.ask = ask
+
+    def run(self, context: Context) -> list[Outcome]:
+        self.ask(context)
+        return [Outcome(concept.name) for concept in context.concepts]
+
+
+def last_edit(context: Context) -> EditStep:
+    layer = context.layers[-1]
+    return EditStep(layer, context.gradient("forget", [layer], context.concepts[0]), 1.0)
+
+
+def measured_too_late(context: Context) -> None:
+    with context.edits.applied(last_edit(context)):
+        context.usage(context.objective.measured("retain", "val", edited="it"))
+
+
+def another_edit_inside(context: Context) -> None:
+    edit = last_edit(context)
+    with context.evaluator(context.concepts[0], [edit.layer]) as evaluate, context.edits.applied(edit):
+        evaluate(edit, 1.0)
+
+
 class Forgetful(TwoOutcomes):
     """Says nothing of one concept."""
 
@@ -224,7 +254,13 @@ class Forgetful(TwoOutcomes):
     [
         ({"score": not_a_layer}, "score: net.77.weight cannot be searched; give names of the layers it was given"),
         ({"direction": nowhere}, "direction: that of net.* has norm 0.0; it must be finite and not zero"),
+        ({"score": lambda layers: [layers[0].name]}, "score must return Candidates, got"),
+        ({"direction": lambda layer, gradient: {}}, "direction: for net.* it must return a tensor of the gradient's shape"),
         ({"method": Forgetful()}, "method: Forgetful gave no outcome for the forget set"),
+        ({"method": Asking(lambda c: c.gradient("forget", c.layers))}, "gradient: give kind 'forget' with a concept"),
+        ({"method": Asking(lambda c: c.unit_step(c.layers[0], {c.layers[0].name: torch.zeros(16, 8)}))}, "has norm 0.0"),
+        ({"method": Asking(measured_too_late)}, r"Context: measure retain_before\(\), or open an evaluator, before any edit"),
+        ({"method": Asking(another_edit_inside)}, "Context.evaluator: other edits are in the model now; give them as at=…"),
     ],
 )
 def test_a_rule_that_gives_what_cannot_be_is_named(options, message):
@@ -261,6 +297,11 @@ def test_the_harness_holds_every_method_to_the_same_bounds(usage):
     callback = unlearn_callback(forget=loader(True), retain=loader(False), method=TwoOutcomes(step), **options)
     trainer(callback).fit(model, loader(False), loader(False))
     assert callback.report.status == ("unlearned" if usage < 1 else "infeasible")
+    if usage < 1:
+        assert callback.report.relative_step == pytest.approx(step)
+    else:
+        assert "the method's edit is not made; with all edits, constraint usage is" in " ".join(callback.report.notes)
+        assert "No edit meets both bounds" in callback.report.to_text()
     assert bool(changed(model, snapshot(trained()))) == (usage < 1)
 
 
@@ -270,10 +311,61 @@ def test_an_edit_that_does_not_forget_is_left_out_and_the_others_are_made():
     callback = unlearn_callback(forget={"a": of[2], "b": of[1]}, retain=of[0], method=TwoOutcomes(0.4, weak="b"), **METRICS)
     trainer(callback).fit(trained(), of[0], of[0])
     assert callback.report.status == "partly" and list(callback.report.unlearned) == ["a"]
+    assert callback.report.concepts["b"].notes == [
+        "b: the method's edit is not made; misses the forget target on the validation split"
+    ]
+
+
+def test_what_an_earlier_run_has_forgotten_stays_as_it_is_whatever_the_method_says(tmp_path):
+    labels = blobs().tensors[1]
+    of = {k: DataLoader(Subset(blobs(), (labels == k).nonzero()[:, 0].tolist()), batch_size=16) for k in range(4)}
+    loose = METRICS | {"retain_tolerance": 1e6}
+    first = unlearn_callback(forget={"a": of[2]}, retain=of[0], output_dir=str(tmp_path / "run"), step_margin=3.0, **loose)
+    trainer(first).fit(trained(), of[0], of[0])
+    options = {"forget": {"a": of[2], "b": of[1]}, "retain": of[0], "earlier": str(tmp_path / "run"), **loose}
+    callback = unlearn_callback(method=TwoOutcomes(0.5), **options)
+    trainer(callback).fit(trained(), of[0], of[0])
+    a = callback.report.concepts["a"]
+    assert callback.report.status == "unlearned" and a.patch_digest == first.report.patch_digest
+    assert a.search_after["forget"]["val_acc"] <= a.bounds["forget_target"]
+
+
+def test_edits_of_one_tensor_add_up_when_they_are_merged():
+    layer = Layer("w", {"w": nn.Parameter(torch.zeros(2))})
+    both = merged([EditStep(layer, {"w": torch.ones(2)}, 2.0), EditStep(layer, {"w": torch.ones(2)}, 3.0)])
+    assert both.step == 1.0 and both.direction["w"].tolist() == [5.0, 5.0]
 
 
 def test_what_is_asked_is_plain_data_whatever_the_rule(my_rules):
     asked = unlearn_callback(curve=partial(my_rules.bent, bend=0.2), direction=my_rules.InverseCovariance(0.3))._request()
-    assert asked["curve"] == ["my_rules.bent", [], {"bend": 0.2}]
-    assert asked["direction"] == {"class_path": "my_rules.InverseCovariance", "damping": 0.3}
+    assert asked["method"]["curve"] == ["my_rules.bent", [], {"bend": 0.2}]
+    assert asked["method"]["direction"] == {"class_path": "my_rules.InverseCovariance", "damping": 0.3}
     assert json.loads(json.dumps(asked)) == asked
+
+
+class WithAnything(Method):
+    def __init__(self, **options: Any) -> None:
+        self.__dict__ |= options
+
+    def run(self, context: Context) -> list[Outcome]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Path("a"), Path("b")), (torch.float32, torch.float16), (torch.ones(2), torch.zeros(2)), (np.float64(1), np.float64(2)),
+        ({3, 1}, {1, 2}), ([1, (2,)], [1, (3,)]), (TwoOutcomes(0.1), TwoOutcomes(0.2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_options_of_any_kind_tell_requests_apart(one, other):
+    asked = [WithAnything(option=value).request() for value in (one, other)]
+    assert asked[0] != asked[1] and WithAnything(option=one).request() == asked[0]
+    assert json.loads(json.dumps(asked)) == asked
+
+
+def test_an_option_that_holds_itself_is_no_end():
+    endless: list[Any] = [1]
+    endless.append(endless)
+    assert WithAnything(option=endless).request()["option"] == [1, "…"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slug_lightning.callbacks import UnlearnCallback
-from slug_lightning.callbacks.deprecated import OF_METHOD, OF_RUNTIME
+from slug_lightning.callbacks.deprecated import DEFAULTS, OF_METHOD, OF_RUNTIME
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Method, Runtime
 from slug_lightning.objective.retain_cache import RetainCache
@@ -26,7 +26,6 @@ class Other(Method):
         ({"margin": 0.2}, r"margin is now method=SLUG\(step_margin=…\)", {"method": SLUG(step_margin=0.2)}),
         ({"strengths": [0.5]}, "strengths is now scales=…", {"scales": [0.5]}),
         ({"then": "continue"}, "then is now continue_training=…", {"continue_training": True}),
-        ({"then": "stop"}, "then is now continue_training=…", {"continue_training": False}),
         ({"replay": False}, r"replay is now runtime=Runtime\(replay=…\)", {"runtime": Runtime(replay=False)}),
         ({"replay_budget": 0}, r"runtime=Runtime\(replay_budget=…\)", {"runtime": Runtime(replay_budget=0)}),
         ({"count_cost": True}, r"runtime=Runtime\(count_cost=…\)", {"runtime": Runtime(count_cost=True)}),
@@ -61,6 +60,8 @@ def test_old_and_new_ones_go_together():
         ({"then": "go"}, "then must be 'stop' or 'continue', got 'go'"),
         ({"margin": -1}, "step_margin must be >= 0"),
         ({"layers": "a", "method": Other()}, "layers: give these to Other itself"),
+        ({"layers": "a", "method": SLUG(layers="b")}, "layers is given twice: 'a' by its old keyword, 'b' by the new"),
+        ({"replay_budget": 1, "runtime": Runtime(replay_budget=2)}, "replay_budget is given twice"),
     ],
 )
 def test_what_is_wrong_is_refused_as_ever(options, message):
@@ -68,8 +69,16 @@ def test_what_is_wrong_is_refused_as_ever(options, message):
         UnlearnCallback(**options)
 
 
+def test_the_defaults_of_an_old_config_ask_for_nothing():
+    """It has every keyword, and what is given beside them counts."""
+    method, runtime = SLUG(layers="a.*", step_margin=0.3), Runtime(replay=False)
+    callback = UnlearnCallback(**DEFAULTS, method=method, runtime=runtime, scales=[2.0], continue_training=True)
+    assert (callback.method, callback.runtime, callback.scales, callback.continue_training) == (method, runtime, [2.0], True)
+    assert isinstance(UnlearnCallback(**DEFAULTS, method=Other()).method, Other)
+
+
 def test_an_unknown_keyword_is_an_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+    with pytest.raises(TypeError, match=r"UnlearnCallback.__init__\(\) got an unexpected keyword argument 'nonsense'"):
         UnlearnCallback(nonsense=1)
 
 
@@ -90,17 +99,26 @@ OLD = {
         ({"layers": "a.*"}, UnlearnCallback(), False),
         ({"concepts": ["a"]}, UnlearnCallback(), False),
         ({}, UnlearnCallback(method=Other()), False),
+        ({}, UnlearnCallback(method=SLUG(curve=min)), False),  # of which there was one only
     ],
 )
 def test_a_request_of_version_0_1_is_recognised(changed, callback, is_same):
     assert PreviousRun(None, OLD | changed, None).is_same_request(callback._request()) == is_same
 
 
-@pytest.mark.parametrize("other", [SLUG(max_evaluations=3), SLUG(choice=min), Other()], ids=["option", "rule", "method"])
+@pytest.mark.parametrize("other", [SLUG(max_evaluations=3), SLUG(search=min), Other()], ids=["option", "rule", "method"])
 def test_a_request_of_now_is_the_same_only_if_all_of_it_is(other):
     recorded = UnlearnCallback()._request()
     assert PreviousRun(None, recorded, None).is_same_request(UnlearnCallback()._request())
     assert not PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=other)._request())
+
+
+def test_an_option_that_is_newer_than_a_checkpoint_had_its_default():
+    recorded = UnlearnCallback()._request()
+    del recorded["method"]["step_margin"]
+    assert PreviousRun(None, recorded, None).is_same_request(UnlearnCallback()._request())
+    assert not PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=SLUG(step_margin=0.1))._request())
+    assert PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=SLUG(check_rounding=True))._request())
 
 
 def test_every_keyword_that_has_moved_is_an_option_where_it_went():

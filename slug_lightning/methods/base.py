@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.patches.temporary import EditStep, TemporaryEdits
+from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import Layer, find_layers
 from slug_lightning.utils.progress import Progress
@@ -70,7 +75,7 @@ class Outcome:
         edit: what to do to the model, all tensors at once; None where nothing meets the bounds.
         relative_step: of the edit, for the report.
         trials: every evaluation.
-        layers: the table of candidate layers.
+        layers: rows as `slug_lightning.methods.slug.statistics.LayerStatistics.row` gives them, one a candidate; or none.
         search_before: retain metrics on the validation split, unedited; measured by the harness where empty.
         search_after: `{"forget": {…}, "retain": {…}}` on the validation split with all edits of the run in the model;
             measured by the harness where empty.
@@ -138,9 +143,11 @@ class Context:
             By tensor name, fp32; of a sharded tensor this process's part.
         """
         parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        if kind not in ("forget", "retain") or (kind == "forget") != (concept is not None):
+            raise UnlearnError(f"gradient: give kind 'forget' with a concept, or 'retain' without, got {kind!r}")
         with self.edits.applied(*at):
             if kind == "forget":
-                assert concept is not None, "name the concept whose forget set is meant"
+                assert concept is not None
                 tensors = concept.objective.gradient("forget", parameters).tensors
                 return {name: tensor.cpu() for name, tensor in tensors.items()} if self.offload_gradient else tensors
             if self.retain_cache is None or at:
@@ -151,7 +158,10 @@ class Context:
         """The step λ along a direction that is as long as the layer's weights; collective."""
         weights = {name: local(p) for name, p in layer.parameters.items()}
         processes = self.objective.processes
-        return norm(layer, weights, processes) / norm(layer, direction, processes)
+        length = norm(layer, direction, processes)
+        if not 0 < length < math.inf:
+            raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
+        return norm(layer, weights, processes) / length
 
     def shared_retain_gradient(self, last: bool) -> dict[str, Tensor]:
         """The retain gradient of all layers, computed once for several concepts, and let go of after the last."""
@@ -162,6 +172,8 @@ class Context:
     def retain_before(self, known: Optional[dict[str, float]] = None) -> dict[str, float]:
         """The retain metrics on the validation split, unedited; measured once, unless they are `known`."""
         if self._retain_before is None:
+            if known is None and self.edits.active:
+                raise UnlearnError("Context: measure retain_before(), or open an evaluator, before any edit is applied")
             self._retain_before = self.objective.measured("retain", "val") if known is None else known
             refuse_infinite("retain", self._retain_before)
         return self._retain_before
@@ -188,14 +200,18 @@ class Context:
             recorded(objective, "forget", "val", layers),
             recorded(objective, "retain", "val", layers),
         ):
-            yield partial(self._evaluate, concept)
+            yield partial(self._evaluate, concept, self.edits.active)
 
-    def _evaluate(self, concept: Concept, edit: EditStep, relative_step: float) -> Trial:
+    def _evaluate(self, concept: Concept, base: list[EditStep], edit: EditStep, relative_step: float) -> Trial:
+        if self.edits.active != base:
+            raise UnlearnError("Context.evaluator: other edits are in the model now; give them as at=…")
         with self.edits.applied(edit):
             (forget,) = concept.objective.measured("forget", "val", edited=edit.layer.name).values()
             retain = concept.objective.measured("retain", "val", edited=edit.layer.name)
-        usage = self.usage(retain)
-        return Trial(edit.layer.name, edit.step, relative_step, concept.is_forgotten(forget), usage, forget, retain)
+        # A model that gives NaN is broken: too large a step, whatever else.
+        forgotten = not math.isfinite(forget) or concept.is_forgotten(forget)
+        usage = self.usage(retain) if math.isfinite(forget) else math.inf
+        return Trial(edit.layer.name, edit.step, relative_step, forgotten, usage, forget, retain)
 
     def usage(
         self,
@@ -209,14 +225,18 @@ class Context:
 
 
 class Method(ABC):
-    """A way to find edits. It is the harness around it that measures, decides, reports, and restores the model.
+    """A way to find edits. The harness around it measures, decides and reports.
+
+    A method must leave the weights as they were, also if it fails: it tries edits by `Context.edits` and `Context.evaluator`,
+    and gives the one it has found as an `Outcome`. To edit many tensors at once, merge edits of single layers
+    (`slug_lightning.patches.temporary.merged`).
 
     Example:
         >>> class Nothing(Method):
         ...     def run(self, context):
         ...         return [Outcome(concept.name) for concept in context.concepts]
         >>> Nothing().request()
-        {'method': 'slug_lightning.methods.base.Nothing'}
+        {'class_path': 'slug_lightning.methods.base.Nothing'}
     """
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
@@ -229,27 +249,35 @@ class Method(ABC):
 
     def request(self) -> dict[str, Any]:
         """What is asked for, as plain data, so that a request can be recognised in a checkpoint."""
-        return {"method": f"{type(self).__module__}.{type(self).__qualname__}"} | _options(self)
+        return _plain(self)
 
 
-def _options(value: Any) -> dict[str, Any]:
-    named = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else getattr(value, "__dict__", {})
-    return {name: _plain(option) for name, option in named.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Plain data as it is; a function or an object by its import path and its attributes."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """Plain data as it is; a function by its import path, an object by that of its class and its attributes."""
+    if value is None or type(value) in (bool, int, float, str):
         return value
+    for kind in (float, int):  # of NumPy, too
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, (Enum, Path, torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Tensor):
+        return digest_of({"": value}, "")
+    if id(value) in inside:
+        return "…"
+    inside = (*inside, id(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return {str(key): _plain(item, inside) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, inside) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
     if isinstance(value, partial):
-        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
-    kind = value if hasattr(value, "__qualname__") else type(value)
-    path = f"{kind.__module__}.{kind.__qualname__}"
-    return path if kind is value else {"class_path": path} | _options(value)
+        return _plain([value.func, value.args, value.keywords], inside)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"class_path": path} | _plain(getattr(value, "__dict__", {}), inside)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
@@ -25,6 +25,7 @@ from slug_lightning.reports.cost import CostMeter, joined
 from slug_lightning.reports.run_files import earlier_edits
 from slug_lightning.reports.several import AnyReport
 from slug_lightning.utils.loaders import Batches, Split
+from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.progress import Progress
 
@@ -122,7 +123,8 @@ class Harness:
             progress.track,
             replay_budget=runtime.replay_budget,
         )
-        self.layers = method.layers_of(module, self.objective.hooks.towers)
+        prefix = patch_prefix(module)
+        self.layers = [replace(layer, prefix=prefix) for layer in method.layers_of(module, self.objective.hooks.towers)]
         self.objectives = {name: self.objective.about(splits) for name, splits in forget.items()}
         self.concepts: list[Concept] = []
         self.notes: list[str] = [*notes, *runner.notes()]
@@ -143,6 +145,9 @@ class Harness:
             outcomes = {outcome.concept: outcome for outcome in self.method.run(context)}
             if missing := self.objectives.keys() - outcomes.keys():
                 raise UnlearnError(f"method: {type(self.method).__name__} gave no outcome for {some_of(sorted(missing))}")
+            for concept in self.concepts:
+                if concept.edit is not None and outcomes[concept.name].edit is not None:
+                    outcomes[concept.name].edit = concept.edit  # which the method may not change
             edits = self._within_bounds(context, outcomes)
             found = self._collateral(context, edits)
             with self.meter.phase("report"):
@@ -169,13 +174,14 @@ class Harness:
 
     def _refuse_different(self) -> None:
         """Refuse what differs across ranks: later they would wait for each other."""
-        asked = asdict(self.request) | self.method.request()
+        asked = asdict(self.request) | {f"method: {name}": value for name, value in self.method.request().items()}
         asked |= {name: value for name, value in vars(self.runtime).items() if name not in OWN_TO_A_RANK}
         asked |= {"earlier": self.earlier, "scales": list(self.scales), "concepts": list(self.objectives)}
         asked |= self.more_asked
         asked |= {"metrics": self.objective.names, "layers that may be edited": [layer.name for layer in self.layers]}
         everywhere = self.processes.all_gather_object("the request", asked)
-        if different := [name for name in asked if any(other.get(name) != everywhere[0].get(name) for other in everywhere)]:
+        names = dict.fromkeys(name for other in everywhere for name in other)
+        if different := [name for name in names if any(other.get(name) != everywhere[0].get(name) for other in everywhere)]:
             raise UnlearnError(f"Arguments differ across ranks: {', '.join(different)}; give every process the same")
         for objective in (self.objective, *self.objectives.values()):
             refuse_different_data(objective)
@@ -237,8 +243,12 @@ class Harness:
             after = {name: outcomes[name].search_after for name in edits}
             own = [c for c in self.concepts if c.name in edits]
             failed = [c.name for c in own if not c.is_forgotten(*after[c.name]["forget"].values())]
-            if not failed and max(context.usage(found["retain"]) for found in after.values()) <= 1:
+            usage = max(context.usage(found["retain"]) for found in after.values())
+            if not failed and usage <= 1:
                 return edits
+            for name in failed or edits:
+                why = "misses the forget target" if failed else f"with all edits, constraint usage is {usage:.2f}"
+                outcomes[name].notes.append(f"{name}: the method's edit is not made; {why} on the validation split")
             edits = {name: edit for name, edit in edits.items() if name not in failed} if failed else {}
             for outcome in outcomes.values():
                 outcome.search_after = {}

@@ -22,7 +22,7 @@ from slug_lightning.utils.modules import unwrap_model
 
 @dataclass
 class Findings:
-    """What a run has found; `before` and `after` all edits, on the test split, forget metrics go by concept."""
+    """What a run has found. `before` and `after` are on the test split: forget metrics by concept, retain metrics by name."""
 
     outcomes: Mapping[str, Outcome]
     edits: Mapping[str, EditStep]
@@ -97,6 +97,8 @@ def _concept_report(concept: Concept, context: Context, findings: Findings, is_r
     report.status, report.search_after = "unlearned", outcome.search_after
     report.holds = concept.is_forgotten(findings.after["forget"][concept.name]) and is_retained
     report.layer, report.step_size, report.relative_step = edit.layer.name, edit.step, outcome.relative_step
+    if report.relative_step is None:
+        report.relative_step = edit.step / context.unit_step(edit.layer, edit.direction)
     if concept.name in findings.forget_galleries:
         report.gallery = {"forget": findings.forget_galleries[concept.name]}
     report.patch = _patch(concept, report, edit)

@@ -1,4 +1,4 @@
-"""Second moments of what layers see on the retain set, for directions that spare it."""
+"""Second moments of what layers see, for directions that spare the retain set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def input_covariance(objective: Objective, layers: Sequence[Layer], kind: Kind) 
     modules = {id(m.weight): m for m in objective.module.modules() if isinstance(m, nn.Linear)}
     found = {name: modules.get(id(p)) for layer in layers for name, p in layer.parameters.items()}
     if unfit := [name for name, module in found.items() if module is None]:
-        raise UnlearnError(f"direction: {unfit[0]} isn't the weight of an nn.Linear, which its input covariance needs")
+        raise UnlearnError(
+            f"direction: {unfit[0]} isn't the weight of an nn.Linear, which its input covariance needs; name other layers by "
+            "layers=…"
+        )
     if objective.runner.is_sharded:
         raise UnlearnError("direction: the input covariance of a sharded model isn't supported; give direction='gradient'")
     device = objective.module.device
@@ -64,4 +67,9 @@ def input_covariance(objective: Objective, layers: Sequence[Layer], kind: Kind) 
             samples += batch_samples(batch) * counted
     objective.processes.all_reduce_sum([samples, *(sums[name] for name in names)])
     objective.forward_samples += int(samples)
+    if unseen := [name for name in names if not sums[name].any()]:
+        raise UnlearnError(
+            f"direction: {unseen[0]} has no input covariance, as its module is never called by itself (as in "
+            "nn.MultiheadAttention) or sees only zeros; name other layers by layers=…"
+        )
     return {name: sums[name] / samples for name in names}

@@ -23,7 +23,7 @@ def refuse_unusable_steps(module: LightningModule) -> None:
         UnlearnError: if it uses manual optimization, since its `training_step` would then train the model, or if it has no
             step that gives a loss.
     """
-    hooks = ModuleHooks.of(module)
+    hooks = ModuleHooks(module)
     if hooks.forget_step and hooks.retain_step:
         return
     remedy = "define forget_step(batch, batch_idx) and retain_step(batch, batch_idx) that return the loss"

@@ -57,7 +57,7 @@ def mean_gradient(
         backward: what precision and strategy ask for.
 
     Returns:
-        The gradient, method.md's `g_f` or `g_r` (SLUG, arXiv 2407.11867).
+        The gradient, g_f or g_r (SLUG, arXiv 2407.11867).
 
     Raises:
         UnlearnError: if there is no batch, no batch has a loss, or a loss or gradient is not finite.

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
 
-
-@dataclass(frozen=True)
 class ModuleHooks:
-    """Attributes and methods that a module may define; all are optional, and looked up on the module by these names.
+    """Attributes and methods that a module may define; all are optional, None without, and read only when they are needed.
 
     Attributes:
         forget_step: `(batch, batch_idx) -> loss` of the forget set; `training_step` where it isn't defined.
@@ -28,26 +24,29 @@ class ModuleHooks:
         save_pretrained: `(folder)`, writes the weights as the model's own library loads them.
 
     Example:
-        >>> class Net(nn.Module):
+        >>> class Net:
         ...     forget_metric = "accuracy"
-        >>> ModuleHooks.of(Net()).forget_metric, ModuleHooks.of(Net()).towers
+        >>> ModuleHooks(Net()).forget_metric, ModuleHooks(Net()).towers
         ('accuracy', None)
     """
 
-    forget_step: Callable[..., Any] | None = None
-    retain_step: Callable[..., Any] | None = None
-    forget_metric: str | None = None
-    forget_target: float | None = None
-    retain_metric: str | Sequence[str] | None = None
-    higher_is_better: Mapping[str, bool] | None = None
-    chance: float | Mapping[str, float] | None = None
-    num_classes: int | None = None
-    towers: Mapping[str, str | Sequence[str]] | None = None
-    nothing_to_forget: Callable[[], str] | None = None
-    gallery_step: Callable[..., Any] | None = None
-    save_pretrained: Callable[..., Any] | None = None
+    forget_step: Callable[..., Any] | None
+    retain_step: Callable[..., Any] | None
+    forget_metric: str | None
+    forget_target: float | None
+    retain_metric: str | Sequence[str] | None
+    higher_is_better: Mapping[str, bool] | None
+    chance: float | Mapping[str, float] | None
+    num_classes: int | None
+    towers: Mapping[str, str | Sequence[str]] | None
+    nothing_to_forget: Callable[[], str] | None
+    gallery_step: Callable[..., Any] | None
+    save_pretrained: Callable[..., Any] | None
 
-    @classmethod
-    def of(cls, module: nn.Module) -> ModuleHooks:
-        """Look up what a module defines."""
-        return cls(**{hook.name: getattr(module, hook.name, None) for hook in fields(cls)})
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in type(self).__annotations__:
+            raise AttributeError(name)
+        return getattr(self._module, name, None)

@@ -54,7 +54,7 @@ class Objective:
         replay_budget: int | None = None,
     ) -> None:
         self.module = module
-        self.hooks = ModuleHooks.of(module)
+        self.hooks = ModuleHooks(module)
         self.loaders = loaders
         self.runner = runner
         self.processes = runner.processes
@@ -85,15 +85,15 @@ class Objective:
     @contextmanager
     def replaying(self, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, evaluations of edits of these layers may compute only what those change."""
-        if not self.replays or not isinstance(self.evaluator, WholeForward):
+        if not self.replays:
             yield
             return
-        self.evaluator = Replay(self.module, layers, self.replay_budget)
+        around, self.evaluator = self.evaluator, Replay(self.module, layers, self.replay_budget)
         self.replayed.append(self.evaluator)
         try:
             yield
         finally:
-            self.evaluator = WholeForward()
+            self.evaluator = around
 
     # ---- gradients
 

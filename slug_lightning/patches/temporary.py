@@ -46,9 +46,13 @@ class EditStep:
 
 
 def merged(edits: Sequence[EditStep]) -> EditStep:
-    """Make one edit of edits of different layers, with all their tensors and a step of 1."""
+    """Make one edit of several, with all their tensors and a step of 1; where they edit the same tensor, they add up."""
     parameters = {name: p for edit in edits for name, p in edit.layer.parameters.items()}
-    direction = {name: edit.step * tensor for edit in edits for name, tensor in edit.direction.items()}
+    direction: dict[str, Tensor] = {}
+    for edit in edits:
+        for name, tensor in edit.direction.items():
+            change = edit.step * tensor
+            direction[name] = direction[name] + change if name in direction else change
     name = " + ".join(edit.layer.name for edit in edits)
     return EditStep(Layer(name, parameters, edits[0].layer.tower, edits[0].layer.prefix), direction, 1.0)
 
@@ -59,7 +63,7 @@ class TemporaryEdits:
     Inside several contexts the edits of all are there, each tensor computed from its base as a patch of all of them
     would (`slug_lightning.patches.edit.edited`), so that what is measured here is what a patch makes, bit for bit.
 
-    `θ + λ·g_f`: ascent, though the paper prints a minus (method.md: the released programs disagree with each other).
+    `θ + λ·g_f`: ascent, though the paper prints a minus (its released programs disagree with each other).
 
     Example:
         >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
@@ -96,6 +100,11 @@ class TemporaryEdits:
                 for key in first:
                     del self._base[key]
                 del self._active[len(self._active) - len(edits) :]
+
+    @property
+    def active(self) -> list[EditStep]:
+        """The edits that are in the model now."""
+        return list(self._active)
 
     def _steps(self, name: str) -> list[tuple[Tensor, float]]:
         edits = [edit for edit in self._active if name in edit.layer.parameters]

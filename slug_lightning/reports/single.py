@@ -104,7 +104,7 @@ class UnlearnReport(JsonFile):
         console = console_of(stream, width)
         console.print(table)
         if self.layer is not None:
-            console.print(f"edited: {self.layer}, relative step {self.relative_step:.4f}")
+            console.print(f"edited: {self.layer}, relative step {number(self.relative_step)}")
         closing_lines(console, len(self.trace), self.cost, self.notes, width)
         console.print(self._verdict())
         return stream.getvalue().rstrip("\n")
@@ -113,7 +113,7 @@ class UnlearnReport(JsonFile):
         """One sentence on how it ended; where it failed, with how near the nearest trial came."""
         if self.status == "unlearned":
             return "Both bounds hold on the test split as well." if self.holds else "A bound does not hold on the test split."
-        verdict = "No step along a front layer meets both bounds; the weights are as they were."
+        verdict = "No edit meets both bounds; the weights are as they were."
         forgot = [t for t in self.trace if t.get("constraint_usage") is not None]  # measured only where the step forgets
         if forgot:
             near = min(forgot, key=lambda t: t["constraint_usage"])
@@ -125,6 +125,8 @@ class UnlearnReport(JsonFile):
                 f"{verdict} Nearest: {near['layer']} reaches the forget target at relative step {near['relative_step']:.4f}, "
                 f"but violates retain_tolerance: {kept}."
             )
+        if any(t["forgotten"] for t in self.trace):
+            return f"{verdict} Some reach the forget target, and then the model breaks or a bound fails; see the notes."
         return f"{verdict} None reaches the forget target: raise max_evaluations, or give a forget_target that can be reached."
 
     def bound(self, kind: str, name: str, before: float | None) -> str:

@@ -13,7 +13,6 @@ from typing import Literal, NoReturn
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.names import some_of
 
 Granularity = Literal["tensor", "module", "siblings"]
@@ -96,8 +95,7 @@ def find_layers(
             groups.setdefault((_group(name, granularity), _tower(name, towers or {})), {})[name] = parameter
     times = Counter(group for group, _ in groups)
     return [
-        Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower, patch_prefix(module))
-        for (group, tower), members in groups.items()
+        Layer(group if times[group] == 1 else f"{group} ({tower})", members, tower) for (group, tower), members in groups.items()
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
+from slug_lightning.methods import SLUG
 from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import digest_of
@@ -26,12 +27,15 @@ class PreviousRun:
     """Digest of the edited tensors as that fit left them; None for a checkpoint, which brings its weights along."""
 
     def is_same_request(self, request: dict[str, Any]) -> bool:
-        """Whether the same is asked for now; version 0.1 recorded less, by other names."""
-        renamed = {"step_margin" if name == "margin" else name: value for name, value in self.request.items()}
-        recorded = {"method": "slug_lightning.methods.slug.config.SLUG"} | renamed
-        return all(request.get(name) == value for name, value in recorded.items()) and (
-            "margin" in self.request or recorded.keys() == request.keys()
-        )
+        """Whether the same is asked for now; what an earlier version has not recorded was as it is by default."""
+        recorded, slug = dict(self.request), SLUG().request()
+        if "method" not in recorded:  # version 0.1, which knew SLUG only, and did not record how long it may search
+            now = {name: request["method"].get(name) for name in ("max_evaluations",)}
+            recorded["method"] = slug | now | {name: recorded.pop(name) for name in ("layers", "granularity")}
+            recorded["method"]["step_margin"] = recorded.pop("margin")
+        if recorded["method"].get("class_path") == slug["class_path"]:
+            recorded["method"] = slug | recorded["method"]
+        return recorded == request
 
 
 def digest_of_edited(module: nn.Module, report: Union[UnlearnReport, JointReport]) -> str:

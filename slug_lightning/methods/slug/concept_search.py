@@ -88,7 +88,9 @@ class ConceptSearch:
         del retain  # before the few that are needed are copied
         if not self._all_statistics:
             refuse_unmovable(context.layers)
-        self._candidates = self.rules.score(self._all_statistics)
+        self._candidates = list(self.rules.score(self._all_statistics))
+        if not all(isinstance(candidate, Candidate) for candidate in self._candidates):
+            raise UnlearnError(f"score must return Candidates, got {self._candidates}")
         names = {candidate.layer for candidate in self._candidates}
         self.outcome.layers = [one.row(one.name in names) for one in self._all_statistics]
         by_name = {one.name: one for one in self._all_statistics}
@@ -97,6 +99,7 @@ class ConceptSearch:
         self.statistics = [by_name[name] for name in dict.fromkeys(candidate.layer for candidate in self._candidates)]
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         self._gradient = {name: forget[name].clone() for one in self.statistics for name in one.layer.parameters}
+        del forget
         self._add_factors()
         curve = self.rules.curve
         self._points = {one.name: curve(one, partial(self._tangent, one)) for one in self.statistics}
@@ -184,6 +187,8 @@ class ConceptSearch:
         else:
             gradient = self.context.gradient("forget", [layer.layer], self.concept, at=[at])
         direction = self.rules.direction(layer, gradient)
+        if {n: d.shape for n, d in direction.items()} != {n: g.shape for n, g in gradient.items()}:
+            raise UnlearnError(f"direction: for {layer.name} it must return a tensor of the gradient's shape for each tensor")
         length = norm(layer.layer, direction, self.objective.processes)
         if not 0 < length < math.inf:
             raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")

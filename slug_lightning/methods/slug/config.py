@@ -12,7 +12,7 @@ from torch import nn
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome
 from slug_lightning.methods.slug.candidates import pareto
-from slug_lightning.methods.slug.choice import LeastUsage
+from slug_lightning.methods.slug.choice import Choice, LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
 from slug_lightning.methods.slug.curves import line
 from slug_lightning.methods.slug.directions import FACTORS, ForgetGradient
@@ -80,8 +80,14 @@ class SLUG(Method):
         for name, builtin in RULES.items():
             if isinstance(rule := getattr(self, name), str) and rule not in builtin:
                 raise UnlearnError(f"{name} must be {' or '.join(map(repr, builtin))}, or an object, got {rule!r}")
+        if not isinstance(self.choice, (str, Choice)):
+            raise UnlearnError(f"choice must be an instance of {Choice.__module__}.Choice, got {self.choice!r}")
         if unknown := set(getattr(self.direction, "needs", ())) - FACTORS.keys():
             raise UnlearnError(f"direction needs {some_of(sorted(unknown))}, but there is only {some_of(FACTORS)}")
+
+    def request(self) -> dict[str, Any]:
+        """What is asked for, as plain data; `check_rounding` adds notes only."""
+        return {name: value for name, value in super().request().items() if name != "check_rounding"}
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
         """List the layers that may be edited."""

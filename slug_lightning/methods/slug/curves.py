@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import NamedTuple, Optional, Protocol
 
 from torch import Tensor
@@ -33,12 +34,14 @@ class TangentAt(Protocol):
 class Point(Protocol):
     """Gives the edits along one layer; a path asks for further gradients as it goes."""
 
-    def __call__(self, distance: float, straight_after: float = ...) -> EditStep:
+    def __call__(self, distance: float, straight_after: float = inf) -> EditStep:
         """Return the edit at a distance.
 
         Args:
             distance: length of the way, relative to ‖W‖.
             straight_after: from this distance on a path goes straight, without another gradient, as for a margin.
+
+        The same arguments must give the same edit, as it is asked for again when it is chosen.
         """
 
 
@@ -48,7 +51,7 @@ class Curve(Protocol):
     Example:
         >>> def half_as_far(layer, tangent_at):
         ...     straight = line(layer, tangent_at)
-        ...     return lambda distance, straight_after=0.0: straight(distance / 2)
+        ...     return lambda distance, straight_after=inf: straight(distance / 2)
     """
 
     def __call__(self, layer: LayerStatistics, tangent_at: TangentAt) -> Point:
@@ -59,7 +62,7 @@ def line(layer: LayerStatistics, tangent_at: TangentAt) -> Point:
     """Go straight along the direction at W (SLUG, arXiv 2407.11867)."""
     tangent = tangent_at()
 
-    def point(distance: float, straight_after: float = 0.0) -> EditStep:
+    def point(distance: float, straight_after: float = inf) -> EditStep:
         return EditStep(layer.layer, tangent.direction, distance * layer.weight_norm / tangent.norm)
 
     return point

@@ -74,7 +74,7 @@ class LayerSearch:
                 self._search_steps(layer, advance)
         able = [layer for layer in layers if layer.name in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
-        able.sort(key=lambda one: self._steps[one.name].step * one.forget_norm * one.retain_norm * one.alignment)
+        able.sort(key=self._first_order_cost)
         with recorded(self.objective, "retain", "val", [layer.layer for layer in able]) as without:
             before = without if self.retain_before is None else self.retain_before
             unit = rounding(self.objective.runner.precision)
@@ -85,15 +85,20 @@ class LayerSearch:
             self.context.progress.say(_line(layer.name, [t for t in self.trials[begun:] if t.layer == layer.name]))
         return self.choice(self.trials), without
 
+    def _first_order_cost(self, layer: LayerStatistics) -> float:
+        step = self._steps[layer.name].relative_step * layer.weight_norm / layer.forget_norm  # as along the gradient
+        return step * layer.forget_norm * layer.retain_norm * layer.alignment
+
     def edit(self, trial: Trial) -> EditStep:
         """The edit of a trial."""
-        return self.points[trial.layer](trial.relative_step, straight_after=self.smallest[trial.layer].relative_step)
+        smallest = self.smallest.get(trial.layer, trial)
+        return self.points[trial.layer](trial.relative_step, straight_after=smallest.relative_step)
 
     def _search_steps(self, layer: LayerStatistics, advance: Callable[[], None]) -> None:
         """Find the smallest step of a layer that forgets, and the one with the margin."""
         start = START if self._gain is None else _first_step(layer, self._gain)
         evaluate = partial(self._forget, layer.name, advance)
-        tried = self.search(evaluate, self.concept.share, self.max_evaluations, start)
+        tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
         if (found := smallest_step(tried)) is not None:
             self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
             self.smallest[layer.name] = self._steps[layer.name] = found
