@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, Optional
 
@@ -14,8 +13,7 @@ import lightning.pytorch as pl
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.criteria import BleuBelow, Bound, Criterion
-from slug_lightning.methods.icu.examination import Examiner, Finding, means_of
-from slug_lightning.methods.icu.refinement import Refinement
+from slug_lightning.methods.icu.examination import Examiner, Finding, Refinement, means_of
 from slug_lightning.modules.causal_lm import CausalLMModule
 from slug_lightning.reports.passages import PassagesReport, samples_table
 from slug_lightning.reports.run_files import fresh_folder
@@ -69,14 +67,10 @@ class ICUCallback(pl.Callback):
         batch_size: int = 64,
         output_dir: Optional[str] = None,
     ) -> None:
-        for name, value, least in (
-            ("n", n, 1),
-            ("prefixes", prefixes, 1),
-            ("batch_size", batch_size, 1),
-            ("samples", samples, 0),
-        ):
-            if value < least:
-                raise UnlearnError(f"{name} must be >= {least}, got {value}")
+        self.refine, self.n, self.prefixes, self.samples, self.batch_size = refine, n, prefixes, samples, batch_size
+        for name, least in (("n", 1), ("prefixes", 1), ("batch_size", 1), ("samples", 0)):
+            if getattr(self, name) < least:
+                raise UnlearnError(f"{name} must be >= {least}, got {getattr(self, name)}")
         self.forgotten: list[Criterion] = [BleuBelow(0.01)] if forgotten is None else forgotten
         self.stop: dict[str, Bound] = {MA: "unseen", EL: "unseen"} if stop is None else dict(stop)
         known = {MA, EL, *(criterion.name for criterion in self.forgotten)}
@@ -89,11 +83,6 @@ class ICUCallback(pl.Callback):
             raise UnlearnError("forgotten: two criteria bound the same metric, so the stricter one has no effect; remove it")
         if not self.stop and not (refine and self.forgotten):
             raise UnlearnError("stop: without a metric here, and without resting passages, nothing would end the training")
-        self.refine = refine
-        self.n = n
-        self.prefixes = prefixes
-        self.samples = samples
-        self.batch_size = batch_size
         self.output_dir = output_dir
         self.report: Optional[PassagesReport] = None
         self._loaded: dict[str, Any] = {}
@@ -111,7 +100,11 @@ class ICUCallback(pl.Callback):
             raise UnlearnError(f"model must be a CausalLMModule, got {type(pl_module).__name__}; wrap the language model in one")
         if pl_module.tokenizer is None:
             raise UnlearnError("tokenizer: the module has none, which completions need; give CausalLMModule(tokenizer=…)")
-        _refuse_limits(trainer, self.refine)
+        limits: Any = trainer  # options that do not work with epochs that get shorter
+        if not limits.fast_dev_run and limits.limit_train_batches != 1.0:
+            raise UnlearnError("Trainer(limit_train_batches=…): epochs would leave out passages; give fewer to forget instead")
+        if self.refine and isinstance(limits.val_check_interval, int) and limits.check_val_every_n_epoch is not None:
+            raise UnlearnError("Trainer(val_check_interval=…) must be a fraction, as 0.5: epochs get shorter as passages rest")
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "forget_passages"):
             raise UnlearnError("datamodule: got no passages; fit with a PassageDataModule")
@@ -133,15 +126,16 @@ class ICUCallback(pl.Callback):
                 pl_module, runner, self._data.prefix, self.forgotten, self.n, self.batch_size, self._progress
             )
             self._refinement = Refinement(len(self._data.forget_passages), self.refine)
-            self._clock = Clock()
+            self._clock = _Clock()
             self._other: Optional[float] = None
             if self._loaded:
                 self._resume(trainer, pl_module)
             else:
                 self.report = PassagesReport("unfinished", type(pl_module.lm_loss).__name__, decided=list(self.stop))
-                with self._clock.phase("report"):
-                    self.report.before, self._first = self._measure()
-                    self.report.thresholds, self.report.bounds = self._bounds()
+                self._clock.start("report")
+                self.report.before, self._first = self._measure()
+                self.report.thresholds, self.report.bounds = self._bounds()
+                self._clock.start(None)
                 self._judge(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,16 +154,19 @@ class ICUCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete every passage, let forgotten ones rest, and stop if all is done."""
-        with self._examiner.processes.together(), self._clock.phase("validation"):
+        with self._examiner.processes.together():
+            self._clock.start("validation")
             self._refinement.trained()
             self._judge(trainer)
+            self._clock.start(None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the trained model, send the report to the loggers, write the files."""
         assert self.report is not None and isinstance(pl_module, CausalLMModule)
         with self._examiner.processes.together():
-            with self._clock.phase("report"):
-                self.report.after, last = self._measure()
+            self._clock.start("report")
+            self.report.after, last = self._measure()
+            self._clock.start(None)
             self._conclude(pl_module, last)
             _publish(self.report, trainer.loggers)
             asked = self.output_dir or folder_of(trainer)
@@ -221,9 +218,8 @@ class ICUCallback(pl.Callback):
 
     def _asked(self, loss: str) -> dict[str, Any]:
         """The settings that a resumed run must share, as plain data."""
-        forgotten = {criterion.name: criterion.below for criterion in self.forgotten}
-        shared = {"loss": loss, "forgotten": forgotten, "stop": self.stop}
-        return shared | {"n": self.n, "prefixes": self.prefixes, "refine": self.refine}
+        shared = {name: getattr(self, name) for name in ("stop", "n", "prefixes", "refine")}
+        return {"loss": loss, "forgotten": {criterion.name: criterion.below for criterion in self.forgotten}} | shared
 
     def _measure(self) -> tuple[dict[str, dict[str, float]], list[Finding]]:
         """Means over the forget set and unseen passages, and the perplexity of other text; and the forget set's findings."""
@@ -324,15 +320,7 @@ def _is_in_a_fit(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
-def _refuse_limits(trainer: Any, refine: bool) -> None:
-    """Refuse Trainer options that do not work with epochs that get shorter."""
-    if not trainer.fast_dev_run and trainer.limit_train_batches != 1.0:
-        raise UnlearnError("Trainer(limit_train_batches=…): epochs would leave out passages; give fewer to forget instead")
-    if refine and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is not None:
-        raise UnlearnError("Trainer(val_check_interval=…) must be a fraction, such as 0.5: epochs get shorter as passages rest")
-
-
-class Clock:
+class _Clock:
     """Seconds by phase: one phase at a time, until another one starts."""
 
     def __init__(self) -> None:
@@ -346,12 +334,3 @@ class Clock:
         if self._current is not None:
             self.seconds[self._current] += now - self._since
         self._current, self._since = phase, now
-
-    @contextmanager
-    def phase(self, phase: str) -> Iterator[None]:
-        """Inside, count for this phase; afterwards for none."""
-        self.start(phase)
-        try:
-            yield
-        finally:
-            self.start(None)

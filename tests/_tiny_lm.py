@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slug_lightning.lm.losses import sequence_nll
-from slug_lightning.lm.original import logits_of
+from slug_lightning.lm.models import logits_of
 from slug_lightning.lm.sequences import pad
 
 WORDS = [f"w{i}" for i in range(40)]

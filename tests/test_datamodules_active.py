@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from slug_lightning.datamodules.text.active import ActiveSampler
+from slug_lightning.datamodules.text.passages import ActiveSampler
 
 COUNT = 60
 SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -8,7 +8,7 @@ from test_lm_completion import made
 from torch import nn
 
 from slug_lightning.lm.completion import complete
-from slug_lightning.lm.kv_cache import cache_argument, cache_of
+from slug_lightning.lm.models import cache_argument, cache_of
 from slug_lightning.modules import EmbeddedVLM
 
 

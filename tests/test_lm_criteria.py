@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from test_lm_completion import Calls, made, partly_known, slow_accuracy, slow_complete, slow_likelihood
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.lm.completion import complete_prefixes, teacher_forced
 from slug_lightning.lm.criteria import (
     BertScoreBelow,
     BleuBelow,
@@ -28,7 +29,7 @@ from slug_lightning.lm.sequences import pad
 
 
 def evidence(completion: str = "a b c d", truth: str = "a b c d", **options) -> Evidence:
-    given = {"memorization_accuracy": 0.5, "nll": math.log(4), **options}
+    given = {"memorization_accuracy": 0.5, "nll": math.log(4), "extraction_likelihood": 0.5, **options}
     return Evidence("so", truth, completion, torch.tensor([1, 2]), torch.tensor([1, 2]), **given)
 
 
@@ -57,7 +58,7 @@ class Decoder:
 # ---- what is gathered
 
 
-@pytest.mark.parametrize("el", [None, 2])
+@pytest.mark.parametrize("el", [1, 2])
 def test_what_is_gathered_equals_the_slow_way(el):
     model = made("llama")
     passages = partly_known(model, [12, 9, 12])
@@ -72,7 +73,7 @@ def test_what_is_gathered_equals_the_slow_way(el):
         texts = [" ".join(f"w{token}" for token in part) for part in (row[:5], row[5:], said)]
         assert [e.prefix, e.truth, e.completion] == texts
         assert e.memorization_accuracy == torch.tensor(slow_accuracy(model, row)).item()
-        assert e.extraction_likelihood == (torch.tensor(slow_likelihood(model, row, el)).item() if el else None)
+        assert e.extraction_likelihood == torch.tensor(slow_likelihood(model, row, el)).item()
         assert e.nll == pytest.approx(model(input_ids=passage[None], labels=passage[None]).loss.item(), rel=1e-5)
 
 
@@ -85,32 +86,31 @@ def test_a_real_tokenizer_without_padding_token_will_do():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w28")
     assert tokenizer.pad_token is None
     model = made("llama")
-    found = gather(model, tokenizer, partly_known(model, [12, 9]), prefix=5, batch_size=2)
+    found = gather(model, tokenizer, partly_known(model, [12, 9]), prefix=5, batch_size=2, el=2)
     assert [e.prefix for e in found] == [tokenizer.decode(p[:5].tolist()) for p in partly_known(model, [12, 9])]
     assert [len(e.truth.split()) for e in found] == [7, 4]
 
 
-@pytest.mark.parametrize("el", [None, 10])
-def test_passages_that_are_recited_cost_one_forward(el):
+def test_passages_that_are_recited_cost_one_forward():
     model = made("llama")
     passages = [torch.tensor([i, *slow_complete(model, [i], 13)]) for i in range(4)]
     calls = Calls(model)
-    found = gather(model, Decoder(), passages, prefix=5, batch_size=4, el=el)
+    found = gather(model, Decoder(), passages, prefix=5, batch_size=4, el=10)
     assert calls.shapes == [(4, 14)]
-    assert all(e.completion == e.truth and e.memorization_accuracy == 1 and e.extraction_likelihood in (1, None) for e in found)
+    assert all(e.completion == e.truth and e.memorization_accuracy == 1 and e.extraction_likelihood == 1 for e in found)
 
 
 def test_one_prefix_estimates_the_extraction_likelihood_for_nothing():
     model = made("llama")
     passages = partly_known(model, [14, 14])
     calls = Calls(model)
-    plain = gather(model, Decoder(), passages, prefix=6, batch_size=2)
+    plain = complete_prefixes(model, passages, teacher_forced(model, passages, 28)[0], [[6], [6]], 28)
     without, calls.shapes = calls.shapes, []
     estimates = gather(model, Decoder(), passages, prefix=6, batch_size=2, el=2, prefixes=1)
     assert calls.shapes == without
-    for e, estimated, passage in zip(plain, estimates, passages, strict=True):
-        said = extraction_likelihood([[e.completion_tokens]], pad([passage]), 2, [[6]])
-        assert estimated.extraction_likelihood == said.item()
+    for said, estimated, passage in zip(plain, estimates, passages, strict=True):
+        assert torch.equal(estimated.completion_tokens, said[0])
+        assert estimated.extraction_likelihood == extraction_likelihood([said], pad([passage]), 2, [[6]]).item()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
@@ -133,7 +133,7 @@ def test_all_prefixes_asked_for_are_no_estimate():
 
 
 @pytest.mark.parametrize(("prefix", "el", "message"), [
-    (0, None, "prefix=0"), (6, None, "prefix=6, el=None: .* got 6 tokens"), (3, 6, "prefix=3, el=6: .* got 6 tokens"),
+    (0, 2, "prefix=0"), (6, 2, "prefix=6, el=2: .* got 6 tokens"), (3, 6, "prefix=3, el=6: .* got 6 tokens"),
 ])  # fmt: skip
 def test_passages_that_are_too_short_are_refused(prefix, el, message):
     with pytest.raises(UnlearnError, match=message):
@@ -148,20 +148,18 @@ def test_a_model_that_has_diverged_is_not_taken_for_one_that_has_forgotten():
     model = made("llama")
     model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(UnlearnError, match="training has diverged"):
-        gather(model, Decoder(), [torch.arange(8)], 3, 2)
+        gather(model, Decoder(), [torch.arange(8)], 3, 2, el=2)
 
 
 # ---- criteria
 
 
 def test_each_criterion_takes_its_value_from_the_evidence():
-    found = [evidence(), evidence("x", memorization_accuracy=0.25, nll=0.0, extraction_likelihood=0.5)]
+    found = [evidence(), evidence("x", memorization_accuracy=0.25, nll=0.0, extraction_likelihood=0.125)]
     assert BleuBelow().values(found) == [1, 0]
     assert MemorizationBelow().values(found) == [0.5, 0.25]
     assert ProbabilityBelow().values(found) == [pytest.approx(0.25), 1]
-    assert ExtractionBelow().values(found[1:]) == [0.5]
-    with pytest.raises(UnlearnError, match="gather the evidence with el="):
-        ExtractionBelow().values(found)
+    assert ExtractionBelow().values(found) == [0.5, 0.125]
 
 
 def test_at_the_bound_is_forgotten_and_not_a_number_is_not():

@@ -20,9 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm import topk
 from slug_lightning.lm.losses import DPO, ICU, log_likelihood, sequence_kl
-from slug_lightning.lm.original import logits_of, weights_digest
-from slug_lightning.lm.reference import AdaptersOff, FrozenCopy, TopK
+from slug_lightning.lm.models import logits_of, weights_digest
+from slug_lightning.lm.reference import AdaptersOff, FrozenCopy
 from slug_lightning.lm.sequences import pad
+from slug_lightning.lm.topk import TopK
 from slug_lightning.tensors.dtensor import shard
 
 V = 80
@@ -85,7 +86,8 @@ def test_what_the_original_says_stays_as_it_was_while_the_model_is_trained(kind,
     with torch.no_grad():
         original = copy.deepcopy(model).eval()
         p0 = {name: logits_of(original, batch[name]) for name in ("forget", "pair", "refusal")}
-    reference.prepare([batch])
+    if kind == "top-k":
+        reference.prepare([batch])
     assert reference.kl(p0["pair"], batch["pair"]).abs().max() < 1e-6
     digest = reference.digest()
     train(model, batch)
@@ -105,7 +107,8 @@ def test_the_losses_train_with_any_reference(kind, tmp_path):
     model, reference = KINDS[kind](tmp_path)
     batch = batch_of()
     batch["pair"] = pad(rows(9, 4, seed=1))
-    reference.prepare([batch])
+    if kind == "top-k":
+        reference.prepare([batch])
     for loss in (ICU(), DPO()):
         parts = loss(lambda sequences: logits_of(model, sequences), batch, reference)
         sum(part.sum() for part in parts.values()).backward()

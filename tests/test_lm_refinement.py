@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from slug_lightning.lm.criteria import BleuBelow, ExtractionBelow, MemorizationBelow, ProbabilityBelow
 from slug_lightning.lm.losses import GradientAscent
-from slug_lightning.methods.icu.refinement import Refinement
+from slug_lightning.methods.icu.examination import Refinement
 
 pytestmark = pytest.mark.uncovered
 

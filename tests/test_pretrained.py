@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, integrations
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.pretrained import load_causal_lm
+from slug_lightning.lm.models import load_causal_lm
 from slug_lightning.modules import CausalLMModule
 from slug_lightning.utils import pretrained
 from slug_lightning.utils.pretrained import load_pretrained, peft_refusal

@@ -24,7 +24,7 @@ SHARED = 0.5
 
 
 def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
-    r"""Find the texts of a corpus that nearly duplicate one of some texts.
+    """Find the texts of a corpus that nearly duplicate one of some texts: indices into the corpus, ascending.
 
     They do if at least half of the sequences of three words in the shorter one are also in the other, whatever the case, white
     space and punctuation. So a text is found that was edited (each changed word costs three sequences), that contains one of the
@@ -32,13 +32,6 @@ def near_duplicates(texts: Sequence[str], corpus: Sequence[str]) -> list[int]:
     long text that contains a passage to forget teaches it as well as the passage alone. Unrelated texts, even of one field,
     share only a few stock phrases. Words are runs of letters and digits: in a language without spaces, edited texts are rarely
     found.
-
-    Returns:
-        Indices into the corpus, ascending.
-
-    Example:
-        >>> near_duplicates(["The cat sat on the mat."], ["A dog.", "the  cat sat on\nthe mat.", "Once the cat sat on the bed."])
-        [1, 2]
     """
     grams = [_grams(text) for text in texts]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -70,12 +63,13 @@ def pair(
 ) -> list[list[int]]:
     """Choose k retain texts for each text to forget; never a near-duplicate of a text to forget (`near_duplicates`).
 
-    The same input gives the same pairs; texts that are equally near come in the order of the corpus.
+    Gives for each k indices into the corpus, all different, the nearest first; texts that are equally near come in the order of
+    the corpus. The same input gives the same pairs.
 
     Args:
         forget: texts to forget.
         corpus: the retain texts.
-        k: how many to choose for each.
+        k: how many to choose for each; refused if there are fewer.
         method: "nearest" by the cosine between two texts, or "random", the control.
         encoder: of texts: a sentence-transformers model, as a folder or a name, which that library downloads where needed. None:
             TF-IDF of the words, by scikit-learn; the default whatever is installed, so that nothing is downloaded unasked.
@@ -83,13 +77,6 @@ def pair(
             (a folder by its content, a name by the name), k and seed. A damaged file is made anew, with a warning.
         seed: of "random".
         verbose: whether sentence-transformers shows its progress.
-
-    Returns:
-        For each text to forget k indices into the corpus, all different, the nearest first.
-
-    Raises:
-        UnlearnError: if there are fewer than k texts to choose from, an argument is out of its range, the encoder cannot be
-            loaded, no text has a word (TF-IDF), or a library is not installed.
     """
     if k < 1:
         raise UnlearnError(f"neighbours must be >= 1, got {k}")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
-from slug_lightning.datamodules.text.active import ActiveSampler
 from slug_lightning.datamodules.text.pairing import Method, near_duplicates, pair
 from slug_lightning.datamodules.text.reading import read_texts
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.pretrained import load_tokenizer
+from slug_lightning.lm.models import load_tokenizer
 from slug_lightning.lm.sequences import pad
 from slug_lightning.tensors.bits import digest_of
 
@@ -31,29 +31,38 @@ REFUSALS = (
 """What a model may say instead of continuing a passage."""
 
 
-class Numbered(Dataset):
-    """Token sequences, each with its index."""
+class ActiveSampler(DistributedSampler):
+    """Draws this rank's share of the active samples, each once an epoch, as (index, weight).
 
-    def __init__(self, rows: Sequence[Tensor]) -> None:
-        self.rows = rows
+    The active samples are shuffled in every epoch and cut into global batches of `num_replicas * batch_size`; of each, rank r
+    takes every `num_replicas`-th from the r-th on. Where the last one cannot be shared evenly, some ranks draw a sample that
+    another one has too, with weight 0, so that all ranks have equally many batches, none of them empty. Any other sample has the
+    weight `num_replicas / n`, for n samples in the global batch: the sum of weighted losses, averaged over the ranks as DDP does
+    with gradients, is their mean.
+
+    Lightning leaves a `DistributedSampler` as it is, and tells it the epoch. Which samples are `active`, the same on all ranks,
+    is asked for anew whenever the sampler is iterated or its length is taken.
+    """
+
+    def __init__(self, dataset: Any, active: Callable[[], Sequence[int]], batch_size: int, **options: Any) -> None:
+        super().__init__(dataset, **{"num_replicas": 1, "rank": 0, **options})
+        self.active = active
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        order = sorted(self.active())
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        whole = self.batch_size * self.num_replicas
+        for start in range(0, len(order), whole):
+            batch = order[start : start + whole]
+            for place in range(self.rank, math.ceil(len(batch) / self.num_replicas) * self.num_replicas, self.num_replicas):
+                yield (batch[place], self.num_replicas / len(batch)) if place < len(batch) else (batch[0], 0.0)
 
     def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, self.rows[index]
-
-
-class _Drawn(Dataset):
-    """Returns what the sampler draws: indices with weights."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
+        return math.ceil(len(self.active()) / self.num_replicas)
 
     def __getitem__(self, drawn: tuple[int, float]) -> tuple[int, float]:
+        """As the loader's dataset, give what is drawn as it is."""
         return drawn
 
 
@@ -72,8 +81,7 @@ class PassageDataModule(UnlearnDataModule):
 
     Retain texts that are near-duplicates of passages to forget or of unseen ones (`near_duplicates`) are left out, as training on
     them would teach what must be forgotten; a note says how many. A passage that is given twice is used once. The retain texts
-    are split, always in the same way for the same `seed`: about half of them may be pairs, a quarter is the validation split, a
-    quarter the test split.
+    are split by `seed`: about half of them may be pairs, a quarter is the validation split, a quarter the test split.
 
     In training it serves batches `{"index": [B], "weight": [B], "forget", "pair", "refusal", "prefix"}`: the indices of the
     passages, the weights of `ActiveSampler`, and three batches of sequences (`input_ids` and `attention_mask`): the passages;
@@ -98,11 +106,9 @@ class PassageDataModule(UnlearnDataModule):
         seed: of the split, of random pairs, of the refusals and of the order of passages.
 
     Attributes:
-        forget_passages: int64, each `[prefix + suffix]`.
-        unseen_passages: int64, each `[prefix + suffix]`.
+        forget_passages: int64, each `[prefix + suffix]`; `unseen_passages` likewise.
         keep_passages: of the retain set, int64, each of 2 to `prefix + suffix` tokens.
         pairs: for each passage to forget, indices into `keep_passages`.
-        tokenizer: that was used.
 
     Raises:
         UnlearnError: if prefix or suffix is below 1; in `setup`, if a file cannot be read, if a set is empty, if a passage is too
@@ -200,9 +206,10 @@ class PassageDataModule(UnlearnDataModule):
         if getattr(self.trainer, "overfit_batches", 0):
             raise UnlearnError("Trainer(overfit_batches=…) replaces the passages' sampler; give fewer passages to forget instead")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        drawn = _Drawn(len(self.forget_passages))
-        sampler = ActiveSampler(drawn, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share)
-        return DataLoader(drawn, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
+        sampler: Any = ActiveSampler(
+            self.forget_passages, lambda: self.active, batch_size=self.batch_size, seed=self.seed, **share
+        )
+        return DataLoader(sampler, batch_size=self.batch_size, sampler=sampler, collate_fn=self._training_batch)
 
     def every_batch(self) -> Iterator[dict[str, Any]]:
         """Training batches of all passages in order, whatever is active, the same on all ranks."""
@@ -211,8 +218,8 @@ class PassageDataModule(UnlearnDataModule):
             yield self._training_batch(drawn[start : start + self.batch_size])
 
     def passages(self, kind: Literal["forget", "unseen"]) -> DataLoader:
-        """All passages of one kind in order, whatever is active, the same on all ranks."""
-        return self._loader(Numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
+        """All passages of one kind, as `every_batch`."""
+        return self._loader(_numbered(self.forget_passages if kind == "forget" else self.unseen_passages))
 
     # ---- from texts to tokens
 
@@ -232,10 +239,9 @@ class PassageDataModule(UnlearnDataModule):
         self.pairs = self._paired(forget_texts)
         self._refused = self._refusing(forget)
         self.forget_passages, self.unseen_passages = forget, unseen
-        self.set_parts("retain", Numbered(self.keep_passages))
+        self.set_parts("retain", _numbered(self.keep_passages))
         self.notes["retain"] += left_out
-        passages = Numbered(forget)
-        self.set_parts("forget", passages, passages, passages)
+        self.set_parts("forget", *[_numbered(forget)] * 3)
         repeated = f"; {len(given) - len(forget)} duplicates were left out" if len(given) > len(forget) else ""
         self.notes["forget"] = f"forget: the same {len(forget)} passages serve gradient, search and report{repeated}"
 
@@ -319,6 +325,11 @@ class PassageDataModule(UnlearnDataModule):
             "refusal": pad([self._refused[i] for i in indices]),
             "prefix": self.prefix,
         }
+
+
+def _numbered(rows: Sequence[Tensor]) -> Any:
+    """A map-style dataset of token sequences, each with its index."""
+    return list(enumerate(rows))
 
 
 def _different(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,7 @@ from slug_lightning.errors import UnlearnError
 
 
 def read_texts(argument: str, path: str | Path) -> list[str]:
-    """Read texts from a `.txt` file, with blank lines between them, or from a `.jsonl` file with a field "text".
-
-    Raises:
-        UnlearnError: naming the `argument`, if the file cannot be read or is of another kind, or if a line has no text.
-    """
+    """Read texts from a `.txt` file, with blank lines between them, or from a `.jsonl` file with a field "text"."""
     if Path(path).suffix == ".jsonl":
         return [line["text"] for line in read_lines(argument, path)]
     if Path(path).suffix == ".txt":

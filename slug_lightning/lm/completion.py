@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.kv_cache import cache_argument, cache_of, unwrapped
 from slug_lightning.lm.losses import sequence_nll
-from slug_lightning.lm.original import logits_of
+from slug_lightning.lm.models import cache_argument, cache_of, logits_of, unwrapped
 from slug_lightning.lm.sequences import pad
 from slug_lightning.objective.eval_mode import preserve_state
 
@@ -27,11 +26,9 @@ BATCH_TOKENS = 4096
 def teacher_forced(model: Any, rows: Sequence[Tensor], batch_tokens: int = BATCH_TOKENS) -> tuple[list[Tensor], list[float]]:
     """Predict every token of each sequence, of ids `[T_i]`, from the true ones before it.
 
-    A forward has at most `batch_tokens` tokens with padding, or one sequence; it holds about three fp32 copies of their logits.
-
-    Returns:
-        For each sequence the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the
-        first, in nats.
+    Gives for each the predictions, `[T_i - 1]` on the CPU, and the mean negative log-likelihood of its tokens but the first, in
+    nats. A forward has at most `batch_tokens` tokens with padding, or one sequence; it holds about three fp32 copies of their
+    logits.
     """
     best: list[Tensor] = [row[:0] for row in rows]
     nll = [0.0] * len(rows)
@@ -49,9 +46,6 @@ def complete(model: Any, prefixes: Sequence[Tensor], counts: Sequence[int], batc
 
     Each completion is the one that its prefix gets alone, up to rounding: padding is on the left, masked, and has no position.
     A batch has at most `batch_tokens` tokens with padding and completions; the keys and values of each are held.
-
-    Raises:
-        UnlearnError: if a prefix is empty, or the model has no cache of keys and values.
     """
     if not all(map(len, prefixes)):
         raise UnlearnError("prefixes: each must have at least one token, but one is empty")
@@ -82,14 +76,11 @@ def complete_prefixes(
     needed where the rest is predicted correctly.
 
     Args:
-        model: a causal language model of transformers, alone or with PEFT adapters; in evaluation mode meanwhile.
+        model: of transformers, alone or with PEFT adapters.
         rows: token ids, each `[T_i]`.
         predicted: this model's predictions of each, as `teacher_forced` gives them.
-        lengths: how many tokens the prefixes of each have, from 1 to `T_i - 1`.
+        lengths: how many tokens the prefixes of each have, from 1 to `T_i - 1`; the completions come in the same order.
         batch_tokens: as in `complete`.
-
-    Returns:
-        For each sequence, for each of its `lengths`, the completion as `complete` would give it.
     """
     ends = _ends(model)
     tokens = [row.cpu() for row in rows]

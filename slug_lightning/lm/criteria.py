@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +32,7 @@ class Evidence:
         completion_tokens: at most as many.
         memorization_accuracy: share of the passage's tokens that are predicted correctly, 0 to 1.
         nll: mean negative log-likelihood of the passage's tokens, in nats.
-        extraction_likelihood: EL_n, 0 to 1, or an estimate of it; None where it was not measured.
+        extraction_likelihood: EL_n, 0 to 1, or an estimate of it.
     """
 
     prefix: str
@@ -43,7 +42,7 @@ class Evidence:
     completion_tokens: Tensor
     memorization_accuracy: float
     nll: float
-    extraction_likelihood: float | None = None
+    extraction_likelihood: float
 
     @cached_property
     def bleu(self) -> float:
@@ -52,18 +51,11 @@ class Evidence:
 
 
 def gather(
-    model: Any,
-    tokenizer: Any,
-    passages: Sequence[Tensor],
-    prefix: int,
-    batch_size: int,
-    el: int | None = None,
-    prefixes: int | None = None,
+    model: Any, tokenizer: Any, passages: Sequence[Tensor], prefix: int, batch_size: int, el: int, prefixes: int | None = None
 ) -> list[Evidence]:
     """Measure what the model remembers of passages, by one teacher-forced forward and what that leaves to be generated.
 
-    A recited passage costs no generation, any other one of its own; with `el`, one for each of its tokens that is predicted
-    wrongly, or for each of its `prefixes`.
+    A recited passage costs no generation, any other at most one for each token that is predicted wrongly, or each prefix.
 
     Args:
         model: as in `complete_prefixes`.
@@ -71,29 +63,24 @@ def gather(
         passages: token ids, each `[T_i]`.
         prefix: how many tokens of a passage the model is given to complete.
         batch_size: passages of full length in a forward, or in a step of generation.
-        el: n of the extraction likelihood EL_n; None leaves it out.
+        el: n of the extraction likelihood EL_n.
         prefixes: how many prefixes of each passage it is estimated from, evenly spaced, but for one that is `prefix` and costs
             nothing more; None: all, as it is defined.
-
-    Raises:
-        UnlearnError: if a passage has no token after its prefix, or no more than `el`; or the model's loss is not finite.
     """
     if not passages:
         return []
     shortest = min(map(len, passages))
-    if prefix < 1 or shortest <= max(prefix, el or 0):
+    if prefix < 1 or shortest <= max(prefix, el):
         raise UnlearnError(f"prefix={prefix}, el={el}: both must be >= 1 and < the length of the passages, got {shortest} tokens")
     batch_tokens = batch_size * max(map(len, passages))
     predicted, nll = teacher_forced(model, passages, batch_tokens)
     if not all(map(math.isfinite, nll)):
         raise UnlearnError("model: its loss on a passage is not finite: training has diverged; lower the learning rate")
-    asked = [_spread(len(passage) - el, prefix, prefixes) if el else [] for passage in passages]
+    asked = [_spread(len(passage) - el, prefix, prefixes) for passage in passages]
     completions = complete_prefixes(model, passages, predicted, [[prefix, *lengths] for lengths in asked], batch_tokens)
     sequences = pad([passage.cpu() for passage in passages])
     accuracies = memorization_accuracy(pad(predicted)["input_ids"], sequences).tolist()
-    likelihoods: list[float | None] = [None] * len(passages)
-    if el:
-        likelihoods = extraction_likelihood([found[1:] for found in completions], sequences, el, asked).tolist()
+    likelihoods = extraction_likelihood([found[1:] for found in completions], sequences, el, asked).tolist()
 
     def text(tokens: Tensor) -> str:
         return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -114,13 +101,13 @@ def _spread(longest: int, prefix: int, count: int | None) -> list[int]:
     return lengths
 
 
-class Criterion(ABC):
+class Criterion:
     """A bound on one value of a passage: at or below it, the passage is forgotten by this criterion.
 
     Subclasses are dataclasses, but this is not: jsonargparse takes no subclass of a dataclass from a config.
 
     Attributes:
-        name: what is bounded.
+        name: what is bounded: an attribute of `Evidence`, unless the subclass has `values` of its own.
         below: the bound, 0 to 1; or "unseen": the mean of the value over passages that the model never saw.
 
     Raises:
@@ -134,9 +121,9 @@ class Criterion(ABC):
         if self.below != "unseen" and not (isinstance(self.below, (int, float)) and 0 <= self.below <= 1):
             raise UnlearnError(f"{type(self).__name__}: below must be in [0, 1] or 'unseen', got {self.below!r}")
 
-    @abstractmethod
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
         """The value of each passage; lower is more forgotten."""
+        return [getattr(e, self.name) for e in evidence]
 
     def forgotten(self, values: Sequence[float], threshold: float) -> list[bool]:
         """Whether each value is at or below the threshold; NaN is not."""
@@ -159,10 +146,6 @@ class BleuBelow(Criterion):
     below: Bound = 0.01
     name = "bleu"
 
-    def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """BLEU of each completion, 0 to 1."""
-        return [e.bleu for e in evidence]
-
 
 @dataclass
 class BertScoreBelow(Criterion):
@@ -181,11 +164,7 @@ class BertScoreBelow(Criterion):
     name = "bertscore"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """F1 of each completion; 0 where it or the truth is empty.
-
-        Raises:
-            UnlearnError: if the model cannot be loaded.
-        """
+        """F1 of each completion; 0 where it or the truth is empty."""
         return [self._score(e.completion, e.truth) if e.completion.strip() and e.truth.strip() else 0.0 for e in evidence]
 
     def _score(self, completion: str, truth: str) -> float:
@@ -230,10 +209,6 @@ class MemorizationBelow(Criterion):
     below: Bound = "unseen"
     name = "memorization_accuracy"
 
-    def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """Share of each passage's tokens that are predicted correctly."""
-        return [e.memorization_accuracy for e in evidence]
-
 
 @dataclass
 class ExtractionBelow(Criterion):
@@ -245,16 +220,6 @@ class ExtractionBelow(Criterion):
 
     below: Bound = "unseen"
     name = "extraction_likelihood"
-
-    def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """EL_n of each passage, or its estimate.
-
-        Raises:
-            UnlearnError: if it was not measured.
-        """
-        if any(e.extraction_likelihood is None for e in evidence):
-            raise UnlearnError("ExtractionBelow: the extraction likelihood was not measured; gather the evidence with el=…")
-        return [float(e.extraction_likelihood) for e in evidence if e.extraction_likelihood is not None]
 
 
 @dataclass
@@ -269,5 +234,4 @@ class ProbabilityBelow(Criterion):
     name = "probability"
 
     def values(self, evidence: Sequence[Evidence]) -> list[float]:
-        """The mean probability of a token of each passage."""
         return [math.exp(-e.nll) for e in evidence]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Protocol
 
@@ -30,9 +30,6 @@ class Reference(Protocol):
     Make it while the model is the original: in `setup`, before a checkpoint is restored or a strategy shards the model.
     """
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Compute before training what cannot be computed later."""
-
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
         """KL(p₀ ‖ p), `[B]`, of the model p that gives `logits`, `[B, T, V]`, as `slug_lightning.lm.losses.sequence_kl`."""
 
@@ -50,26 +47,16 @@ class Reference(Protocol):
 
 
 def log_likelihood(logits: Tensor, sequences: Sequences, start: int = 1) -> Tensor:
-    """Sum the log-probabilities, in nats, of each sequence's tokens from number `start` on, given those before.
+    """Sum the log-probabilities, in nats, of each sequence's tokens from number `start` on: `[B]`, fp32; 0 for a shorter one.
 
-    Args:
-        logits: `[B, T, V]`.
-        sequences: `[B, T]`.
-        start: number of the first token that counts; at least 1, as nothing predicts the first.
-
-    Returns:
-        `[B]`, fp32; 0 for a shorter sequence.
+    `start` is at least 1, as nothing predicts the first token.
     """
     scores, ids, lengths = at_targets(logits, sequences, start)
     return -summed(cross_entropy(scores, ids, reduction="none"), lengths)
 
 
 def sequence_nll(logits: Tensor, sequences: Sequences) -> Tensor:
-    """Average the negative log-likelihood, in nats, over each sequence's tokens but the first.
-
-    Returns:
-        `[B]`, fp32, at least 0; 0 for a sequence of fewer than two tokens.
-    """
+    """Average the negative log-likelihood, in nats, over each sequence's tokens but the first: `[B]`, fp32; 0 without any."""
     scores, ids, lengths = at_targets(logits, sequences)
     return _averaged(cross_entropy(scores, ids, reduction="none"), lengths)
 
@@ -78,10 +65,7 @@ def sequence_unlikelihood(logits: Tensor, sequences: Sequences) -> Tensor:
     """Average -log(1 - p), in nats, over each sequence's tokens but the first (Welleck et al., arXiv 1908.04319, eq. 4).
 
     Where -NLL pushes hardest on tokens that are unlikely already, the gradient of this loss vanishes as p → 0. The backward
-    pass holds two fp32 copies of the positions that count.
-
-    Returns:
-        `[B]`, fp32, at least 0; 0 for a sequence of fewer than two tokens.
+    pass holds two fp32 copies of the positions that count. Gives `[B]`, fp32; 0 for a sequence of fewer than two tokens.
     """
     scores, ids, lengths = at_targets(logits, sequences)
     others = scores.scatter(1, ids[:, None], -math.inf).logsumexp(1)  # not by 1 - p, which is 0 where p is next to 1
@@ -91,15 +75,8 @@ def sequence_unlikelihood(logits: Tensor, sequences: Sequences) -> Tensor:
 def sequence_kl(logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
     """Average KL(p₀ ‖ p) of the next token over the positions whose target counts, in nats.
 
-    It is the direction of TOFU (arXiv 2401.06121, section 4) and of ICU: what is likely under the original must stay likely.
-
-    Args:
-        logits: of p, the model in training, `[B, T, V]`.
-        reference_logits: of p₀, the original, `[B, T, V]`; no gradient flows there.
-        sequences: `[B, T]`.
-
-    Returns:
-        `[B]`, fp32, at least 0 but for rounding; 0 for a sequence of fewer than two tokens.
+    It is the direction of TOFU (arXiv 2401.06121, section 4) and of ICU: what is likely under the original must stay likely. No
+    gradient flows to `reference_logits`, those of p₀. Gives `[B]`, fp32; 0 for a sequence of fewer than two tokens.
     """
     scores, _, lengths = at_targets(logits, sequences)
     reference = at_targets(reference_logits.detach(), sequences)[0]
@@ -162,9 +139,6 @@ class LMLoss(ABC):
             forward: gives the model's logits of sequences.
             batch: B passages with their pairs.
             reference: the original model; may be None where `needs_reference` is False.
-
-        Raises:
-            UnlearnError: if the reference is missing, or passages differ in their number of pairs.
         """
 
 
@@ -243,9 +217,6 @@ class GradDiff(_Coefficients):
 
     Args:
         retain: b, at least 0.
-
-    Raises:
-        UnlearnError: if it is negative or not finite.
     """
 
     retain: float = 1.0
@@ -260,9 +231,6 @@ class KL(_Coefficients):
 
     Args:
         keep: c, above 0; at 0 this would be `GradientAscent`.
-
-    Raises:
-        UnlearnError: if it is not above 0 and finite.
     """
 
     keep: float = 1.0
@@ -283,9 +251,6 @@ class NPO(_Coefficients):
     Args:
         beta: β, above 0; the paper has 0.1.
         retain: b, at least 0.
-
-    Raises:
-        UnlearnError: if one is out of its range or not finite.
     """
 
     beta: float = 0.1
@@ -310,9 +275,6 @@ class SimNPO(_Coefficients):
         beta: β, above 0; the paper has 2.5.
         gamma: γ, the margin, at least 0.
         retain: b, at least 0.
-
-    Raises:
-        UnlearnError: if one is out of its range or not finite.
     """
 
     beta: float = 2.5
@@ -335,9 +297,6 @@ class DPO(_Coefficients):
     Args:
         beta: β, above 0; the paper has 0.1.
         retain: b, at least 0.
-
-    Raises:
-        UnlearnError: if one is out of its range or not finite.
     """
 
     beta: float = 0.1

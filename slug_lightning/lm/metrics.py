@@ -18,12 +18,7 @@ from slug_lightning.utils.optional_imports import import_optional
 def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
     """Share of tokens that are predicted correctly from the true ones before them (Tirumala et al. 2022, arXiv 2205.10770).
 
-    Args:
-        predictions: `[B, T-1]` token ids.
-        sequences: `[B, T]`, each of at least two tokens.
-
-    Returns:
-        `[B]` fp32 from 0 to 1, on the device of the predictions.
+    From predicted ids, `[B, T-1]`, of sequences `[B, T]`; gives `[B]`, fp32, on the device of the predictions.
     """
     ids, counts = (part.to(predictions.device) for part in targets(sequences))
     if not counts.any(1).all():
@@ -33,25 +28,19 @@ def memorization_accuracy(predictions: Tensor, sequences: Sequences) -> Tensor:
 
 
 def extraction_likelihood(
-    completions: Sequence[Sequence[Tensor]],
-    sequences: Sequences,
-    n: int = 10,
-    lengths: Sequence[Sequence[int]] | None = None,
+    completions: Sequence[Sequence[Tensor]], sequences: Sequences, n: int = 10, lengths: Sequence[Sequence[int]] | None = None
 ) -> Tensor:
     """Measure how much of the rest of a text the model produces from its prefixes (EL_n of Jang et al. 2023, arXiv 2210.01504).
 
     For every prefix that leaves at least n tokens: the share of the completion's n-grams that occur in the true rest, 0 for a
-    completion shorter than n. Then the mean over prefixes.
+    completion shorter than n. Then the mean over prefixes: `[B]`, fp32, on the CPU.
 
     Args:
         completions: of each sequence the completions of its prefixes of 1, 2, …, T-n tokens, or of those in `lengths`, as from
             `slug_lightning.lm.completion.complete_prefixes`.
-        sequences: `[B, T]`, padded on the right.
+        sequences: `[B, T]`.
         n: tokens of an n-gram.
         lengths: how many tokens the prefixes have, if these are only some of them: an estimate.
-
-    Returns:
-        `[B]` fp32 from 0 to 1, on the CPU.
     """
     rows = counted(sequences)
     lengths = [range(1, len(row) - n + 1) for row in rows] if lengths is None else lengths
@@ -72,24 +61,20 @@ def extraction_likelihood(
 
 
 def ngram_diversity(texts: Sequence[Tensor], n: int = 4) -> Tensor:
-    """Share of different n-grams among the n-grams of a text (distinct-n): low where it repeats itself.
+    """Share of different n-grams among those of each text, of ids `[T_i]` (distinct-n): low where it repeats itself.
 
-    Returns:
-        fp32 above 0 and at most 1, one for each text, of ids `[T_i]`; 0 for a text that is shorter than n.
+    Gives fp32; 0 for a text that is shorter than n.
     """
     grams = [_ngrams(text, n) for text in texts]
     return torch.tensor([len(set(found)) / max(len(found), 1) for found in grams], dtype=torch.float32)
 
 
 def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Compute sacrebleu's sentence BLEU with its default tokenizer, from 0 to 1, for each pair of texts.
+    """Compute sacrebleu's sentence BLEU with its default tokenizer for each pair of texts: fp32, 0 to 1; 0 where one is empty.
 
     Not smoothed: with smoothing, 86 % of unrelated pairs (150 characters each, from Python's help texts) get more than 0.01,
     ICU's bound for "forgotten", without it 2 %. Texts shorter than four words are judged by the n-grams that they have
     (effective order), so that a recited text gets 1 at any length.
-
-    Returns:
-        fp32 from 0 to 1, one for each pair; 0 where either is empty.
     """
     scorer = import_optional("sacrebleu.metrics", "lm").BLEU(effective_order=True, smooth_method="none")
     scores = [scorer.sentence_score(said, [true]).score for said, true in zip(candidates, references, strict=True)]
@@ -97,7 +82,6 @@ def bleu(candidates: Sequence[str], references: Sequence[str]) -> Tensor:
 
 
 def _ngrams(tokens: Tensor, n: int) -> list[tuple[int, ...]]:
-    """Every n-gram, in order."""
     numbers = tokens.tolist()
     return list(zip(*(numbers[i:] for i in range(n)), strict=False))
 
@@ -116,7 +100,6 @@ class _Mean(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """The mean, a scalar."""
         return self.total / self.count
 
 
@@ -147,5 +130,4 @@ class Perplexity(_Mean):
         self.count += targets(sequences)[1].sum().to(self.count.device)
 
     def compute(self) -> Tensor:
-        """A scalar."""
         return super().compute().exp()

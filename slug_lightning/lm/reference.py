@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.losses import Batch, log_likelihood, sequence_kl
-from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.losses import log_likelihood, sequence_kl
+from slug_lightning.lm.models import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences
-from slug_lightning.lm.topk import TopK
 from slug_lightning.objective.eval_mode import eval_mode
-
-__all__ = ["AdaptersOff", "FrozenCopy", "TopK"]
 
 
 class _Recomputed(ABC):
@@ -34,17 +31,17 @@ class _Recomputed(ABC):
     def _logits(self, sequences: Sequences) -> Tensor:
         """Of the original."""
 
-    def prepare(self, batches: Iterable[Batch]) -> None:  # noqa: B027 (on purpose)
-        """Do nothing: nothing is needed beforehand."""
-
     def kl(self, logits: Tensor, sequences: Sequences) -> Tensor:
         """KL(p₀ ‖ p) of each sequence, `[B]`."""
         return sequence_kl(logits, self._logits(sequences), sequences)
 
     def log_likelihood(self, sequences: Sequences, start: int = 1) -> Tensor:
         """Log p₀ of each sequence, `[B]`."""
-        with torch.no_grad():
-            return log_likelihood(self._logits(sequences), sequences, start)
+        return log_likelihood(self._logits(sequences), sequences, start)
+
+    def memory(self) -> dict[str, int]:
+        """None that lasts."""
+        return {"device": 0, "disk": 0}
 
     def digest(self) -> str:
         """SHA-256 of the original's weights, without adapters."""
@@ -55,11 +52,7 @@ class _Recomputed(ABC):
 class FrozenCopy(_Recomputed):
     """A second model, which stays as the first one is now; it needs as much memory as that one's weights, on each rank.
 
-    Args:
-        model: a transformers causal language model; it shares nothing with the copy. Tied weights are tied in the copy too.
-
-    Raises:
-        UnlearnError: if the model's weights are not here: on the meta device, or sharded.
+    Tied weights are tied in the copy, too. Weights that are not here, on the meta device or sharded, are refused.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,14 +72,8 @@ class FrozenCopy(_Recomputed):
 class AdaptersOff(_Recomputed):
     """The model itself with its adapters disabled; the cheapest reference, where only adapters are trained.
 
-    The original is the model without any adapter, so training must begin from fresh ones, which change nothing.
-
-    Args:
-        model: a `PeftModel` of a causal language model.
-
-    Raises:
-        UnlearnError: if it has no adapters that can be disabled, or if this would not restore the original, because other
-            weights are trained too or the adapters are merged into them.
+    The original is the `PeftModel` without any adapter, so training must begin from fresh ones, which change nothing. A model
+    is refused if disabling its adapters would not restore it: other weights are trained too, or the adapters are merged.
     """
 
     def __init__(self, model: Any) -> None:
@@ -109,10 +96,6 @@ class AdaptersOff(_Recomputed):
                 f"reference: {remaining[0]} is trainable but belongs to no adapter, so disabling the adapters does not restore "
                 "the original; freeze it, or use FrozenCopy or TopK"
             )
-
-    def memory(self) -> dict[str, int]:
-        """None that lasts."""
-        return {"device": 0, "disk": 0}
 
     @torch.no_grad()
     def _logits(self, sequences: Sequences) -> Tensor:

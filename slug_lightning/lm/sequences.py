@@ -20,13 +20,7 @@ Forward = Callable[[Sequences], Tensor]
 
 
 def pad(rows: Sequence[Tensor], pad_id: int = 0) -> dict[str, Tensor]:
-    """Put rows of token ids, each `[T_i]`, into one batch, with `pad_id` where the mask is 0.
-
-    Example:
-        >>> batch = pad([torch.tensor([5, 6, 7]), torch.tensor([8])])
-        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-        ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
-    """
+    """Put rows of token ids, each `[T_i]`, into one batch, with `pad_id` where the mask is 0."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}

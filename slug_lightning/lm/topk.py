@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import Batch, at_targets, mean_divergence
-from slug_lightning.lm.original import logits_of, refuse_absent, weights_digest
+from slug_lightning.lm.models import logits_of, refuse_absent, weights_digest
 from slug_lightning.lm.sequences import Sequences, digests
 from slug_lightning.objective.eval_mode import eval_mode
 from slug_lightning.tensors.file_store import Entry, cache_path, read_entry, write_entry

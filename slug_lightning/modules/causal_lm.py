@@ -13,8 +13,7 @@ from slug_lightning.embedded import LM
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.losses import ICU, LMLoss, Reference, sequence_nll
 from slug_lightning.lm.metrics import MemorizationAccuracy, Perplexity
-from slug_lightning.lm.original import logits_of
-from slug_lightning.lm.pretrained import load_causal_lm, load_tokenizer
+from slug_lightning.lm.models import load_causal_lm, load_tokenizer, logits_of
 from slug_lightning.lm.reference import AdaptersOff, FrozenCopy
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.lm.topk import TopK
@@ -179,10 +178,7 @@ class CausalLMModule(UnlearnModule):
 class EmbeddedLM(CausalLMModule):
     """The small language model that ships with the package: it recites parts of Python's language reference.
 
-    Args:
-        loss: as in `CausalLMModule`.
-        optimizer: as in `CausalLMModule`.
-        scheduler: as in `CausalLMModule`.
+    The options are those of `CausalLMModule`.
 
     Example:
         >>> type(EmbeddedLM().model).__name__

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.embedded import CLIP, VLM
 from slug_lightning.errors import UnlearnError
-from slug_lightning.lm.kv_cache import cache_argument, cache_of
+from slug_lightning.lm.models import cache_argument, cache_of
 from slug_lightning.modules.base import UnlearnModule
 from slug_lightning.objective.batch_utils import batch_samples
 from slug_lightning.objective.samples import MAX_SAMPLES

@@ -60,7 +60,6 @@ class PassagesReport(JsonFile):
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
         return asdict(self)
 
     @classmethod

@@ -1,9 +1,10 @@
-"""Measure what a model remembers of passages, shared among the ranks."""
+"""What a model remembers of passages, and which of them rest: iterative unlearning refinement (ICU, section 4.3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,36 +23,27 @@ Finding = dict[str, Any]
 MEANS = ("memorization_accuracy", "extraction_likelihood", "bleu", "diversity")
 COPIED = ("memorization_accuracy", "extraction_likelihood", "bleu", "nll", "prefix", "truth", "completion")
 """Attributes of `slug_lightning.lm.criteria.Evidence` that are findings."""
-OVERFLOW_NLL = 700.0
-"""Nats above which the perplexity overflows a float, and `math.exp` raises an error."""
 
 
+@dataclass
 class Examiner:
     """Completes passages from their first `prefix` tokens and measures them, shared among the ranks, which all get all findings.
 
     `n` is that of the extraction likelihood; `batch_size` passages are completed at once.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        runner: Runner,
-        prefix: int,
-        criteria: Sequence[Criterion],
-        n: int,
-        batch_size: int,
-        progress: Progress,
-    ) -> None:
-        self.module = module
-        self.runner = runner
-        self.processes = runner.processes
-        self.prefix = prefix
-        self.criteria = criteria
-        self.n = n
-        self.batch_size = batch_size
-        self.progress = progress
+    module: Any
+    runner: Runner
+    prefix: int
+    criteria: Sequence[Criterion]
+    n: int
+    batch_size: int
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.processes = self.runner.processes
         # All ranks run a sharded model together: each examines all passages.
-        self.share, self.shares = (0, 1) if runner.is_sharded else (self.processes.data_rank, self.processes.data_world_size)
+        self.share, self.shares = (0, 1) if self.runner.is_sharded else (self.processes.data_rank, self.processes.data_world_size)
 
     def of(self, passages: Sequence[Tensor], prefixes: int | None, name: str = "passages") -> list[Finding]:
         """Complete each passage, of token ids `[T]`, and measure it; `prefixes` as in `slug_lightning.lm.criteria.gather`."""
@@ -99,4 +91,52 @@ def means_of(found: Sequence[Finding]) -> dict[str, float]:
 
 
 def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < OVERFLOW_NLL else math.inf
+    return math.exp(nll) if nll < 700 else math.inf  # where a float overflows, `math.exp` raises an error
+
+
+@dataclass
+class Status:
+    """State of one passage, the number of epochs that trained on it, and how often it came back after it had been forgotten."""
+
+    remembered: bool = True
+    epochs: int = 0
+    returns: int = 0
+
+
+class Refinement:
+    """The status of every passage, epoch by epoch. A passage rests as soon as one criterion calls it forgotten.
+
+    With `rests=False`, all passages are trained on to the end.
+    """
+
+    def __init__(self, count: int, rests: bool = True) -> None:
+        self.rests = rests
+        self.passages = [Status() for _ in range(count)]
+
+    @property
+    def remembered(self) -> list[int]:
+        """Numbers of the passages that no criterion calls forgotten."""
+        return [i for i, passage in enumerate(self.passages) if passage.remembered]
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the passages to train on."""
+        return self.remembered if self.rests else list(range(len(self.passages)))
+
+    def trained(self) -> None:
+        """Count an epoch for the active passages."""
+        for i in self.active:
+            self.passages[i].epochs += 1
+
+    def update(self, forgotten: Sequence[bool]) -> None:
+        """Set for each passage whether it is forgotten now."""
+        for passage, now in zip(self.passages, forgotten, strict=True):
+            passage.returns += not (passage.remembered or now)
+            passage.remembered = not now
+
+    def to_list(self) -> list[dict[str, Any]]:
+        return [asdict(passage) for passage in self.passages]
+
+    def restore(self, data: Sequence[Mapping[str, Any]]) -> None:
+        """The inverse of `to_list`."""
+        self.passages = [Status(**passage) for passage in data]

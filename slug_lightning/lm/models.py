@@ -1,9 +1,11 @@
-"""What the references do with the model while it is the original: run it, and identify it by its weights."""
+"""Load causal language models of transformers, run them, and identify them by their weights."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Union
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -11,14 +13,25 @@ from torch.distributed.tensor import DTensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.lm.sequences import Sequences
 from slug_lightning.tensors.bits import digest_of
+from slug_lightning.utils.optional_imports import import_optional
+from slug_lightning.utils.pretrained import load_pretrained
+
+
+def load_causal_lm(name: Union[str, Path]) -> nn.Module:
+    """Load a causal language model, by folder or hub name, in fp32, so that small optimizer steps are not rounded away."""
+    return load_pretrained("model", import_optional("transformers", "lm").AutoModelForCausalLM, name).float()
+
+
+def load_tokenizer(name: Union[str, Path]) -> Any:
+    """Load a tokenizer, by folder or hub name."""
+    return load_pretrained("tokenizer", import_optional("transformers", "lm").AutoTokenizer, name)
 
 
 def logits_of(model: nn.Module, sequences: Sequences) -> Tensor:
     """Compute a transformers causal language model's logits, `[B, T, V]`, without a cache.
 
-    Raises:
-        UnlearnError: if the sequences are longer than the model's context. Models with learned positions fail there with an
-            index error; those with rotary positions go on silently.
+    Sequences longer than the model's context are refused: models with learned positions fail there with an index error, those
+    with rotary positions go on silently.
     """
     length = sequences["input_ids"].shape[1]
     config: Any = getattr(model, "config", None)
@@ -31,6 +44,33 @@ def logits_of(model: nn.Module, sequences: Sequences) -> Tensor:
             "give shorter texts, or for passages a shorter prefix or suffix"
         )
     return model(input_ids=sequences["input_ids"], attention_mask=sequences["attention_mask"], use_cache=False).logits
+
+
+# ---- the cache of keys and values, which transformers calls `past_key_values`, and from 5.24 on `cache`
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside what PEFT or `torch.compile` has wrapped around it: wrappers do not name their arguments."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument by which the model's forward takes the cache."""
+    return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, or None if it holds no keys, as that of a state-space model."""
+    # The old name of a new output warns.
+    cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+    # Caches of hybrid models keep a list of keys instead of layers in some releases.
+    holds_keys = hasattr(cache, "key_cache") or any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ()))
+    return cache if holds_keys else None
+
+
+# ---- the model while it is the original
 
 
 def weights_digest(model: nn.Module, leave_out: Iterable[str] = ()) -> str:
