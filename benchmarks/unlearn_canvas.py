@@ -24,13 +24,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pandas
 import torch
+from torch.nn.functional import interpolate
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from slug_lightning import UnlearnPatch
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import CanvasDataModule
-from slug_lightning.datamodules.demo.canvas import canvas_drawings, canvas_render
-from slug_lightning.datamodules.demo.emoji import caption_of
+from slug_lightning.datamodules.demo.canvas import AMOUNT, canvas_drawings
+from slug_lightning.datamodules.demo.emoji import caption_of, render
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import EmbeddedCanvas
@@ -69,7 +70,8 @@ class Drawn:
             "steps": torch.full((len(self.things),), steps),
         }
         generator = torch.Generator().manual_seed(seed)
-        self.real = torch.cat([canvas_render(self.drawings.pictures, generator) for _ in range(10)])
+        drawn = torch.cat([render(self.drawings.pictures, generator, AMOUNT) for _ in range(10)])
+        self.real = interpolate(drawn, size=(32, 32), mode="area").clamp(-1, 1)
 
     def asks_for(self, kind: str, concept: str) -> torch.Tensor:
         """Which prompts name the concept."""

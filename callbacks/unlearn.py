@@ -11,8 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from slug_lightning.callbacks.deprecated import OldKeywords, known_only
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
-from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_loaders
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError

@@ -67,10 +67,10 @@ class UnlearnDataModule(pl.LightningDataModule):
         forget: map-style dataset to forget; its samples carry the labels or captions that the module's steps expect.
             For several concepts, a dict of datasets by the concept's name.
         retain: map-style dataset to retain.
-        forget_val: forget data for the search. For several concepts, a dict that may leave some out.
-        forget_test: likewise for the report.
-        retain_val: retain data for the search.
-        retain_test: likewise for the report.
+        forget_val: validation split of `forget`. For several concepts, a dict that may leave some out.
+        forget_test: its test split, likewise.
+        retain_val: validation split of `retain`.
+        retain_test: its test split.
         batch_size: samples in a batch. A contrastive loss depends on it.
         num_workers: worker processes of each loader.
         collate_fn: as in `torch.utils.data.DataLoader`.
@@ -132,9 +132,7 @@ class UnlearnDataModule(pl.LightningDataModule):
 
         Args:
             kind: "forget" or "retain".
-            train: map-style dataset for the gradient.
-            val: for the search.
-            test: for the report.
+            train, val, test: map-style datasets.
             concept: name of the concept to forget; call once for each. None: the only one, without a name.
         """
         label = labelled(kind, concept)
@@ -148,11 +146,7 @@ class UnlearnDataModule(pl.LightningDataModule):
             self._retain = splits
 
     def forget_dataloader(self, split: Split, concept: str | None = None) -> DataLoader:
-        """Return the forget batches of one split.
-
-        Args:
-            split: "train" (gradient), "val" (search) or "test" (report).
-            concept: which one; may be None if there is only one.
+        """Return the forget batches of one split, "train", "val" or "test"; `concept` may be None if there is only one.
 
         Raises:
             UnlearnError: if there is no such concept, or if there are several and none is named.

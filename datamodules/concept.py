@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -29,17 +29,16 @@ class ConceptDataModule(UnlearnDataModule):
         indices: positions in `dataset` of the samples to forget.
         where: called with each sample; true for those to forget.
         label: position or key of the class in a sample. -1 is the last element, or `dataset.targets`.
-        test_dataset: samples for the report, split into forget and retain by the same `classes` or `where`. If None, the
-            report's share is split off `dataset`.
+        test_dataset: test split, divided into forget and retain by the same `classes` or `where`. If None, it is split off
+            `dataset`.
         batch_size: samples in a batch.
         num_workers: worker processes of each loader.
         collate_fn: as in `torch.utils.data.DataLoader`.
         seed: of the splits and of the order of samples within them.
 
     Raises:
-        UnlearnError: if not exactly one selector is given, if two concepts' names cannot be told apart, if the dataset is a
-            stream, or if an index is out of range or repeated; in `setup`, if a class does not exist or nothing is left to
-            forget or to retain.
+        UnlearnError: if not exactly one selector is given, if the dataset is a stream, or if an index is out of range or
+            repeated; in `setup`, if a class does not exist or nothing is left to forget or to retain.
 
     Example:
         >>> import torch
@@ -86,21 +85,26 @@ class ConceptDataModule(UnlearnDataModule):
         (self.selector,) = given
         self.selected = by_concept(self.selector, selectors[self.selector])
         if indices is not None:
-            for concept, own in self.selected.items():
-                self.selected[concept] = _checked(labelled("indices", concept), own, len(cast(Sized, dataset)))
+            self._check_indices(len(cast(Sized, dataset)))
 
     def setup(self, stage: str | None = None) -> None:
         """Split the dataset into forget and retain; further calls change nothing."""
         if self.notes:
             return
         forget, retain = self._divide("dataset", self.dataset)
-        forget_test: dict[str | None, Subset] = {}
-        retain_test = None
-        if self.test_dataset is not None:
-            forget_test, retain_test = self._divide("test_dataset", self.test_dataset)
+        forget_test, retain_test = ({}, None) if self.test_dataset is None else self._divide("test_dataset", self.test_dataset)
         for concept, own in forget.items():
             self.set_parts("forget", own, test=forget_test.get(concept), concept=concept)
         self.set_parts("retain", retain, test=retain_test)
+
+    def _check_indices(self, count: int) -> None:
+        for concept, indices in self.selected.items():
+            argument, own = labelled("indices", concept), [int(i) for i in indices]
+            if beyond := [i for i in own if not 0 <= i < count]:
+                raise UnlearnError(f"{argument}: {beyond[0]} is out of range; the dataset has {count} samples, 0 to {count - 1}")
+            if repeated := sorted(i for i, times in Counter(own).items() if times > 1):
+                raise UnlearnError(f"{argument}: {repeated[0]} is given more than once; give each sample once")
+            self.selected[concept] = own
 
     def _divide(self, name: str, dataset: Any) -> tuple[dict[str | None, Subset], Subset]:
         """Return the samples of each concept, and those of none."""
@@ -135,8 +139,16 @@ class ConceptDataModule(UnlearnDataModule):
             root, positions = root.dataset, [root.indices[i] for i in positions]
         targets = getattr(root, "targets", None) if self.label == -1 else None
         found: dict[Any, list[int]] = defaultdict(list)
-        for i, one in enumerate(self._plain(root[i][self.label] if targets is None else targets[i] for i in positions)):
-            found[one].append(i)
+        try:
+            for i, position in enumerate(positions):
+                label = root[position][self.label] if targets is None else targets[position]
+                # As a plain number or string, which compares and prints as the user writes it.
+                found[label.item() if hasattr(label, "item") else label].append(i)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise UnlearnError(
+                f"label: a sample has no single class at {self.label!r} ({type(error).__name__}: {error}); "
+                "give the position or key of the class, or select with where"
+            ) from error
         names = getattr(root, "class_to_idx", {})
         chosen = {}
         for concept, classes in self.selected.items():
@@ -147,26 +159,3 @@ class ConceptDataModule(UnlearnDataModule):
                 raise UnlearnError(f"{which}: no sample of {name} has the class {absent[0]!r}; there are {known}")
             chosen[concept] = sorted(i for one in set(wanted) for i in found[one])
         return chosen
-
-    def _plain(self, read: Iterable[Any]) -> list[Any]:
-        """Return labels as plain numbers or strings, so that they compare and print as the user writes them."""
-        try:
-            labels = [one.item() if hasattr(one, "item") else one for one in read]
-            set(labels)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise UnlearnError(
-                f"label: a sample has no single class at {self.label!r} ({type(error).__name__}: {error}); "
-                "give the position or key of the class, or select with where"
-            ) from error
-        return labels
-
-
-def _checked(argument: str, indices: Sequence[int], count: int) -> list[int]:
-    """Return indices as a list, after checking that they are distinct and in range."""
-    indices = [int(i) for i in indices]
-    if beyond := [i for i in indices if not 0 <= i < count]:
-        raise UnlearnError(f"{argument}: {beyond[0]} is out of range; the dataset has {count} samples, 0 to {count - 1}")
-    if len(set(indices)) < len(indices):
-        repeated = min(i for i in indices if indices.count(i) > 1)
-        raise UnlearnError(f"{argument}: {repeated} is given more than once; give each sample once")
-    return indices

@@ -20,8 +20,7 @@ from torch.utils.data import (
 )
 
 from slug_lightning.datamodules.base import UnlearnDataModule, make_splits, split_indices
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
-from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_loaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import SPLITS, Chained
 

@@ -108,7 +108,7 @@ def test_search_and_report_start_from_other_noise_and_say_so(quick):
     assert not other & {seed for _, seed in drawn["val"]}
     assert data.notes["forget 'blob style'"] == (
         "forget 'blob style': three sets: 20 train, 40 validation, 120 test; fresh renderings for the gradient, 1 of each "
-        "drawing; search and report draw the same 20 prompts, 2 and 6 times each, from different seeds, in 4 and 30 steps"
+        "drawing; validation and test split draw the same 20 prompts, 2 and 6 times each, from different seeds, in 4 and 30 steps"
     )
     assert "same 72 prompts" in data.notes["retain"]
 
@@ -177,4 +177,4 @@ def test_the_command_line_takes_one_name_or_a_list():
     path = f"{canvas.__name__}.CanvasDataModule"
     arguments = ["--data.style", "[blob]", "--data.thing", "cat", "--data.search_steps", "3"]
     data = parser.instantiate_classes(parser.parse_args(["--data", path, *arguments])).data
-    assert data.concept == ["blob style", "cat"] and data.search_steps == 3
+    assert data.concept == ["blob style", "cat"] and data.steps["val"] == 3

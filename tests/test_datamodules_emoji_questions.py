@@ -167,7 +167,7 @@ def test_choices_hold_the_right_answer_once_and_no_other_that_names_it(monkeypat
                 places[choices.index(answer)] += 1
     assert len(places) >= 2
     assert all("choices" not in batch for split in ("train", "test") for batch in data.retain_dataloader(split))
-    assert f"the search offers {count} answers" in data.notes["retain"]
+    assert f"the validation split offers {count} answers" in data.notes["retain"]
 
 
 def test_pictures_are_renderings_in_eight_bits(monkeypatch):

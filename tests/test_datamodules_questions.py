@@ -111,7 +111,7 @@ def test_choices_come_from_answers_of_the_same_kind(tmp_path):
             assert answer in choices
             assert len(choices) == 4 if kind == "name" else set(choices) == {"sky", "sea"}
     assert not any("choices" in batch for split in ("train", "test") for batch in data.forget_dataloader(split))
-    assert "the search offers 4 answers" in data.notes["forget"]
+    assert "the validation split offers 4 answers" in data.notes["forget"]
 
 
 def test_notes_say_how_pictures_were_divided_and_what_kept_answers_name(tmp_path):

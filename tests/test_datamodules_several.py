@@ -119,7 +119,7 @@ def test_a_datamodule_with_one_concept_serves_it_under_any_name():
     [
         ({}, "forget: no concept is given"),
         ({"": loader(range(8))}, "forget: '' is not a concept name"),
-        ({1: loader(range(8))}, "forget: 1 is no name"),
+        ({1: loader(range(8))}, "forget: 1 is not a concept name"),
         ({"Cat": loader(range(8)), "cat!": loader(range(8))}, "forget: the concepts 'Cat' and 'cat!' would have the same files"),
         ({"cat": loader(range(8)), "dog": loader([])}, "forget 'dog': a dataset is empty"),
         ({"cat": loader(range(8)), "dog": loader([1, 2])}, "forget 'dog': 2 samples are too few"),
@@ -225,7 +225,7 @@ def test_search_and_report_on_the_same_data_are_told_for_each_concept():
     own, same = loader(range(6)), loader(range(50, 53))
     forget = {name: {"train": own, "val": same, "test": same} for name in ("cat",)} | {"dog": loader(range(9))}
     notes = resolve_loaders(forget, loader(RETAIN), None).notes
-    assert "forget 'cat': validation and test data share 3 samples, so the report is not an independent check" in notes
+    assert "forget 'cat': validation and test split share 3 samples, so the report is not an independent check" in notes
 
 
 # UnlearnDataModule

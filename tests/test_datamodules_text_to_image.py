@@ -190,7 +190,7 @@ def test_two_sources_may_come_with_words_or_without(tmp_path):
     )
 
 
-# What search and report draw
+# What validation and test split draw
 
 
 def test_prompts_that_are_given_serve_search_and_report_and_are_labelled(tmp_path):
@@ -218,7 +218,7 @@ def test_prompts_that_are_given_serve_search_and_report_and_are_labelled(tmp_pat
         assert {int(sample["steps"]) for loader in (forget, retain) for sample in read(loader)} == {steps}
         assert {int(sample["seed"]) for sample in read(retain)} == set(noise_seeds(split, times))
     assert data.notes["forget"] == (
-        "forget: three sets: 4 train, 6 validation, 9 test; search and report draw the same 3 prompts, 2 and 3 times "
+        "forget: three sets: 4 train, 6 validation, 9 test; validation and test split draw the same 3 prompts, 2 and 3 times "
         "each, from different seeds, in 4 and 9 steps"
     )
     keep = {"data": str(tmp_path / "data"), "concept": "owl", "forget_prompts": ["owl"]}
@@ -236,7 +236,7 @@ def test_without_prompts_captions_that_are_held_out_serve(tmp_path):
         assert {sample["text"] for sample in read(loaders["train"])} == {own[i] for i in parts["train"]}
         for split, times in (("val", 1), ("test", 2)):
             assert [text for text, _, _ in drawn(loaders[split])] == times * [own[i] for i in parts[split]]
-    assert "search and report draw 2 and 2 prompts, 1 and 2 times each" in data.notes["forget"]
+    assert "validation and test split draw 2 and 2 prompts, 1 and 2 times each" in data.notes["forget"]
 
 
 def test_captions_that_cannot_be_judged_or_name_what_goes_are_passed_over(tmp_path):

@@ -34,8 +34,7 @@ from _tiny import CLASSES, FORGET, Classifier, blobs, changed, loader, part, sna
 from slug_lightning import UnlearnError, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
-from slug_lightning.datamodules.sources.overlap import samples_in
-from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.datamodules.sources.resolve import resolve_loaders, samples_in
 from slug_lightning.modules import ClassifierModule
 from slug_lightning.utils.loaders import Chained, EveryFourth, First
 

@@ -20,13 +20,15 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from slug_lightning.datamodules.demo.emoji import TEMPLATES, render
+from slug_lightning.datamodules.demo.emoji import render
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import Drawings, load_drawings
 
 SEED, STEPS, BATCH, WARMUP, RATE = 0, 2000, 256, 150, 1e-3
 DECAY_FROM, PERIOD = 1200, 3200
 CONTEXT = 16
+TEMPLATES = ("{}", "a picture of {}", "an emoji of {}")
+"""Wordings of a caption; `{}` is an object, or a style as in "noto style", or both."""
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 256, "layers": 6, "head_width": 64},

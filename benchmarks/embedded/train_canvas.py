@@ -21,17 +21,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy, interpolate, l1_loss, mse_loss
+from train import TEMPLATES
 from transformers import AutoTokenizer, CLIPTextModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from slug_lightning.clip.models import to_hugging_face
-from slug_lightning.datamodules.demo.canvas import AMOUNT, SIZE, canvas_drawings, canvas_render
-from slug_lightning.datamodules.demo.emoji import TEMPLATES, caption_of, render
+from slug_lightning.datamodules.demo.canvas import AMOUNT, canvas_drawings
+from slug_lightning.datamodules.demo.emoji import caption_of, render
 from slug_lightning.diffusion.judges import make_judges
 from slug_lightning.diffusion.pipelines import draw, load_pipeline
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.embedded.drawings import Drawings
 
-SEED = 0
+SEED, SIZE = 0, 32
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 100
 AUTOENCODER_STEPS, AUTOENCODER_BATCH = 900, 64
 GENERATOR_STEPS, GENERATOR_BATCH = 2500, 64
@@ -43,6 +44,11 @@ RENDERINGS = 64
 """Of each drawing, encoded once for the generator."""
 EMPTY, HALF = 0.1, 0.2
 """How often the generator's prompt says nothing (for guidance), or names the thing or the style alone."""
+
+
+def canvas_render(pictures: torch.Tensor, generator: torch.Generator, amount: float = AMOUNT) -> torch.Tensor:
+    """Render drawings, uint8 RGBA `[B, 4, 64, 64]`, as the model knows them: RGB `[B, 3, 32, 32]` in [-1, 1]."""
+    return interpolate(render(pictures, generator, amount), size=(SIZE, SIZE), mode="area").clamp(-1, 1)
 
 
 def rate_at(step: int, steps: int) -> float:

@@ -7,11 +7,10 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import StackDataset
 
 from slug_lightning.datamodules.demo.emoji import EmojiDataModule, Names, caption_of, render
-from slug_lightning.datamodules.image_text.text_to_image import Prompts, how_drawn, noise_seeds
+from slug_lightning.datamodules.image_text.text_to_image import Held, Prompts, how_drawn, noise_seeds
 from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import labelled
@@ -20,7 +19,6 @@ THINGS = [
     "airplane", "bicycle", "bus", "cactus", "cat", "cherries", "crown", "dog", "elephant", "fish",
     "frog", "guitar", "hamburger", "mushroom", "octopus", "penguin", "rocket", "rose", "snail", "strawberry",
 ]  # fmt: skip
-SIZE = 32
 AMOUNT = 0.15
 """How much its renderings vary (`render`)."""
 
@@ -33,34 +31,27 @@ def canvas_drawings() -> Drawings:
     return Drawings(every.pictures[rows], things, every.styles[rows], THINGS, every.style_names)
 
 
-def canvas_render(pictures: Tensor, generator: torch.Generator, amount: float = AMOUNT) -> Tensor:
-    """Render drawings, uint8 RGBA `[B, 4, 64, 64]`, as the benchmark's model knows them: RGB `[B, 3, 32, 32]` in [-1, 1]."""
-    return interpolate(render(pictures, generator, amount), size=(SIZE, SIZE), mode="area").clamp(-1, 1)
-
-
 class CanvasDataModule(EmojiDataModule):
     """Forget art styles, objects, or some of both, of the miniature UnlearnCanvas; retain all the rest.
 
-    The gradient is taken over fresh renderings of the drawings at 64 × 64 pixels, captioned "cat in blob style". In search and
-    report each of the 100 prompts "cat in blob style" belongs to a set: those of a style to forget (20 prompts, which ask for
-    the style alone), of an object to forget (5 prompts, which ask for the object alone), and the rest, which ask for both. A
-    prompt of both a style and an object to forget belongs to both. Search and report draw the same prompts, from different
-    seeds.
+    The gradient is taken over fresh renderings of the drawings at 64 × 64 pixels, captioned "cat in blob style". Validation and
+    test split draw the same 100 prompts "cat in blob style", from different seeds: those of a style to forget (20 prompts, which
+    ask for the style alone), of an object to forget (5, which ask for the object alone), and the rest, which ask for both. A
+    prompt of both a style and an object to forget belongs to both.
 
     Args:
         style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
         thing: an object to forget, such as "cat", or several; see `THINGS`.
         renderings: of each drawing, for the gradient.
-        search_pictures: how many images of each concept the search looks at, at least; of the retain set, at least twice as
-            many. All prompts of a set are drawn equally often.
-        report_pictures: likewise in the report.
-        search_steps: sampling steps in the search.
-        report_steps: sampling steps in the report.
+        search_pictures: minimum number of images of each concept in the validation split; of the retain set, twice as many. All
+            prompts of a set are drawn equally often.
+        report_pictures: likewise in the test split.
+        search_steps: sampling steps in the validation split.
+        report_steps: sampling steps in the test split.
         options: `batch_size` and `seed` (which seeds the noise, too), as in `EmojiDataModule`.
 
     Raises:
-        UnlearnError: if neither a style nor an object is named, or one is named twice; in `setup`, if one is unknown, if
-            nothing is left to retain, or if a number of renderings, images or steps is below 1.
+        UnlearnError: as `EmojiDataModule`, and in `setup`, if a number of renderings, images or steps is below 1.
 
     Example:
         >>> data = CanvasDataModule(style="noto")
@@ -84,8 +75,8 @@ class CanvasDataModule(EmojiDataModule):
     ) -> None:
         super().__init__(style, thing, **options)
         self.renderings = renderings
-        self.search_pictures, self.report_pictures = search_pictures, report_pictures
-        self.search_steps, self.report_steps = search_steps, report_steps
+        self.pictures: dict[Held, int] = {"val": search_pictures, "test": report_pictures}
+        self.steps: dict[Held, int] = {"val": search_steps, "test": report_steps}
 
     def setup(self, stage: str) -> None:
         """Render what the gradient needs and make the prompts; further calls change nothing."""
@@ -108,22 +99,19 @@ class CanvasDataModule(EmojiDataModule):
     ) -> None:
         """Set the data of a concept, or the retain set (None): drawings `rows`, of which the kinds `asked` are judged."""
         captions = [caption_of(drawings, int(row)) for row in rows]
-        images = [
-            render(drawings.pictures[part], generator, AMOUNT).clamp(-1, 1) for part in rows.repeat(self.renderings).split(256)
-        ]
-        columns: dict[str, Any] = {"image": torch.cat(images), "text": captions * self.renderings}
+        images = [render(drawings.pictures[part], generator, AMOUNT) for part in rows.repeat(self.renderings).split(256)]
+        columns: dict[str, Any] = {"image": torch.cat(images).clamp(-1, 1), "text": captions * self.renderings}
         if concept is not None:
             columns["concept"] = [concept] * len(columns["text"])
-        labels = {
-            name: column[rows].tolist() if name in asked else [-1] * len(rows)
-            for name, column in (("style", drawings.styles), ("thing", drawings.things))
-        }
+        classes = {"style": drawings.styles[rows], "thing": drawings.things[rows]}
+        labels = {name: (own if name in asked else torch.full_like(own, -1)).tolist() for name, own in classes.items()}
         sets = 1 if concept else 2  # the rest has many prompts, and its tolerances are a few points
-        searched, reported = (ceil(sets * count / len(rows)) for count in (self.search_pictures, self.report_pictures))
-        search = Prompts(captions, noise_seeds("val", searched, self.seed), self.search_steps, labels)
-        report = Prompts(captions, noise_seeds("test", reported, self.seed), self.report_steps, labels)
+        prompts = [
+            Prompts(captions, noise_seeds(split, ceil(sets * count / len(rows)), self.seed), self.steps[split], labels)
+            for split, count in self.pictures.items()
+        ]
         kind = "retain" if concept is None else "forget"
-        self.set_parts(kind, StackDataset(**columns), search, report, concept=concept)
+        self.set_parts(kind, StackDataset(**columns), *prompts, concept=concept)
         self.notes[labelled(kind, concept)] += (
-            f"; fresh renderings for the gradient, {self.renderings} of each drawing; {how_drawn(search, report)}"
+            f"; fresh renderings for the gradient, {self.renderings} of each drawing; {how_drawn(*prompts)}"
         )

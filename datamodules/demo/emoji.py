@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -18,23 +18,15 @@ from slug_lightning.utils.loaders import SPLITS, Split
 from slug_lightning.utils.names import labelled
 
 Names = Union[str, list[str], None]
-TEMPLATES = ("{}", "a picture of {}", "an emoji of {}")
-"""Wordings of a caption; `{}` is an object, or a style as in "noto style", or both."""
 
 
 def render(pictures: Tensor, generator: torch.Generator, amount: float = 1.0) -> Tensor:
     """Render drawings: rotated, scaled and shifted, in varying light, on a plain background of random colour.
 
-    Every call gives new renderings, so that training, search and report each see images of their own.
-
-    Args:
-        pictures: RGBA drawings, uint8, `[B, 4, H, W]`.
-        generator: draws a rotation within ±25°, scale 0.7 to 1.1, shift within ±10 %, contrast 0.8 to 1.2, brightness ±0.1,
-            noise of standard deviation 0.02, and any background colour.
-        amount: of that variation, in [0, 1]; at 0 every drawing is upright, at scale 0.9, centered on white.
-
-    Returns:
-        RGB, float32, `[B, 3, H, W]`, normalised by mean 0.5 and standard deviation 0.5, so in about [-1, 1].
+    The generator draws a rotation within ±25°, scale 0.7 to 1.1, shift within ±10 %, contrast 0.8 to 1.2, brightness ±0.1, noise
+    of standard deviation 0.02, and any background colour. `amount`, in [0, 1], is that of variation: at 0 every drawing is
+    upright, at scale 0.9, centered on white. From RGBA, uint8 `[B, 4, H, W]`, to RGB, float32 `[B, 3, H, W]`, normalised by mean
+    0.5 and standard deviation 0.5, so in about [-1, 1].
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -89,7 +81,7 @@ def caption_of(drawings: Drawings, row: int, thing: bool = True, style: bool = T
 class Part(NamedTuple):
     """Drawings that go into one set, in one split."""
 
-    concept: Union[str, None]  # whose forget set it is; None for the retain set
+    concept: Optional[str]  # whose forget set it is; None for the retain set
     rows: Tensor  # which drawings, `[N]`
     times: int  # how often each is rendered
     kinds: tuple[str, ...]  # what is asked of them: "thing", "style" or both
@@ -99,11 +91,11 @@ class EmojiDataModule(UnlearnDataModule):
     """Forget art styles, objects, or some of both, of the embedded drawings; retain all the rest.
 
     Every image is a fresh rendering (`render`) that the model was not trained on, and no two sets share one. The drawings of a
-    style are split, too: half of them for the gradient, a quarter for the search, a quarter for the report. An object has only
-    five drawings, so each split has renderings of all five.
+    style are split, too: half of them train, a quarter validation, a quarter test. An object has only five drawings, so each
+    split has renderings of all five.
 
-    The retain set has the other styles and the other objects, on drawings of both; and of the drawings to forget, the objects or
-    styles that are not to be forgotten. So an object in a style that is forgotten as well is never counted as retained. The
+    The retain set has the other styles and objects, on drawings of both; and of the drawings to forget, the objects or styles
+    that are not to be forgotten, so that an object in a style that is forgotten as well is never counted as retained. The
     renderings stay in memory, 24 MB for each object.
 
     Args:
@@ -126,8 +118,7 @@ class EmojiDataModule(UnlearnDataModule):
         ['blob style', 'cat', 'octopus']
     """
 
-    samples = "fresh renderings"
-    note = ""
+    samples, note = "fresh renderings", ""
     """What the sets hold, and what else there is to say of them in the report."""
 
     def __init__(self, style: Names = None, thing: Names = None, *, batch_size: int = 128, seed: int = 0) -> None:
@@ -185,9 +176,8 @@ class EmojiDataModule(UnlearnDataModule):
     def _make(self, drawings: Drawings, parts: Sequence[Part], split: Split, generator: torch.Generator) -> Sequence[Dataset]:
         """Make a dataset of each part."""
         # Rendered in the order that the published figures rest on: the concepts, what else they show, and the rest.
-        order = sorted(range(len(parts)), key=lambda i: (parts[i].concept is None, len(parts[i].kinds)))
         made = {}
-        for i in order:
+        for i in sorted(range(len(parts)), key=lambda i: (parts[i].concept is None, len(parts[i].kinds))):
             rows, kinds = parts[i].rows.repeat(parts[i].times), parts[i].kinds
             made[i] = emoji_pairs(drawings, rows, generator, thing="thing" in kinds, style="style" in kinds)
         return [made[i] for i in range(len(parts))]

@@ -7,17 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
 from torch.utils.data import Dataset
 
 from slug_lightning.datamodules.demo.emoji import EmojiDataModule, Names, Part, caption_of, render
-from slug_lightning.datamodules.image_text.questions import (
-    Question,
-    Questions,
-    choices_note,
-    question_batch,
-    refuse_few_choices,
-    with_choices,
-)
+from slug_lightning.datamodules.image_text.questions import Question, Questions, choices_note, question_batch, with_choices
 from slug_lightning.embedded.drawings import Drawings
 from slug_lightning.utils.loaders import Split
 
@@ -32,56 +26,43 @@ NUMBERS = ("one", "two")
 
 
 def answer_of(drawings: Drawings, row: int, asked: str) -> str:
-    """Return the right answer to a question of kind `asked`, a key of `QUESTIONS`, about a single drawing.
-
-    Example:
-        >>> from slug_lightning.embedded.drawings import load_drawings
-        >>> [answer_of(load_drawings(), 0, asked) for asked in QUESTIONS]
-        ['airplane', 'blob style', 'airplane in blob style', 'one']
-    """
+    """Return the right answer to a question of kind `asked`, a key of `QUESTIONS`, about a single drawing."""
     return NUMBERS[0] if asked == "count" else caption_of(drawings, row, asked != "style", asked != "thing")
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
     """Put two drawings side by side, each at half its size; both and the result are RGBA, uint8, `[B, 4, H, W]`."""
-    half = [torch.nn.functional.avg_pool2d(_premultiplied(one), 2) for one in (left, right)]
-    both = torch.cat(half, dim=3)
-    height = left.shape[2]
-    above = (height - both.shape[2]) // 2
-    both = torch.nn.functional.pad(both, (0, 0, above, height - both.shape[2] - above))
+    rgba = torch.cat([left, right], dim=3).float()
+    rgba[:, :3] = rgba[:, :3] * rgba[:, 3:] / 255  # times opacity, so that colours can be averaged
+    both = avg_pool2d(rgba, 2)
+    rest = left.shape[2] - both.shape[2]
+    both = pad(both, (0, 0, rest // 2, rest - rest // 2))
     alpha = both[:, 3:]
     return torch.cat([both[:, :3] / alpha.clamp(min=1) * 255, alpha], dim=1).clamp(0, 255).to(torch.uint8)
-
-
-def _premultiplied(rgba: Tensor) -> Tensor:
-    """Multiply colours by opacity, so that they can be averaged, in [0, 255]."""
-    alpha = rgba[:, 3:].float()
-    return torch.cat([rgba[:, :3] * alpha / 255, alpha], dim=1)
 
 
 class EmojiQuestionDataModule(EmojiDataModule):
     """Forget art styles, objects, or some of both, of the embedded drawings, as questions; retain all other answers.
 
-    Every image is a fresh rendering, and the drawings are split, as in `EmojiDataModule`. For the gradient, the concept is asked
-    for by itself, and in the retain set the object, the style or both. In search and report the concept is asked for by itself
-    and by questions about object and style, of whose answers only the concept counts; and in the retain set there are also
+    Every image is a fresh rendering, and the drawings are split, as in `EmojiDataModule`. In the train split the concept is asked
+    for by itself, and in the retain set the object, the style or both. In validation and test split the concept is also asked
+    for by questions about object and style, of whose answers only the concept counts; and in the retain set there are also
     questions on how many drawings there are, one or two side by side: an ability that the gradient knows nothing of. Within a
     set, all wordings of a question are equally frequent.
 
-    Of the drawings to forget, what is not to be forgotten is retained, as in `EmojiDataModule`: an object's style, a style's
-    objects, and the number. Batches are those of `question_batch`; the kinds of questions are the keys of `QUESTIONS`.
+    What else the drawings to forget show is retained: an object's style, a style's objects, and the number. Batches are those of
+    `question_batch`; the kinds of questions are the keys of `QUESTIONS`.
 
     Args:
         style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
         thing: an object to forget, such as "cat", or several.
-        choices: number of possible answers to choose from in the search; 0 generates answers, as in the report. Choices save
-            passes only if answers are longer than the few words here. A choice can be right by chance, so `forget_target`
-            must be higher.
+        choices: number of possible answers to choose from in the validation split; 0 generates answers, as in the test split.
+            Choices save passes only if answers are longer than the few words here. A choice can be right by chance, so
+            `forget_target` must be higher.
         options: `batch_size` and `seed` (of wordings and choices, too), as in `EmojiDataModule`.
 
     Raises:
-        UnlearnError: if neither a style nor an object is named, one is named twice, or `choices` is 1; in `setup`, if one is
-            unknown, or if nothing is left to retain.
+        UnlearnError: as `EmojiDataModule`, and if `choices` is 1.
 
     Example:
         >>> data = EmojiQuestionDataModule(thing="octopus")
@@ -95,23 +76,19 @@ class EmojiQuestionDataModule(EmojiDataModule):
 
     def __init__(self, style: Names = None, thing: Names = None, *, choices: int = 0, **options: Any) -> None:
         super().__init__(style, thing, **options)
-        refuse_few_choices(choices)
         self.collate_fn = question_batch
-        self.choices = choices
-        self.note = choices_note(choices)
+        self.choices, self.note = choices, choices_note(choices)
 
     def _make(self, drawings: Drawings, parts: Sequence[Part], split: Split, generator: torch.Generator) -> Sequence[Dataset]:
         """Ask about each part."""
         rows = range(len(drawings.things))
         choices = self.choices if split == "val" else 0
-        answers = {kind: list(dict.fromkeys(answer_of(drawings, row, kind) for row in rows)) for kind in QUESTIONS if choices}
+        answers = {kind: list(dict.fromkeys(answer_of(drawings, row, kind) for row in rows)) for kind in QUESTIONS}
         answers["count"] = list(NUMBERS)
         made = []
         for part in parts:
-            images, questions = _ask(drawings, part, split, generator)
-            if choices:
-                questions = with_choices(questions, choices, answers, generator)
-            made.append(Questions(images, questions))
+            pictures, questions = _ask(drawings, part, split, generator)
+            made.append(Questions(pictures, with_choices(questions, choices, answers, generator)))
         return made
 
 

@@ -7,17 +7,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from slug_lightning.datamodules.base import make_splits, split_indices
-from slug_lightning.datamodules.image_text.pairs import Pair, decode, open_pairs, whole_words
+from slug_lightning.datamodules.image_text.pairs import Columns, Pair, decode, open_pairs, whole_words
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.names import listed
 from slug_lightning.utils.optional_imports import import_optional
@@ -77,19 +76,8 @@ def collect(
     "test") that a datamodule with the same seed puts it in. No image is in the folder twice, so none is in two splits or sets.
     Copies are recognised by their looks, whatever the encoding and the size.
 
-    Args:
-        name: of the concept to forget, as in the captions: as whole words, ignoring case.
-        sources: each a CSV file, a folder with one, or tar shards, as `ImageTextDataModule` reads them. They are read twice.
-        output: the folder to make; it is written whole or not at all.
-        aliases: other names of the concept, plurals too. Pairs that contain none of its names are retained.
-        templates: of captions, with {} for `name`, assigned to the images in turn.
-        at_least: minimum number of images to forget and to retain; 3 or more.
-        limit: retain only the first so many pairs.
-        seed: of the split.
-        columns: `image_column`, `caption_column` and `delimiter` of a CSV, as in `ImageTextDataModule`.
-
-    Raises:
-        UnlearnError: if an argument is invalid, if a source cannot be read, or if there are too few images.
+    The arguments are those of the command; `columns` are `image_column`, `caption_column` and `delimiter` of a CSV, as in
+    `ImageTextDataModule`. The sources are read twice; `output` is written whole or not at all.
     """
     output, names = Path(output), [name, *aliases]
     naming, found = whole_words("name", names), Found(name)
@@ -99,20 +87,21 @@ def collect(
         raise UnlearnError(f"at_least: must be >= 3, for train, validation and test, got {at_least}")
     if output.exists() or not output.parent.is_dir():
         raise UnlearnError(f"output: must be a new folder in an existing one, got {output}")
-    with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as beside:
-        folder = _Folder(Path(beside) / "whole", found)
-        forget = list(folder.new(_naming(_read(sources, columns), naming, names, found)))
-        for number, row in enumerate(forget):
-            row["title"] = templates[number % len(templates)].replace("{}", name)
+    table = Columns(**columns)
+    with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as temporary:
+        folder = _Folder(Path(temporary) / "whole", found)
+        forget = list(folder.new(_naming(_read(sources, table), naming, names, found)))
+        for row, template in zip(forget, cycle(templates)):
+            row["title"] = template.replace("{}", name)
         folder.write("forget", forget, at_least, seed)
-        others = (pair for pair in _read(sources, columns) if not naming.search(pair.caption))
+        others = (pair for pair in _read(sources, table) if not naming.search(pair.caption))
         folder.write("retain", list(islice(folder.new(others), limit)), at_least, seed)
         folder.path.rename(output)
     return found
 
 
-def _read(sources: Sequence[str], columns: dict[str, Any]) -> Iterator[Pair]:
-    pairs = chain.from_iterable(open_pairs("sources", source, **columns) for source in sources)
+def _read(sources: Sequence[str], columns: Columns) -> Iterator[Pair]:
+    pairs = chain.from_iterable(open_pairs("sources", source, columns) for source in sources)
     yield from tqdm(pairs, desc="reading", unit=" pairs", leave=False, disable=None)  # None: only on a terminal
 
 
@@ -132,10 +121,9 @@ class _Folder:
     """The folder that is being made, in which no image is twice."""
 
     def __init__(self, path: Path, found: Found) -> None:
-        self.path, self.found = path, found
+        self.path, self.found, self.numbers = path, found, count()
         self.box = import_optional("PIL.Image", "clip").Resampling.BOX
         (path / "images").mkdir(parents=True)
-        self.count = 0
         # Thumbnails by their mean in steps of ALIKE. Means differ by no more than images, so a copy is at most a step away.
         self.thumbnails: defaultdict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
 
@@ -150,10 +138,9 @@ class _Folder:
             if self._is_copy(image):
                 self.found.copies += 1
                 continue
-            path = Path("images") / f"{self.count:06}.{image.format.lower()}"
-            self.count += 1
+            path = f"images/{next(self.numbers):06}.{image.format.lower()}"
             (self.path / path).write_bytes(pair.image if isinstance(pair.image, bytes) else pair.image.read_bytes())
-            yield {"filepath": path.as_posix(), "title": pair.caption, "caption": pair.caption}
+            yield {"filepath": path, "title": pair.caption, "caption": pair.caption}
 
     def _is_copy(self, image: Any) -> bool:
         """Return whether an image looks like one that was stored; if not, remember it."""
@@ -179,10 +166,10 @@ class _Folder:
                 f"{kind}: {len(rows)} different images are too few, at least {at_least} are needed, {sizes}; read more "
                 f"sources, give more aliases, or lower at_least\n{self.found}"
             )
-        splits, self.found.parts[kind] = make_splits(kind, rows, seed=seed)
-        for split, part in splits.items():
-            for row in cast(Subset, part).indices:
-                rows[row]["part"] = split
+        _, self.found.parts[kind] = make_splits(kind, rows, seed=seed)
+        for split, indices in split_indices(len(rows), seed).items():
+            for i in indices:
+                rows[i]["part"] = split
         with open(self.path / f"{kind}.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()

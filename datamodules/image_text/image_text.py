@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from slug_lightning.datamodules.base import UnlearnDataModule, for_concepts
 from slug_lightning.datamodules.image_text.pairs import (
+    Columns,
     ImageTextPairs,
     Tokenize,
     Transform,
@@ -57,9 +58,8 @@ class ImageTextDataModule(UnlearnDataModule):
         seed: of the splits and of the order of samples within them.
 
     Raises:
-        UnlearnError: if the arguments do not say where the data, the preprocessing and the tokenizer come from, or if two
-            concepts' names cannot be told apart; in `setup`, if a source cannot be read, or if nothing is left to forget
-            or to retain.
+        UnlearnError: if an argument is missing or two contradict each other; in `setup`, if a source cannot be read, or if
+            nothing is left to forget or to retain.
 
     Example:
         >>> import torch
@@ -115,18 +115,10 @@ class ImageTextDataModule(UnlearnDataModule):
             raise UnlearnError("model: give an open_clip model, or both transform and tokenize")
         if reserved := [name for name in (*(label_columns or ()), *(labels or ())) if name in ("image", "text")]:
             raise UnlearnError(f"labels: {reserved[0]!r} is the name of another part of a sample; choose another")
-        self.retain, self.data = retain, data
-        self.concept = [concept] if isinstance(concept, str) else concept
-        self.model, self.pretrained = model, pretrained
-        self.transform, self.tokenize = transform, tokenize
-        self.columns: dict[str, Any] = {
-            "image_column": image_column,
-            "caption_column": caption_column,
-            "delimiter": delimiter,
-            "label_columns": label_columns or (),
-        }
-        self.labels = labels
-        self.limit = limit
+        self.retain, self.data, self.concept = retain, data, [concept] if isinstance(concept, str) else concept
+        self.model, self.pretrained, self.transform, self.tokenize = model, pretrained, transform, tokenize
+        self.columns = Columns(image_column, caption_column, delimiter, label_columns or ())
+        self.labels, self.limit = labels, limit
 
     def setup(self, stage: str | None = None) -> None:
         """Read the sources and divide them; further calls change nothing."""
@@ -134,8 +126,7 @@ class ImageTextDataModule(UnlearnDataModule):
             return
         if self.model is not None and (self.transform is None or self.tokenize is None):
             transform, tokenize = clip_preprocessing(self.model, self.pretrained)
-            self.transform = self.transform or transform
-            self.tokenize = self.tokenize or tokenize
+            self.transform, self.tokenize = self.transform or transform, self.tokenize or tokenize
         forget: Mapping[str | None, Dataset]
         if self.retain is not None:
             forget = opened = {name: self._open(labelled("forget", name), source) for name, source in self.forget.items()}
@@ -157,7 +148,7 @@ class ImageTextDataModule(UnlearnDataModule):
         """Return the pairs of each concept, and those of none, from one source."""
         every = [word for own in self.words.values() for word in own]
         named = whole_words("concept", every)
-        forget = self._open("data", data, where=lambda caption: named.search(caption) is not None)
+        forget = self._open("data", data, where=named.search)
         chosen: dict[str | None, Dataset] = {}
         for concept, finder in self.finders.items():
             own = [i for i, pair in enumerate(forget.pairs) if finder.search(pair.caption)]
@@ -165,7 +156,7 @@ class ImageTextDataModule(UnlearnDataModule):
                 which, words = labelled("concept", concept), self.words[concept]
                 raise UnlearnError(f"{which}: no caption of {data} contains any of {words} as whole words; add other names")
             chosen[concept] = forget if concept is None else Subset(forget, own)
-        retain = self._open("data", data, where=lambda caption: named.search(caption) is None, limit=self.limit)
+        retain = self._open("data", data, where=lambda caption: not named.search(caption), limit=self.limit)
         if not len(retain):
             raise UnlearnError(f"concept: every caption of {data} contains one of {listed(every)}; add pairs to retain")
         return chosen, retain
@@ -173,7 +164,7 @@ class ImageTextDataModule(UnlearnDataModule):
     def _open(self, argument: str, source: str, **choice: Any) -> ImageTextPairs:
         """Return the dataset of one source; `choice` is `where` and `limit`."""
         tools: dict[str, Any] = {"transform": self.transform, "tokenize": self.tokenize}  # set by now
-        return ImageTextPairs(open_pairs(argument, source, **self.columns), labels=self.labels, **tools, **choice)
+        return ImageTextPairs(open_pairs(argument, source, self.columns), labels=self.labels, **tools, **choice)
 
 
 def _keys(pairs: ImageTextPairs) -> list[tuple[str, str]]:
@@ -183,8 +174,8 @@ def _keys(pairs: ImageTextPairs) -> list[tuple[str, str]]:
 def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Transform, Tokenize]:
     """Load an open_clip model's preprocessing (of a PIL image, to float32 `[3, H, W]`) and tokenizer, without its weights."""
     open_clip = import_optional("open_clip", "clip")
-    transforms = import_optional("open_clip.transform", "clip")
-    schema, name = import_optional("open_clip.factory", "clip").parse_model_name(model)
+    transforms = open_clip.transform
+    schema, name = open_clip.factory.parse_model_name(model)
     if schema is None:
         model = name.replace("/", "-")
         if model not in open_clip.list_models():
@@ -195,7 +186,7 @@ def clip_preprocessing(model: str, pretrained: str | None = None) -> tuple[Trans
             raise UnlearnError(f"pretrained: must be a file or one of {model}'s tags, {tags}, got {pretrained!r}")
         architecture = open_clip.get_model_config(model)
     else:
-        download = import_optional("open_clip.pretrained", "clip").download_pretrained_from_hf
+        download = open_clip.pretrained.download_pretrained_from_hf
         file = Path(name) / CONFIG if schema == "local-dir" else Path(download(name, filename=CONFIG))
         if not file.is_file():
             raise UnlearnError(f"model: {file} does not exist; local-dir: must name the folder of an open_clip model")

@@ -30,6 +30,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
+class Columns(NamedTuple):
+    """Where a table has what; the label columns are fields of the `.json` in a shard, too."""
+
+    image_column: str = "filepath"
+    caption_column: str = "title"
+    delimiter: str | None = None  # None: the one of `,` tab `;` `|` that is most frequent in the header
+    label_columns: Sequence[str] = ()
+
+
 class Pair(NamedTuple):
     """An encoded image and its caption."""
 
@@ -42,20 +51,15 @@ class Pair(NamedTuple):
 class ImageTextPairs(Dataset):
     """Pairs as a map-style dataset; an image is decoded when its sample is read.
 
-    A sample is a dict: "image", float32 `[3, H, W]`; "text", int64 `[T]`; and each label's name with an int.
+    A sample is a dict: "image", float32 `[3, H, W]`; "text", int64 `[T]`; and each label's name with an int. The pairs are read
+    once, no further than `limit` needs.
 
     Args:
-        pairs: read once, no further than `limit` needs.
-        transform, tokenize: make the tensors of an image and of texts.
         where: called with each caption; pairs for which it is false are left out.
         limit: only the first so many pairs.
         labels: class names by label name. A sample's label is the index of the one class name that its caption
             contains as whole words, ignoring case, or -1 if it contains none or several; a name within a longer
             one ("truck" in "fire truck") does not count.
-
-    Raises:
-        UnlearnError: if an image file is missing or a class name is empty or repeated; when a sample is read, if its
-            image cannot be decoded.
     """
 
     def __init__(
@@ -128,17 +132,16 @@ class ImageTextFolder(ImageTextPairs):
         label_columns: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        pairs = _read_csv(Path(folder), Path(csv), image_column, caption_column, delimiter, label_columns)
-        super().__init__(pairs, transform, tokenize, **options)
+        columns = Columns(image_column, caption_column, delimiter, label_columns)
+        super().__init__(_read_csv(Path(folder), Path(csv), columns), transform, tokenize, **options)
 
 
 class ImageTextShards(ImageTextPairs):
     """The pairs of webdataset shards, held in memory as encoded.
 
-    A sample of a shard is an image (`.jpg`, `.jpeg`, `.png`, `.webp`), a `.txt` with its caption, and perhaps a
-    `.json`; one that lacks image or caption is skipped. The shards are read once, in order, and the chosen pairs stay
-    in memory, so that they have indices: choose with `where`, or set a `limit`. Nothing is read beyond the limit, so
-    the shards should be shuffled, as usual.
+    A sample of a shard is an image (`.jpg`, `.jpeg`, `.png`, `.webp`), a `.txt` with its caption, and perhaps a `.json`; one that
+    lacks image or caption is skipped. The shards are read once, in order, and the chosen pairs stay in memory, so that they have
+    indices: choose with `where`, or set a `limit`. Nothing is read beyond the limit, so the shards should be shuffled, as usual.
 
     Args:
         shards: paths of the tar files: one, a brace pattern such as `cc3m-{0000..0331}.tar`, a glob such as
@@ -213,15 +216,7 @@ def refuse_shared(what: str, forget: Mapping[str | None, Collection[Any]], retai
             )
 
 
-def open_pairs(
-    argument: str,
-    source: str,
-    *,
-    image_column: str = "filepath",
-    caption_column: str = "title",
-    delimiter: str | None = None,
-    label_columns: Sequence[str] = (),
-) -> Iterator[Pair]:
+def open_pairs(argument: str, source: str, columns: Columns) -> Iterator[Pair]:
     """Read the pairs of a source: a `.csv` or `.tsv` file, a folder with one, or tar shards, as `ImageTextDataModule` says."""
     path = Path(source)
     if path.is_dir():
@@ -233,9 +228,9 @@ def open_pairs(
             )
         path = tables[0]
     if path.suffix in (".csv", ".tsv"):
-        return _read_csv(path.parent, path, image_column, caption_column, delimiter, label_columns)
+        return _read_csv(path.parent, path, columns)
     if path.suffix == ".tar":
-        return _read_shards(source, label_columns)
+        return _read_shards(source, columns.label_columns)
     raise UnlearnError(f"{argument}: must be a .csv or .tsv file, a folder with one, or .tar shards, got {source}")
 
 
@@ -247,7 +242,7 @@ def decode(pair: Pair, mode: str = "RGB") -> Any:
         with image.open(content, formats=FORMATS) as opened:
             converted = opened.convert(mode)
             converted.format = opened.format
-            return converted
+        return converted
     except Exception as error:  # PIL's decoders raise OSError, ValueError, SyntaxError and more
         raise UnlearnError(f"{pair.name}: the image cannot be decoded ({error}); replace it or leave it out") from error
 
@@ -271,29 +266,27 @@ def _labels_of(record: Mapping[str, Any], columns: Sequence[str], name: str) -> 
     return labels
 
 
-def _read_csv(
-    folder: Path, csv: Path, image_column: str, caption_column: str, delimiter: str | None, label_columns: Sequence[str]
-) -> Iterator[Pair]:
+def _read_csv(folder: Path, csv: Path, columns: Columns) -> Iterator[Pair]:
     if not csv.is_file():
         raise UnlearnError(f"{csv}: there is no such file")
     text = _text(csv.read_bytes(), str(csv))
-    delimiter = delimiter or max(",\t;|", key=text.partition("\n")[0].count)
+    image, caption, _, labels = columns
+    delimiter = columns.delimiter or max(",\t;|", key=text.partition("\n")[0].count)
     reader = csv_module.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         rows = list(reader)
     except csv_module.Error as error:
         raise UnlearnError(f"{csv}: not a CSV ({error}); look for a quote that is not closed") from error
-    columns = list(reader.fieldnames or [])
-    wanted = [("image_column", image_column), ("caption_column", caption_column)]
-    for argument, column in wanted + [("label_columns", column) for column in label_columns]:
-        if column not in columns:
-            raise UnlearnError(f"{argument}: {csv} has no column {column!r}, only {columns} (delimiter {delimiter!r})")
+    header = list(reader.fieldnames or [])
+    for argument, column in [("image_column", image), ("caption_column", caption), *(("label_columns", one) for one in labels)]:
+        if column not in header:
+            raise UnlearnError(f"{argument}: {csv} has no column {column!r}, only {header} (delimiter {delimiter!r})")
     for number, row in enumerate(rows, start=1):
         name = f"{csv}, row {number}"
         if None in row or None in row.values():
             raise UnlearnError(f"{name}: not as many columns as the header; quote captions that contain {delimiter!r}")
-        path = folder / row[image_column]
-        yield Pair(str(path), path, row[caption_column], _labels_of(row, label_columns, name))
+        path = folder / row[image]
+        yield Pair(str(path), path, row[caption], _labels_of(row, labels, name))
 
 
 def _shard_samples(shard: str) -> Iterator[dict[str, Any]]:
@@ -315,12 +308,11 @@ def _read_shards(shards: str, label_columns: Sequence[str]) -> Iterator[Pair]:
         for path in paths:
             for sample in _shard_samples(path):
                 name = f"{path}, key {sample['__key__']}"
-                suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-                if suffix is None or "txt" not in sample:
-                    continue
-                empty = False
-                record = json.loads(sample.get("json", b"{}")) if label_columns else {}
-                caption = _text(sample["txt"], name).strip()
-                yield Pair(name, sample[suffix], caption, _labels_of(record, label_columns, name))
+                images = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
+                if images and "txt" in sample:
+                    empty = False
+                    record = json.loads(sample.get("json", b"{}")) if label_columns else {}
+                    caption = _text(sample["txt"], name).strip()
+                    yield Pair(name, images[0], caption, _labels_of(record, label_columns, name))
     if empty:
         raise UnlearnError(f"{shards}: no sample has both an image ({', '.join(IMAGE_SUFFIXES)}) and a caption (txt)")

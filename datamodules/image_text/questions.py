@@ -17,7 +17,6 @@ from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.datamodules.image_text.pairs import ImageTextPairs, Pair, refuse_shared, sources_by_concept
 from slug_lightning.datamodules.text.reading import read_content
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import Split
 from slug_lightning.utils.names import labelled, listed
 from slug_lightning.utils.optional_imports import import_optional
 from slug_lightning.vlm.answers import mentions
@@ -74,20 +73,23 @@ def question_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def refuse_few_choices(count: int) -> None:
-    """Refuse a number of choices that is neither 0 nor at least 2."""
+def choices_note(count: int) -> str:
+    """Write the part of a note on the choices that are offered, after checking their number."""
     if count < 2 and count != 0:
         raise UnlearnError(f"choices: must be >= 2, or 0 to have answers generated, got {count}")
+    return f"; the validation split offers {count} answers to choose from, the test split none" if count else ""
 
 
 def with_choices(
-    questions: Sequence[Question], count: int, answers: Mapping[str, Iterable[str]], generator: torch.Generator
+    questions: list[Question], count: int, answers: Mapping[str, Iterable[str]], generator: torch.Generator
 ) -> list[Question]:
-    """Give each question `count` answers to choose from, shuffled: its own, and others to questions of its kind.
+    """Give each question `count` answers to choose from, shuffled: its own, and others to questions of its kind; 0: none.
 
     `answers` has all distinct answers by kind. Those that name the right one by an alias are not wrong choices; if there are
     not so many wrong ones, there are fewer choices.
     """
+    if not count:
+        return questions
     wrong: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}  # the same for many questions
     found = []
     for question in questions:
@@ -118,23 +120,22 @@ class VisualQuestionDataModule(UnlearnDataModule):
     The retain set should have questions about others of the same kind, whom an edit affects first, and general ones. Both
     files may ask about the same image: who it is may be forgotten, and what it shows retained.
 
-    Images, with all questions about them, are split into train, val and test: otherwise the report would reword questions about
-    images that the edit was tuned on. Batches are those of `question_batch`; images keep their size.
+    Images are split with all questions about them: otherwise the test split would reword questions about images that the edit
+    was tuned on. Batches are those of `question_batch`; images keep their size.
 
     Args:
         forget: the file of questions to forget; for several concepts, a dict of files by the concept's name.
         retain: the file of questions to retain.
-        choices: number of possible answers to choose from in the search: the right one, and others to questions of its kind in
-            all files. 0 generates answers, as in the report, one pass per token: slower if answers are long and choices few,
-            faster otherwise. A choice can be right by chance, so `forget_target` must be higher.
+        choices: number of possible answers to choose from in the validation split: the right one, and others to questions of its
+            kind in all files. 0 generates answers, as in the test split, one pass per token: slower if answers are long and
+            choices few, faster otherwise. A choice can be right by chance, so `forget_target` must be higher.
         batch_size: questions in a batch.
         num_workers: worker processes of each loader.
         seed: of the split, of the order and of the choices.
 
     Raises:
-        UnlearnError: if `choices` is 1, or if two sets have the same file; in `setup`, if a file or a line cannot be read, an
-            image is missing, a set has fewer than three images, or a question is both to forget and to retain; when a
-            sample is read, if its image cannot be decoded.
+        UnlearnError: if `choices` is 1, or if two sets have the same file; in `setup`, if a line cannot be read, an image is
+            missing, a set has fewer than three images, or a question is both to forget and to retain.
 
     Example:
         >>> import tempfile
@@ -156,8 +157,8 @@ class VisualQuestionDataModule(UnlearnDataModule):
         self, forget: Sources, retain: str, *, choices: int = 0, batch_size: int = 8, num_workers: int = 0, seed: int = 0
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, collate_fn=question_batch, seed=seed)
-        refuse_few_choices(choices)
-        self.forget, self.retain, self.choices = sources_by_concept(forget, retain), retain, choices
+        self.choices, self.note = choices, choices_note(choices)
+        self.forget, self.retain = sources_by_concept(forget, retain), retain
         self.concept = [name for name in self.forget if name is not None]
 
     def setup(self, stage: str | None = None) -> None:
@@ -181,26 +182,18 @@ class VisualQuestionDataModule(UnlearnDataModule):
             self.notes["retain"] += f"; {len(named)} retain answers name what to forget, such as {named[0]!r}"
 
     def _set(self, kind: str, paths: list[Path], questions: list[Question], choose: Choose, concept: str | None = None) -> None:
-        """Set the data of one set: each picture with all its questions in one split; `choose` adds choices for the search."""
+        """Set the splits of one set: each picture with all its questions in one; `choose` adds choices for validation."""
         label = labelled(kind, concept)
         if len(paths) < 3:
             raise UnlearnError(
                 f"{label}: {len(paths)} images are too few for separate train, validation and test splits; give at least 3"
             )
         pictures = _Files(paths)
-        split_of = {picture: split for split, own in split_indices(len(paths), self.seed).items() for picture in own}
-        splits: dict[Split, list[Question]] = {"train": [], "val": [], "test": []}
-        for question in questions:
-            splits[split_of[question.picture]].append(question)
-        if self.choices:
-            splits["val"] = choose(splits["val"])
-        self.set_parts(kind, *(Questions(pictures, own) for own in splits.values()), concept=concept)
-        self.notes[label] += f"; split by image ({len(paths)} images, seed {self.seed}){choices_note(self.choices)}"
-
-
-def choices_note(count: int) -> str:
-    """Write the part of a note on the choices that are offered."""
-    return f"; the search offers {count} answers to choose from, the report none" if count else ""
+        parts = split_indices(len(paths), self.seed)
+        train, val, test = ([question for question in questions if question.picture in own] for own in map(set, parts.values()))
+        splits = [Questions(pictures, own) for own in (train, choose(val), test)]
+        self.set_parts(kind, *splits, concept=concept)
+        self.notes[label] += f"; split by image ({len(paths)} images, seed {self.seed}){self.note}"
 
 
 class _Files:
@@ -220,15 +213,14 @@ def _keys(paths: list[Path], questions: list[Question]) -> list[tuple[str, Path]
 
 def read_questions(argument: str, file: str | Path) -> tuple[list[Path], list[Question]]:
     """Read a file as `VisualQuestionDataModule` describes it; return the images' paths, each once, and the questions."""
-    file = Path(file)
+    file, found = Path(file), []
     numbers: dict[Path, int] = {}
-    found = []
     for number, line in enumerate(read_content(argument, file).split("\n"), start=1):  # only that ends a line of JSON
         if not line.strip():
             continue
         read = _fields(f"{argument}: line {number} of {file}", line)
-        picture = numbers.setdefault((file.parent / read["image"][0]).resolve(), len(numbers))
-        (answer,), (kind,), (text,) = (read[name] for name in ("answer", "kind", "text"))
+        (image,), (answer,), (kind,), (text,) = (read[name] for name in ("image", "answer", "kind", "text"))
+        picture = numbers.setdefault((file.parent / image).resolve(), len(numbers))
         found += [Question(picture, one, answer, tuple(read["aliases"]), kind, text) for one in read["question"]]
     if not found:
         raise UnlearnError(f"{argument}: there is no question in {file}; give at least one for each image")

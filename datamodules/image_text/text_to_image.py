@@ -17,13 +17,13 @@ from slug_lightning.utils.names import labelled, listed
 from slug_lightning.utils.optional_imports import import_optional
 
 Held = Literal["val", "test"]
-"""The splits that are drawn: "val" for the search, "test" for the report."""
+"""The splits that are drawn."""
 BLOCK = 1_000_000
-"""Noise seeds for each seed of a datamodule: half of them for the search, half for the report."""
+"""Noise seeds for each seed of a datamodule: half of them for validation, half for test."""
 
 
 def noise_seeds(split: Held, count: int, seed: int = 0) -> range:
-    """Return the seeds of the noise that images start from, different ones for search, report and each `seed`."""
+    """Return the seeds of the noise that images start from, different ones for each split and each `seed`."""
     if not 1 <= count <= BLOCK // 2:
         raise UnlearnError(f"search, report: the number of images per prompt must be from 1 to {BLOCK // 2}, got {count}")
     start = seed * BLOCK + (BLOCK // 2 if split == "test" else 0)
@@ -31,7 +31,7 @@ def noise_seeds(split: Held, count: int, seed: int = 0) -> range:
 
 
 class Prompts(Dataset):
-    """Prompts to draw, and what should be seen in the images: the samples of search and report.
+    """Prompts to draw, and what should be seen in the images: the samples of validation and test split.
 
     A sample is a dict: "text", the prompt; "seed", of the noise; "steps", of sampling; and under each judge's name the index
     of the right class, or -1 if the judge is not asked. All prompts are drawn from the first seed, then from the next. `labels`
@@ -52,29 +52,29 @@ class Prompts(Dataset):
         return {"text": self.prompts[number], "seed": self.seeds[turn], "steps": self.steps, **own}
 
 
-def how_drawn(search: Prompts, report: Prompts) -> str:
+def how_drawn(val: Prompts, test: Prompts) -> str:
     """Write the part of a note on which prompts are drawn, how often, and in how many steps."""
-    counts = len(search.prompts), len(report.prompts)
-    which = f"the same {counts[0]} prompts" if search.prompts == report.prompts else "{} and {} prompts".format(*counts)
-    times = f"{len(search.seeds)} and {len(report.seeds)} times each"
-    return f"search and report draw {which}, {times}, from different seeds, in {search.steps} and {report.steps} steps"
+    first, second = len(val.prompts), len(test.prompts)
+    which = f"the same {first} prompts" if val.prompts == test.prompts else f"{first} and {second} prompts"
+    times = f"{len(val.seeds)} and {len(test.seeds)} times each"
+    return f"validation and test split draw {which}, {times}, from different seeds, in {val.steps} and {test.steps} steps"
 
 
 class TextToImageDataModule(ImageTextDataModule):
     """Data for a text-to-image pipeline: image-text pairs, and prompts to draw.
 
-    The gradient is taken over images with captions, from files as `ImageTextDataModule` reads them. Search and report
-    draw prompts, and judges (image classifiers) tell what the images show. A judge's name and its classes are in `labels`: the
-    class of a prompt is the one that its text names. Without `labels`, the pairs are split in three and serve search and
-    report as well, for a module whose metrics are its losses.
+    The gradient is taken over images with captions, from files as `ImageTextDataModule` reads them. Validation and test split
+    have prompts to draw, and judges (image classifiers) tell what the images show. A judge's name and its classes are in
+    `labels`: the class of a prompt is the one that its text names. Without `labels`, all three splits have pairs, for a module
+    whose metrics are its losses.
 
-    Given prompts serve both search and report, each with seeds of its own, as half of them might leave classes out. If
-    none are given, captions of pairs that are held out from the gradient serve: some for the search, others for the
-    report; captions that cannot be judged are skipped.
+    Given prompts serve both splits, each with seeds of its own, as half of them might leave classes out. If none are given,
+    captions of pairs that are held out from the gradient serve, different ones in the two splits; captions that cannot be
+    judged are skipped.
 
-    Gradient samples are dicts: "image", float32 `[3, size, size]`, RGB in [-1, 1]; "text", the caption; and in the forget set
-    "concept", the words of `concept` as they appear in the caption, or "". For the others see `Prompts`:
-    a forget prompt is judged by `asked` alone, a retain prompt by all judges.
+    Training samples are dicts: "image", float32 `[3, size, size]`, RGB in [-1, 1]; "text", the caption; and in the forget set
+    "concept", the words of `concept` as they appear in the caption, or "". For the others see `Prompts`: a forget prompt is
+    judged by `asked` alone, a retain prompt by all judges.
 
     Args:
         labels: class names by judge, in the judge's order, such as `{"thing": ["cat", "dog"]}`; None if nothing is drawn.
@@ -82,22 +82,21 @@ class TextToImageDataModule(ImageTextDataModule):
             there is one judge.
         forget_prompts: a list of prompts, or a text file with one per line; for several concepts, a dict of these.
         retain_prompts: likewise, to retain.
-        captions: if no prompts are given, how many captions serve as prompts at most, for search and report each.
+        captions: if no prompts are given, how many captions serve as prompts at most, in each of the two splits.
         size: of the images, in pixels: the shorter side is resized to it, then the center is cropped.
-        search_seeds: images per prompt in the search.
-        report_seeds: images per prompt in the report.
-        search_steps: sampling steps in the search.
-        report_steps: sampling steps in the report.
-        batch_size: samples in a batch, of the gradient and of the images that are drawn at once.
+        search_seeds: images per prompt in the validation split.
+        report_seeds: images per prompt in the test split.
+        search_steps: sampling steps in the validation split.
+        report_steps: sampling steps in the test split.
+        batch_size: samples in a batch, also of the images that are drawn at once.
         options: `forget`, `retain`, `data`, `concept`, the columns, `limit`, `num_workers` and `seed` (which seeds the noise,
             too) of `ImageTextDataModule`. `concept` may be left out if `forget` and `retain` are given; otherwise the
             captions must name it.
 
     Raises:
-        UnlearnError: if the arguments do not say where the data come from or what is judged, or if dicts have different
-            concepts; in `setup`, if a source or a file of prompts cannot be read, if nothing is left to forget or to retain,
-            if captions or forget prompts never name the concept, if a prompt names no class, or if a retain prompt names
-            what to forget.
+        UnlearnError: if an argument is missing or two contradict each other; in `setup`, if a file cannot be read, if nothing is
+            left to forget or to retain, if captions or forget prompts never name the concept, if a prompt names no class, or if
+            a retain prompt names what to forget.
 
     Example:
         >>> from slug_lightning.embedded import SHARD
@@ -131,16 +130,9 @@ class TextToImageDataModule(ImageTextDataModule):
         batch_size: int = 4,
         **options: Any,
     ) -> None:
-        super().__init__(
-            model=None,
-            pretrained=None,
-            transform=picture_transform(size),
-            tokenize=list,  # a caption stays a text: each text encoder of a pipeline has a tokenizer of its own
-            label_columns=None,
-            labels=None,
-            batch_size=batch_size,
-            **options,
-        )
+        # A caption stays a text: each text encoder of a pipeline has a tokenizer of its own.
+        tools: dict[str, Any] = {"transform": picture_transform(size), "tokenize": list}
+        super().__init__(model=None, pretrained=None, label_columns=None, labels=None, batch_size=batch_size, **tools, **options)
         concepts = self.forget or self.words
         labels = labels or {}
         if not labels and any(given is not None for given in (asked, forget_prompts, retain_prompts)):
@@ -151,8 +143,7 @@ class TextToImageDataModule(ImageTextDataModule):
         asking = for_concepts("asked", asked, concepts) if isinstance(asked, Mapping) else dict.fromkeys(concepts, asked)
         self.asked = {name: self._judge_of(name, asking.get(name)) for name in concepts if labels}
         self.forget_prompts = for_concepts("forget_prompts", forget_prompts, concepts)
-        self.retain_prompts = retain_prompts
-        self.captions = captions
+        self.retain_prompts, self.captions = retain_prompts, captions
         self.seeds: dict[Held, int] = {"val": search_seeds, "test": report_seeds}
         self.steps: dict[Held, int] = {"val": search_steps, "test": report_steps}
         self._targets: set[tuple[str, int]] = set()  # judge and class of each forget prompt
@@ -169,7 +160,7 @@ class TextToImageDataModule(ImageTextDataModule):
         return asked
 
     def set_pairs(self, kind: str, pairs: Dataset, concept: str | None = None) -> None:
-        """Set the data of one set: pairs for the gradient, prompts for search and report."""
+        """Set the splits of one set: pairs in train, prompts in validation and test."""
         label = labelled(kind, concept)
         if kind == "forget":
             self._refuse_unnamed(label, "captions", _captions(pairs), concept)
@@ -184,12 +175,13 @@ class TextToImageDataModule(ImageTextDataModule):
             pairs = splits["train"]
         else:
             texts = dict.fromkeys(self.seeds, self._from_prompts(kind, given, concept))
-        prompts = [
-            Prompts(own, noise_seeds(split, self.seeds[split], self.seed), self.steps[split], self._labels(kind, own, concept))
-            for split, own in texts.items()
-        ]
-        if kind == "forget":
-            self._targets.update((self.asked[concept], one) for own in prompts for one in own.labels[self.asked[concept]])
+        asked = self.judges if kind == "retain" else {self.asked[concept]}
+        prompts = []
+        for split, own in texts.items():
+            labels = {name: [only_class(find(one)) if name in asked else -1 for one in own] for name, find in self.judges.items()}
+            prompts.append(Prompts(own, noise_seeds(split, self.seeds[split], self.seed), self.steps[split], labels))
+            if kind == "forget":
+                self._targets.update((self.asked[concept], one) for one in labels[self.asked[concept]])
         self.set_parts(kind, pairs, *prompts, concept=concept)
         self.notes[label] += f"; {how_drawn(*prompts)}"
 
@@ -213,7 +205,7 @@ class TextToImageDataModule(ImageTextDataModule):
         if not fit:
             reason = f", as {texts[0]!r} {self._unfit(kind, texts[0], concept)}" if texts else ""
             raise UnlearnError(
-                f"{labelled(kind, concept)}: none of {len(captions)} captions held out for search or report can serve as a "
+                f"{labelled(kind, concept)}: none of {len(captions)} captions held out for validation or test can serve as a "
                 f"prompt{reason}; give {kind}_prompts, or correct labels"
             )
         return fit[: self.captions]
@@ -227,11 +219,6 @@ class TextToImageDataModule(ImageTextDataModule):
         if any(one in found[name] for name, one in self._targets) or any(finder.search(text) for finder in self.finders.values()):
             return "names what to forget"
         return "" if any(len(classes) == 1 for classes in found.values()) else "does not name one class of any judge in labels"
-
-    def _labels(self, kind: str, texts: list[str], concept: str | None) -> dict[str, list[int]]:
-        """Return the class of each text by judge; for a forget prompt, -1 for all judges but the one that is asked."""
-        judged = self.judges if kind == "retain" else {self.asked[concept]}
-        return {name: [only_class(find(text)) if name in judged else -1 for text in texts] for name, find in self.judges.items()}
 
     def _refuse_unnamed(self, label: str, what: str, texts: list[str], concept: str | None) -> None:
         """Refuse texts none of which names the concept: the gradient would be of something else."""

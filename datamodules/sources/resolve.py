@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+)
 
 from slug_lightning.datamodules.base import UnlearnDataModule, make_splits, no_dataset
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
-from slug_lightning.datamodules.sources.overlap import indices_of, refuse_same_data, samples_in
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, First, Split
 from slug_lightning.utils.names import check_names, concept_of, labelled, listed, notes_on
 
 Prepare = Callable[[pl.LightningDataModule], Any]
+Sample = tuple[int, int]
+"""`id` of the dataset, and index; a stream has only its `id`, and the index -1."""
+
+
+class UnlearnLoaders(NamedTuple):
+    """The batches that a run reads."""
+
+    forget: dict[str, dict[Split, Batches]]  # by the concept's name and by split
+    retain: dict[Split, Batches]
+    notes: list[str]  # sentences for the report, such as how a set was split; few, however many concepts there are
 
 
 def resolve_loaders(
@@ -27,17 +46,21 @@ def resolve_loaders(
 ) -> UnlearnLoaders:
     """Turn whatever a user gave into train, val and test loaders of every concept and of retain.
 
-    Args:
-        forget: a source for each concept, by its name: a DataLoader or any iterable of batches, a list of them (read one
-            after the other), a LightningDataModule (its train, val and test loaders serve gradient, search and report; of an
-            `UnlearnDataModule` with several concepts, the one of that name), or a dict of loaders by split ("train", "val",
-            "test"). None takes all concepts from `datamodule`.
-        retain: one such source, or None.
-        datamodule: the trainer's own, asked for what is None: an `UnlearnDataModule`, or any datamodule whose loaders are
-            dicts with the keys "forget" and "retain".
-        prepare: calls a datamodule's `prepare_data`, on as many ranks as it should run.
+    `forget` has a source for each concept: a DataLoader or any iterable of batches, a list of them (read one after the other), a
+    LightningDataModule (of an `UnlearnDataModule` with several concepts, the one of that name), or a dict of loaders by split.
+    `retain` is one such source. What is None is taken from the trainer's `datamodule`: an `UnlearnDataModule`, or any whose
+    loaders are dicts with the keys "forget" and "retain". `prepare` calls `prepare_data` on as many ranks as it should run.
     """
-    ready = _once(prepare)
+    done: list[pl.LightningDataModule] = []
+
+    def ready(datamodule: pl.LightningDataModule) -> None:
+        """Prepare and set up a datamodule once: it may serve many concepts."""
+        if not any(datamodule is other for other in done):
+            prepare(datamodule)
+            for stage in ("fit",) if isinstance(datamodule, UnlearnDataModule) else ("fit", "test"):
+                datamodule.setup(stage)
+            done.append(datamodule)
+
     sources = _sources(forget, datamodule, ready)
     concepts: dict[str, dict[Split, Batches]] = {}
     sentences = {}
@@ -53,20 +76,6 @@ def resolve_loaders(
     return UnlearnLoaders(concepts, retained, notes + refuse_same_data(concepts, retained))
 
 
-def _once(prepare: Prepare) -> Prepare:
-    """Return a function that prepares and sets up each datamodule once: it may serve many concepts."""
-    done: list[pl.LightningDataModule] = []
-
-    def ready(datamodule: pl.LightningDataModule) -> None:
-        if not any(datamodule is other for other in done):
-            prepare(datamodule)
-            for stage in ("fit",) if isinstance(datamodule, UnlearnDataModule) else ("fit", "test"):
-                datamodule.setup(stage)
-            done.append(datamodule)
-
-    return ready
-
-
 def _sources(forget: Mapping[str, Any] | None, datamodule: pl.LightningDataModule | None, ready: Prepare) -> dict[str, Any]:
     """Return the source of each concept by its name."""
     if forget is None:
@@ -74,8 +83,7 @@ def _sources(forget: Mapping[str, Any] | None, datamodule: pl.LightningDataModul
         names = [concept_of(datamodule)]
         if isinstance(source, UnlearnDataModule):
             ready(source)
-            names = source.concepts
-            if not names:
+            if not (names := source.concepts):
                 raise no_dataset("forget", source)
         check_names("forget", names)
         return dict.fromkeys(names, source)
@@ -87,14 +95,14 @@ def _sources(forget: Mapping[str, Any] | None, datamodule: pl.LightningDataModul
 
 def _seen_twice(loaders: Mapping[Split, Batches]) -> str:
     """Return a sentence if validation and test data overlap, else ""."""
-    shared = samples_in({"val": loaders["val"]}) & samples_in({"test": loaders["test"]})
+    shared = samples_in(loaders["val"]) & samples_in(loaders["test"])
     if not shared or min(index for _, index in shared) < 0:  # what two streams share is unknown
         return ""
-    return f"validation and test data share {len(shared)} samples, so the report is not an independent check"
+    return f"validation and test split share {len(shared)} samples, so the report is not an independent check"
 
 
 def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
-    """Return the trainer's datamodule, or its loaders under the key `kind`, as a source."""
+    """Return the trainer's datamodule as a source, or its loaders under the key `kind`."""
     if isinstance(datamodule, UnlearnDataModule):
         return datamodule
     if datamodule is not None:
@@ -131,7 +139,7 @@ def _loaders(label: str, concept: str | None, source: Any, ready: Prepare) -> tu
         if len(given) == len(SPLITS):
             return given, "three loaders were given"
         splits, note = _loaders(label, concept, source["train"], ready)
-        for split in set(given) - {"train"}:  # what was split off for it serves the gradient after all
+        for split in set(given) - {"train"}:  # what was split off for it returns to train
             splits["train"] = Chained([splits["train"], splits[split]])
             splits[split] = given[split]
             note += f"; instead of its {split} split, a loader that was given"
@@ -148,8 +156,8 @@ def _loaders(label: str, concept: str | None, source: Any, ready: Prepare) -> tu
     if iter(source) is source:
         raise UnlearnError(f"{label}: an iterator can be read only once; give something that starts anew, like a DataLoader")
     turns: dict[Split, set[int]] = {"train": {0, 1}, "val": {2}, "test": {3}}
-    stream: dict[Split, Batches] = {split: EveryFourth(source, turn) for split, turn in turns.items()}
-    return stream, "of every four batches of the stream, two serve the gradient, one the search, one the report"
+    note = "of every four batches of the stream, two are train, one validation, one test"
+    return {split: EveryFourth(source, turn) for split, turn in turns.items()}, note
 
 
 def _served(concept: str | None, source: UnlearnDataModule) -> tuple[dict[Split, Batches], str]:
@@ -167,7 +175,7 @@ def _served(concept: str | None, source: UnlearnDataModule) -> tuple[dict[Split,
 
 
 def _chained(loader: Any) -> Batches:
-    """Chain the loaders of a dict or list; return a single one as it is."""
+    """Chain the loaders of a dict or list; return a single loader as it is."""
     if isinstance(loader, Mapping):
         loader = list(loader.values())
     return Chained(loader) if isinstance(loader, (list, tuple)) else loader
@@ -185,3 +193,66 @@ def _split_loader(label: str, loader: DataLoader) -> tuple[dict[Split, Batches],
     splits, note = make_splits(label, Subset(dataset, indices_of(sampler, len(dataset))))
     options: dict[str, Any] = {name: getattr(loader, name) for name in ("num_workers", "collate_fn", "pin_memory")}
     return {split: DataLoader(part, batch_size=batch_size, **options) for split, part in splits.items()}, note
+
+
+# ---- samples that the sets of a run share
+
+
+def indices_of(sampler: Iterable[int], count: int) -> list[int]:
+    """Return which of `count` samples a sampler may draw, each once."""
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero()[:, 0].tolist()
+    if isinstance(sampler, (RandomSampler, DistributedSampler)):  # the latter gives one rank its share
+        return list(range(count))
+    return sorted({int(i) for i in sampler})
+
+
+def samples_in(batches: Any) -> set[Sample]:
+    """Return the samples that a loader, or a dict of loaders by split, reads."""
+    if isinstance(batches, (Mapping, Chained)):
+        return set[Sample]().union(*map(samples_in, batches.values() if isinstance(batches, Mapping) else batches.loaders))
+    if isinstance(batches, First):
+        return samples_in(batches.loader)
+    loader: Any = batches.loader if isinstance(batches, EveryFourth) else batches
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return {(id(dataset if dataset is not None else loader), -1)}
+    indices = indices_of(getattr(loader.batch_sampler, "sampler", loader.sampler), len(dataset))
+    while isinstance(dataset, Subset):
+        indices = [int(dataset.indices[i]) for i in indices]
+        dataset = dataset.dataset
+    return {(id(dataset), i) for i in indices}
+
+
+def refuse_same_data(forget: Mapping[str, Mapping[Split, Batches]], retain: Mapping[Split, Batches]) -> list[str]:
+    """Refuse the same data under two names, warn if retain has some of a concept, and return notes on what concepts share."""
+    concepts = {name: samples_in(loaders) for name, loaders in forget.items()}
+    retained = samples_in(retain)
+    if inside := [name for name, own in concepts.items() if own and own <= retained]:
+        raise UnlearnError(f"forget {listed(inside)}: the same data as retain, or a part of it; leave it out of retain")
+    partly = [f"{len(own & retained)} of {len(own)} samples of {name!r}" for name, own in concepts.items() if own & retained]
+    if partly:
+        more = f", and samples of {len(partly) - 5} more concepts," if len(partly) > 5 else ""
+        warnings.warn(f"forget, retain: {', '.join(partly[:5])}{more} are in retain too", stacklevel=3)
+    same: dict[frozenset[Sample], str] = {}
+    owners: dict[Sample, list[str]] = defaultdict(list)
+    for name, own in concepts.items():
+        if own and (first := same.setdefault(frozenset(own), name)) != name:
+            raise UnlearnError(f"forget: {first!r} and {name!r} are the same data; give them once")
+        for sample in own:
+            if sample[1] >= 0:  # what two streams share is unknown
+                owners[sample].append(name)
+    shared: Counter[tuple[str, str]] = Counter()
+    for names, count in Counter(map(tuple, owners.values())).items():  # many samples have the same owners
+        shared.update(dict.fromkeys(combinations(names, 2), count))
+    notes = []
+    for pair, count in shared.most_common(5):
+        small, large = sorted(pair, key=lambda name: len(concepts[name]))
+        fewer, most = len(concepts[small]), len(concepts[large])
+        if count == fewer:
+            notes.append(f"forget: {small!r} lies within {large!r}, {count} of its {most} samples")
+        else:
+            notes.append(f"forget: {small!r} and {large!r} share {count} samples, of {fewer} and {most}")
+    if len(shared) > 5:
+        notes.append(f"forget: {len(shared) - 5} more pairs of concepts share samples")
+    return notes

@@ -45,6 +45,6 @@ def _collect(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name != "run"}
     print(collect(**given))
     init = {kind: str(options.output / f"{kind}.csv") for kind in ("forget", "retain")}
-    more = {name: getattr(options, name) for name in ("seed", "limit") if name in options}
-    data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init | more}
+    init |= {name: given[name] for name in ("seed", "limit") if name in given}
+    data = {"class_path": "slug_lightning.datamodules.ImageTextDataModule", "init_args": init}
     print(f"for a config, with the model added to init_args:\ndata: {json.dumps(data)}")

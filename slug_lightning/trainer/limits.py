@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 
-from slug_lightning.datamodules.sources.loaders import UnlearnLoaders
+from slug_lightning.datamodules.sources.resolve import UnlearnLoaders
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import SPLITS, Batches, First, Split
 from slug_lightning.utils.names import grouped, labelled
