@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.table import Table
+
+from slug_lightning.reports.base import Report, number, table
 from slug_lightning.reports.figures import TITLES, Values, forgetting_figure
-from slug_lightning.reports.json_file import JsonFile
-from slug_lightning.reports.single import closing_lines, console_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass
-class PassagesReport(JsonFile):
+class PassagesReport(Report):
     """The outcome of a run over passages.
 
     Attributes:
@@ -59,36 +60,20 @@ class PassagesReport(JsonFile):
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PassagesReport:
-        """The inverse of `to_dict`; what a newer version added is left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
-
-    def to_text(self, width: int = 100) -> str:
-        """The closing table, as text of at most `width` columns."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.method}: {self.status}", title_justify="left", title_style="bold")
-        for column in ("texts", "metric", "before", "after", "bound"):
-            table.add_column(column, justify="left" if column in ("texts", "metric") else "right")
+    def _shown(self, width: int) -> Iterator[Table | str]:
+        columns = ("texts", "metric", "before", "after", "bound")
+        metrics = table(f"{self.method}: {self.status}", columns, words=2, bold=True)
         for texts, values in self.before.items():
             for name, value in values.items():
                 bound = f"≤ {number(self.thresholds[name])}" if texts == "forget" and name in self.decided else ""
                 if bound:
                     bound += f" (judged: {number(self.trace[-1].get(name))})"
-                table.add_row(texts, TITLES.get(name, name), number(value), number(self.after[texts][name]), bound)
-        stream = io.StringIO()
-        console = console_of(stream, width)
-        console.print(table)
+                metrics.add_row(texts, TITLES.get(name, name), number(value), number(self.after[texts][name]), bound)
+        yield metrics
         left = sum(passage["remembered"] for passage in self.passages)
         returned = sum(passage["returns"] for passage in self.passages)
-        console.print(f"{self.reason}; {left} of {len(self.passages)} passages still remembered, {returned} had come back")
-        closing_lines(console, len(self.trace), self.cost, self.notes, width)
-        return stream.getvalue().rstrip("\n")
+        yield f"{self.reason}; {left} of {len(self.passages)} passages still remembered, {returned} had come back"
+        yield from self._cost_and_notes(len(self.trace), width)
 
     def figures(self) -> dict[str, Figure]:
         """Figures of the run: "forgetting", the metrics over the epochs with their thresholds."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
+
+from rich.table import Table
 
 from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.base import Report, number, table
 from slug_lightning.reports.figures import SHOWN, Values, collateral_figure, sample_figures
-from slug_lightning.reports.json_file import JsonFile, renamed
-from slug_lightning.reports.single import (
-    NOT_PLAIN,
-    UnlearnReport,
-    closing_lines,
-    console_of,
-    number,
-)
+from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.utils.names import file_name
 
 if TYPE_CHECKING:
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class JointReport(JsonFile):
+class JointReport(Report):
     """Everything that a run over several concepts found out.
 
     Attributes:
@@ -88,43 +84,42 @@ class JointReport(JsonFile):
         return list(dict.fromkeys(name for report in self.unlearned.values() for name in report.tensors))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without patches and galleries."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"concepts", *NOT_PLAIN}}
-        return own | {"concepts": {name: report.to_dict() for name, report in self.concepts.items()}}
+        """Return a copy as plain data, without patches and galleries; the reports of the concepts come last."""
+        plain = super().to_dict()
+        plain["concepts"] = plain.pop("concepts")
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> JointReport:
-        """The inverse of `to_dict`; what a newer version added is left out."""
-        known = {f.name for f in fields(cls)} - {"concepts", *NOT_PLAIN}
-        concepts = {name: UnlearnReport.from_dict(report) for name, report in data["concepts"].items()}
-        rounds = renamed(data.get("rounds", []))
-        return cls(concepts=concepts, **{name: value for name, value in data.items() if name in known} | {"rounds": rounds})
+        """Build the report that `to_dict` described, also of version 0.1; what a newer version added is left out."""
+        return super().from_dict(data | {"concepts": {n: UnlearnReport.from_dict(one) for n, one in data["concepts"].items()}})
 
-    def to_text(self, width: int = 100) -> str:
-        """The closing tables, as text of at most `width` columns."""
-        stream = io.StringIO()
-        console = console_of(stream, width)
-        console.print(self._concept_table())
-        console.print(self._retain_table())
+    def _shown(self, width: int) -> Iterator[Table | str]:
+        yield self._concept_table()
+        retain = table("retain metrics, all edits together", ("test split", "before", "after", "bound"))
+        for name, value in self.before["retain"].items():
+            bound = next(iter(self.concepts.values())).bound("retain", name, value)
+            retain.add_row(f"retain: {name}", number(value), number(self.after["retain"][name]), bound)
+        yield retain
         if 1 < len(self.collateral) <= SHOWN:
-            console.print(self._collateral_table())
+            title = "each concept (column) under each edit alone (row), validation split"
+            alone = table(title, ("edit", *self.collateral), overflow="fold")
+            for edit, values in self._by_edit("none", "all"):
+                alone.add_row(edit, *(number(values.get(concept)) for concept in self.collateral))
+            yield alone
         for found in self.rounds:
             if found["change"]:
-                console.print(f"together, constraint usage {number(found['constraint_usage'])}: {found['change']}")
-        closing_lines(console, self.cost.get("evaluations", 0), self.cost, self.notes, width)
-        console.print(self._verdict())
-        return stream.getvalue().rstrip("\n")
+                yield f"together, constraint usage {number(found['constraint_usage'])}: {found['change']}"
+        yield from self._cost_and_notes(self.cost.get("evaluations", 0), width)
+        yield self._verdict()
 
-    def _concept_table(self) -> Any:
-        from rich.table import Table
-
+    def _concept_table(self) -> Table:
         title = f"{len(self.unlearned)} of {len(self.concepts)} concepts unlearned: {self.status}"
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in ("test split", "layer", "step", "before", "after", "bound", "holds"):
-            table.add_column(column, justify="left" if column in ("test split", "layer") else "right", overflow="fold")
+        columns = ("test split", "layer", "step", "before", "after", "bound", "holds")
+        concepts = table(title, columns, words=2, bold=True, overflow="fold")
         for name, report in self.concepts.items():
             edited = report.status == "unlearned"
-            table.add_row(
+            concepts.add_row(
                 name,
                 report.layer if edited else "left as it was",
                 number(report.relative_step) if edited else "",
@@ -133,31 +128,11 @@ class JointReport(JsonFile):
                 report.bound("forget", report.bounds["forget_metric"], None),
                 {None: "", True: "yes", False: "no"}[self._is_forgotten(name)],
             )
-        return table
+        return concepts
 
-    def _retain_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="retain metrics, all edits together", title_justify="left")
-        for column in ("test split", "before", "after", "bound"):
-            table.add_column(column, justify="left" if column == "test split" else "right")
-        some = next(iter(self.concepts.values()))
-        for name, value in self.before["retain"].items():
-            after = self.after["retain"][name]
-            table.add_row(f"retain: {name}", number(value), number(after), some.bound("retain", name, value))
-        return table
-
-    def _collateral_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="each concept (column) under each edit alone (row), validation split", title_justify="left")
-        table.add_column("edit")
-        for concept in self.collateral:
-            table.add_column(concept, justify="right", overflow="fold")
-        # Pairs: a concept may be called "all".
-        for edit, values in [("none", self._search("before")), *self.collateral.items(), ("all", self._search("after"))]:
-            table.add_row(edit, *(number(values.get(concept)) for concept in self.collateral))
-        return table
+    def _by_edit(self, before: str, after: str) -> list[tuple[str, Values]]:
+        """Pair each edit with every concept's forget metric under it; in pairs, as a concept may have the name of a row."""
+        return [(before, self._search("before")), *self.collateral.items(), (after, self._search("after"))]
 
     def _search(self, when: str) -> Values:
         """The forget metric of every concept on the validation split, before or after all edits."""
@@ -193,8 +168,7 @@ class JointReport(JsonFile):
         """
         figures = sample_figures(self.gallery, ", ".join(self.unlearned))
         if self.collateral:
-            rows = [("no edit", self._search("before")), *self.collateral.items(), ("all edits", self._search("after"))]
-            figures["collateral"] = collateral_figure(list(self.collateral), rows)
+            figures["collateral"] = collateral_figure(list(self.collateral), self._by_edit("no edit", "all edits"))
         curves = {name: report.strengths for name, report in self.concepts.items() if report.strengths}
         if curves:
             figures["strength"] = self.concepts[next(iter(curves))].strength_figure(curves)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import textwrap
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
 
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
+from slug_lightning.reports.base import Report, number, table
 from slug_lightning.reports.figures import Values, pareto_figure, sample_figures, strength_figure, trade_off_figure
-from slug_lightning.reports.json_file import JsonFile, renamed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
-
-NOT_PLAIN = {"patch", "gallery"}
-"""What a report carries and its file does not."""
 
 
 @dataclass
-class UnlearnReport(JsonFile):
+class UnlearnReport(Report):
     """What a run over one concept has found.
 
     Attributes:
@@ -78,36 +75,17 @@ class UnlearnReport(JsonFile):
     patch: UnlearnPatch | None = field(default=None, repr=False, compare=False)
     gallery: dict[str, Gallery] = field(default_factory=dict, repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without patch and gallery."""
-        plain = replace(self, patch=None, gallery={})
-        return asdict(plain, dict_factory=lambda items: {k: v for k, v in items if k not in NOT_PLAIN})
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> UnlearnReport:
-        """The inverse of `to_dict`; what a newer version added is left out."""
-        known = {f.name for f in fields(cls)} - NOT_PLAIN
-        trace = renamed(data.get("trace", []))
-        return cls(**{name: value for name, value in data.items() if name in known} | {"trace": trace})
-
-    def to_text(self, width: int = 100) -> str:
-        """The closing table, as text of at most `width` columns."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.concept}: {self.status}", title_justify="left", title_style="bold")
-        for column in ("test split", "before", "after", "bound"):
-            table.add_column(column, justify="left" if column == "test split" else "right")
+    def _shown(self, width: int) -> Iterator[Table | str]:
+        metrics = table(f"{self.concept}: {self.status}", ("test split", "before", "after", "bound"), bold=True)
         for kind in ("forget", "retain"):
             for name, value in self.before.get(kind, {}).items():
-                table.add_row(f"{kind}: {name}", number(value), number(self.after[kind][name]), self.bound(kind, name, value))
-        stream = io.StringIO()
-        console = console_of(stream, width)
-        console.print(table)
+                after, bound = number(self.after[kind][name]), self.bound(kind, name, value)
+                metrics.add_row(f"{kind}: {name}", number(value), after, bound)
+        yield metrics
         if self.layer is not None:
-            console.print(f"edited: {self.layer}, relative step {number(self.relative_step)}")
-        closing_lines(console, len(self.trace), self.cost, self.notes, width)
-        console.print(self._verdict())
-        return stream.getvalue().rstrip("\n")
+            yield f"edited: {self.layer}, relative step {number(self.relative_step)}"
+        yield from self._cost_and_notes(len(self.trace), width)
+        yield self._verdict()
 
     def _verdict(self) -> str:
         """One sentence on how it ended; where it failed, with how near the nearest trial came."""
@@ -169,30 +147,3 @@ class UnlearnReport(JsonFile):
         if self.strengths:
             figures["strength"] = self.strength_figure({self.concept: self.strengths})
         return figures | sample_figures(self.gallery, self.concept)
-
-
-def number(value: float | None) -> str:
-    """Four decimals, or three digits of what is small; None is what JSON gives back for NaN and infinity."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
-
-
-def console_of(stream: io.StringIO, width: int) -> Console:
-    """Where tables become plain text."""
-    from rich.console import Console
-
-    return Console(file=stream, width=width, no_color=True, markup=False, emoji=False, highlight=False)
-
-
-def closing_lines(console: Console, evaluations: int, cost: dict[str, Any], notes: list[str], width: int) -> None:
-    """What a run cost, and its notes, below its tables."""
-    seconds = cost.get("seconds", {})
-    total = sum(seconds.values()) or 1.0
-    phases = ", ".join(f"{phase} {spent:.1f} s ({100 * spent / total:.0f}%)" for phase, spent in seconds.items())
-    console.print(f"{evaluations} evaluations" + (f"; {phases}" if phases else ""))
-    for unit, ratio in cost.get("ratio", {}).items():
-        console.print(f"whole run: {ratio:.2f} x the {unit} of its gradient passes")
-    for note in notes:
-        for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False):
-            console.print(line)
