@@ -63,10 +63,6 @@ def edited(base: Tensor, steps: Iterable[tuple[Tensor, float]]) -> Tensor:
 
     Computed in fp32 (fp64 for fp64 tensors) by one product and one sum per direction, each rounded once, so that the
     result has the same bits on every device. A factor of 0 leaves every bit as it is, also of a negative zero.
-
-    Example:
-        >>> edited(torch.ones(2), [(torch.tensor([1.0, -1.0]), 0.5)])
-        tensor([1.5000, 0.5000])
     """
     steps = [(direction, factor) for direction, factor in steps if factor]
     if not steps:

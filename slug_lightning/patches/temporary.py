@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slug_lightning.patches.edit import edited
-from slug_lightning.tensors.bits import digest_of
+from slug_lightning.patches.edit import Edit, edited
 from slug_lightning.tensors.dtensor import local, whole_like, write_local
 from slug_lightning.tensors.layers import Layer
 
@@ -42,7 +40,7 @@ class EditStep:
     @cached_property
     def digest(self) -> str:
         """That of the edit in the patch, by which edits of one tensor are ordered."""
-        return digest_of(self.for_patch, json.dumps(float(self.step)))
+        return Edit("", self.step, self.for_patch).digest
 
 
 def merged(edits: Sequence[EditStep]) -> EditStep:
@@ -64,16 +62,6 @@ class TemporaryEdits:
     would (`slug_lightning.patches.edit.edited`), so that what is measured here is what a patch makes, bit for bit.
 
     `θ + λ·g_f`: ascent, though the paper prints a minus (its released programs disagree with each other).
-
-    Example:
-        >>> layer = Layer("w", {"w": torch.nn.Parameter(torch.ones(2))})
-        >>> edits = TemporaryEdits()
-        >>> with edits.applied(EditStep(layer, {"w": torch.ones(2)}, 0.5)):
-        ...     with edits.applied(EditStep(layer, {"w": torch.ones(2)}, 1.0)):
-        ...         print(layer.parameters["w"].data)
-        tensor([2.5000, 2.5000])
-        >>> layer.parameters["w"].data
-        tensor([1., 1.])
     """
 
     def __init__(self) -> None:

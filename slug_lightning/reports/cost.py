@@ -81,27 +81,27 @@ class CostMeter:
         `peak_bytes` is the peak of the tensors made in the phase if these were counted, else of the device's allocator, else
         (on a CPU) of the resident memory of the whole process.
         """
-        figures = {"seconds": self.seconds} | ({"flops": self.flops} if self.count else {})
-        return _compared(figures, self.peak_bytes)
+        flops = {"flops": self.flops} if self.count else {}
+        return _compared({"seconds": self.seconds, **flops, "peak_bytes": self.peak_bytes})
 
 
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the costs of all ranks: operations add up; seconds and memory are the largest."""
     if len(reports) == 1:
         return reports[0]
-    figures = {
-        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
-        for name, phases in reports[0].items()
-        if name in ("seconds", "flops", "peak_bytes")
-    }
-    peak_bytes = figures.pop("peak_bytes")
-    return _compared(figures, peak_bytes)
+    return _compared(
+        {
+            name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
+            for name, phases in reports[0].items()
+            if name in ("seconds", "flops", "peak_bytes")
+        }
+    )
 
 
-def _compared(figures: dict[str, Any], peak_bytes: dict[str, int]) -> dict[str, Any]:
-    bound = {name: by_phase[UNAVOIDABLE] for name, by_phase in figures.items() if by_phase.get(UNAVOIDABLE)}
+def _compared(figures: dict[str, Any]) -> dict[str, Any]:
+    bound = {name: phases[UNAVOIDABLE] for name, phases in figures.items() if name != "peak_bytes" and phases.get(UNAVOIDABLE)}
     ratio = {name: sum(figures[name].values()) / value for name, value in bound.items()}
-    return figures | {"peak_bytes": peak_bytes, "lower_bound": bound, "ratio": ratio}
+    return figures | {"lower_bound": bound, "ratio": ratio}
 
 
 class _Allocated:
@@ -129,7 +129,6 @@ class _Resident(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        """Sample until the end."""
         process = psutil.Process()
         while True:
             self.peak = max(self.peak, process.memory_info().rss)

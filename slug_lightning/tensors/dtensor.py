@@ -20,10 +20,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def write_local(tensor: Tensor, values: Tensor) -> None:
     """Write the part of a tensor that this rank holds, in place."""
-    if isinstance(tensor, DTensor):
-        local(tensor).copy_(values)
-    else:
-        tensor.copy_(values)  # not by `.data`: whoever watches the version must notice
+    # Not by `.data`: whoever watches the version must notice.
+    (local(tensor) if isinstance(tensor, DTensor) else tensor).copy_(values)
 
 
 def whole(tensor: Tensor) -> Tensor:

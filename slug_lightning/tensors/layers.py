@@ -23,13 +23,10 @@ NOT_A_LAYER = re.compile(r"(^|[._])(logit_scale|logit_bias|class_emb|cls_token|p
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters that are scored and edited together.
+    """Parameters that are scored and edited together, competing on the front of their tower.
 
-    Attributes:
-        name: the tensor's name; of a group, what the names of its tensors have in common.
-        parameters: the tensors, by name.
-        tower: on whose front the layer competes; "model" where the model has one tower.
-        prefix: what the tensors' names have in front of those in patches, which are the wrapped model's own.
+    The name of a group is what the names of its tensors have in common. `prefix` is what these have in front of the names in
+    patches, which are the wrapped model's own.
     """
 
     name: str
@@ -39,12 +36,7 @@ class Layer:
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what `torch.compile` inserts, which wraps a module in one of its own.
-
-    Example:
-        >>> plain_name("net._orig_mod.0.weight")
-        'net.0.weight'
-    """
+    """Return a tensor's name without what `torch.compile` inserts, which wraps a module in one of its own."""
     return name.replace("_orig_mod.", "")
 
 
@@ -72,14 +64,6 @@ def find_layers(
         granularity: "tensor", each by itself; "module", the tensors of one submodule together; "siblings", the
             tensors of the submodules that share a parent (q, k and v; fc1 and fc2).
         towers: name of a tower -> pattern of its tensors, or several; the rest is a tower of its own, called "model".
-
-    Raises:
-        UnlearnError: if a pattern matches nothing (the message shows near misses), or if nothing is left.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> [layer.name for layer in find_layers(net)]
-        ['0.weight', '2.weight']
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
     editable = _editable(module, patterns)

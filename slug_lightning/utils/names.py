@@ -19,10 +19,6 @@ def file_name(concept: str) -> str:
 
     At most 80 bytes in UTF-8, never empty. If the name must be cut, or nothing would be left, a digest of the concept keeps
     the names of different concepts apart.
-
-    Example:
-        >>> file_name("Fire Truck!"), file_name("größe"), file_name("火车"), file_name("?")
-        ('fire-truck', 'grösse', '火车', 'concept-8a8de823')
     """
     # One form for texts that look the same.
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", concept).casefold())
@@ -55,9 +51,7 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
 def grouped(sentences: Mapping[str, str]) -> list[tuple[list[str], str]]:
     """Make one sentence, with ranges, of those that differ only in their numbers; gives names and sentence of each group.
 
-    Example:
-        >>> grouped({"cat": "4 samples, seed 0", "dog": "9 samples, seed 0", "owl": "a stream"})
-        [(['cat', 'dog'], '4 to 9 samples, seed 0'), (['owl'], 'a stream')]
+    So "4 samples, seed 0" and "9 samples, seed 0" become "4 to 9 samples, seed 0".
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, sentence in sentences.items():
