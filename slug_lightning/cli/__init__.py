@@ -38,13 +38,9 @@ config, such as --output_dir.
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; torch and Lightning are imported only by what needs them.
+    """Run the command line and return the exit code; torch and Lightning are imported only by what needs them.
 
-    Args:
-        args: without the program's name; default: those of the process.
-
-    Returns:
-        The exit code: 0 unlearned or done, 1 failure, 2 usage, 3 infeasible or unfinished, 4 partly.
+    `args` are without the program's name; by default those of the process.
     """
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["fit"]:

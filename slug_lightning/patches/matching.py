@@ -18,18 +18,16 @@ def matches(patch: P, tensors: Mapping[str, ModelTensor]) -> Iterator[tuple[P, d
 
     Gives the patch under the names that it has there, and the tensors by these names.
     """
-    yield from _matches(patch, tensors)
+    ways = [(patch, tensors)]
     bare, bare_tensors = _without_adapters(patch), {_bare(name): one for name, one in tensors.items()} | dict(tensors)
     if bare is not patch or len(bare_tensors) > len(tensors):
-        yield from _matches(bare, bare_tensors)
-
-
-def _matches(patch: P, tensors: Mapping[str, ModelTensor]) -> Iterator[tuple[P, dict[str, ModelTensor]]]:
-    for found in by_name(list(patch.base), tensors):
-        yield patch, found
-    bases = {name: known.base if (known := one.history()) else one.tensor for name, one in tensors.items()}
-    for other in translations(patch, bases):
-        yield other, {name: tensors[name] for name in other.base}
+        ways.append((bare, bare_tensors))
+    for named, held in ways:
+        for found in by_name(list(named.base), held):
+            yield named, found
+        bases = {name: known.base if (known := one.history()) else one.tensor for name, one in held.items()}
+        for other in translations(named, bases):
+            yield other, {name: held[name] for name in other.base}
 
 
 def by_name(names: Sequence[str], tensors: Mapping[str, T]) -> Iterator[dict[str, T]]:

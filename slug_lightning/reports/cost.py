@@ -29,10 +29,8 @@ def flop_counter() -> FlopCounterMode:
     mapping = {
         aten._native_multi_head_attention: _attention_flops,
         aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(
-            gradient, q, k, v
-        ),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(*gqkv[:4]),
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
 

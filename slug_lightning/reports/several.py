@@ -42,11 +42,6 @@ class JointReport(Report):
         patch_digest: of the combined patch.
         patch: all edits; the patch of each concept is in its own report.
         gallery: of a generator, pictures of "retain" data before and after; those of each concept are in its own report.
-
-    Example:
-        >>> report = JointReport("infeasible", {"cats": UnlearnReport("infeasible", "cats")})
-        >>> JointReport.from_dict(report.to_dict()) == report
-        True
     """
 
     status: Literal["unlearned", "partly", "infeasible"]
