@@ -139,16 +139,6 @@ class UnlearnPatch(PatchContent):
         Raises:
             PatchError: if the model does not hold, bit for bit, what the patch makes of its base, or other patches are known to
                 be applied.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1, bias=False)
-            >>> base = {"weight": model.weight.detach().clone()}
-            >>> UnlearnPatch(base, [Edit("cats", 0.5, {"weight": torch.ones(1, 2)})]).apply(model, strength=0.25)
-            >>> copy = torch.nn.Linear(2, 1, bias=False)
-            >>> _ = copy.load_state_dict(model.state_dict())
-            >>> UnlearnPatch.active(model).recognise(copy)
-            >>> UnlearnPatch.active(copy).edits[0].strength
-            0.25
         """
         self._act(model, 1.0, state.recognised)
 
@@ -159,10 +149,7 @@ class UnlearnPatch(PatchContent):
         Where patches lie on top of others, it is the uppermost on each tensor, and its base is what those below have made;
         `parents` of the edits say what these were, if their makers did. If only some tensors of an edit are left, since the
         others were trained or lie below another patch, the edit covers only these. Tensors have the names that they have in
-        `model`. Collective where the model is sharded.
-
-        Args:
-            model: as in `apply`.
+        `model`, which is as in `apply`. Collective where it is sharded.
         """
         base: dict[str, Tensor] = {}
         found: dict[tuple[str, float], dict[str, Active]] = {}

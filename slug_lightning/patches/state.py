@@ -33,16 +33,11 @@ class AppliedAlready(PatchError):
 
 @dataclass(frozen=True, eq=False)
 class Active:
-    """An edit that acts on a tensor, which the edit calls `name`; `given` is the strength at which its patch was applied."""
+    """An edit that acts on a tensor, which the edit calls `name`; its strength is the edit's own times that of the patch."""
 
     edit: Edit
     name: str
-    given: float
-
-    @property
-    def strength(self) -> float:
-        """The patch's strength times the edit's own."""
-        return self.given * self.edit.strength
+    strength: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +141,7 @@ class Target:
 
     def at(self, strength: float) -> dict[str, Active]:
         """The patch's edits, with another strength of the patch."""
-        return {digest: replace(active, given=strength) for digest, active in self.active.items()}
+        return {digest: replace(a, strength=strength * a.edit.strength) for digest, a in self.active.items()}
 
     def become(self, history: History) -> None:
         """Write what a plan gave, and remember it; a value that has these bits already is not written."""
@@ -177,7 +172,7 @@ def targets_of(patch: PatchContent, found: Mapping[str, ModelTensor], strength: 
         for edit in patch.edits:
             for name in tied:
                 if name in edit.directions:
-                    active.setdefault(edit.digest, Active(edit, name, strength))
+                    active.setdefault(edit.digest, Active(edit, name, strength * edit.strength))
         targets.append(Target(entry, tied[0], patch.base[tied[0]], active))
     return targets
 
