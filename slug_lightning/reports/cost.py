@@ -80,23 +80,16 @@ class CostMeter:
         (on a CPU) of the resident memory of the whole process.
         """
         flops = {"flops": self.flops} if self.count else {}
-        return _compared({"seconds": self.seconds, **flops, "peak_bytes": self.peak_bytes})
+        return joined([{"seconds": self.seconds, **flops, "peak_bytes": self.peak_bytes}])
 
 
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the costs of all ranks: operations add up; seconds and memory are the largest."""
-    if len(reports) == 1:
-        return reports[0]
-    return _compared(
-        {
-            name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
-            for name, phases in reports[0].items()
-            if name in ("seconds", "flops", "peak_bytes")
-        }
-    )
-
-
-def _compared(figures: dict[str, Any]) -> dict[str, Any]:
+    figures = {
+        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
+        for name, phases in reports[0].items()
+        if name in ("seconds", "flops", "peak_bytes")
+    }
     bound = {name: phases[UNAVOIDABLE] for name, phases in figures.items() if name != "peak_bytes" and phases.get(UNAVOIDABLE)}
     ratio = {name: sum(figures[name].values()) / value for name, value in bound.items()}
     return figures | {"lower_bound": bound, "ratio": ratio}
@@ -128,10 +121,9 @@ class _Resident(threading.Thread):
 
     def run(self) -> None:
         process = psutil.Process()
-        while True:
+        self.peak = process.memory_info().rss
+        while not self.done.wait(0.02):
             self.peak = max(self.peak, process.memory_info().rss)
-            if self.done.wait(0.02):
-                return
 
     def __enter__(self) -> None:
         self.start()
