@@ -145,7 +145,7 @@ def _phases(
         kept = {name: gradient.clone() for name, gradient in forget.items()}  # at worst all layers are on the front
         del forget
         largest = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters.values()))
-        with TemporaryEdits().step(EditStep(largest, kept, 1.0)):
+        with TemporaryEdits().applied(EditStep(largest, kept, 1.0)):
             measured()
     return {name: mode.peak for name, mode in live.items()}
 

@@ -67,7 +67,7 @@ def no_space(*_: Any, **__: Any) -> None:
 def during(phase: str, kind: str, act: Callable[[], None]) -> None:
     """Let `act` happen in this process, a fork, with the first batch of one kind in a phase."""
     now: list[str] = []
-    entered, evaluate, loss = CostMeter.phase, Objective._evaluate, Objective._loss
+    entered, evaluate, loss = CostMeter.phase, Objective._evaluate, Objective.loss
 
     @contextmanager
     def phase_of(self: CostMeter, name: str) -> Iterator[None]:
@@ -83,7 +83,7 @@ def during(phase: str, kind: str, act: Callable[[], None]) -> None:
 
     CostMeter.phase = phase_of
     Objective._evaluate = lambda *args: acting(evaluate, *args)
-    Objective._loss = lambda *args: acting(loss, *args)
+    Objective.loss = lambda *args: acting(loss, *args)
 
 
 def half(act: Callable[[], None], path: Any) -> None:

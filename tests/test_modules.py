@@ -178,7 +178,7 @@ def by_loading(module, vision):
 def by_trial(module, vision):
     """The tensor is as it was afterwards, but in between it was not."""
     layer = Layer("w", {"w": chosen(module, vision)})
-    with TemporaryEdits().step(EditStep(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5)):
+    with TemporaryEdits().applied(EditStep(layer, {"w": torch.ones_like(chosen(module, vision))}, 0.5)):
         pass
 
 

@@ -329,7 +329,7 @@ def test_the_trainers_own_datamodule_is_the_source():
     forgetting = unlearn_callback()
     trainer(forgetting).fit(trained(), datamodule=data)
     assert forgetting.report.status == "unlearned"
-    assert "was split into" in forgetting.report.notes[0]
+    assert "split into" in forgetting.report.notes[0]
 
 
 def test_search_and_report_data_are_apart():

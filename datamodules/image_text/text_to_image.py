@@ -131,8 +131,16 @@ class TextToImageDataModule(ImageTextDataModule):
         **options: Any,
     ) -> None:
         # A caption stays a text: each text encoder of a pipeline has a tokenizer of its own.
-        tools: dict[str, Any] = {"transform": picture_transform(size), "tokenize": list}
-        super().__init__(model=None, pretrained=None, label_columns=None, labels=None, batch_size=batch_size, **tools, **options)
+        super().__init__(
+            model=None,
+            pretrained=None,
+            transform=picture_transform(size),
+            tokenize=list,
+            label_columns=None,
+            labels=None,
+            batch_size=batch_size,
+            **options,
+        )
         concepts = self.forget or self.words
         labels = labels or {}
         if not labels and any(given is not None for given in (asked, forget_prompts, retain_prompts)):

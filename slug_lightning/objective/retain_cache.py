@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import struct
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -25,7 +25,7 @@ from slug_lightning.utils.loaders import First
 
 NOT_CACHED = "retain: not cached, as the batches hold objects that cannot be compared, or the first one has no loss"
 STALE = "retain: cached {} not used but computed again: the first batch no longer gives the same {}"
-MODEL_LIBRARIES = ("transformers", "open_clip", "diffusers")
+LIBRARIES = ("slug-lightning", "lightning", "torch", "transformers", "open_clip_torch", "diffusers")
 SLACK = 0.01
 """Gradients of one batch may differ by this part of their norm: some GPU kernels add in another order each time."""
 
@@ -50,8 +50,9 @@ class RetainCache:
 
     Example:
         >>> from slug_lightning.callbacks import UnlearnCallback
+        >>> from slug_lightning.methods import Runtime
         >>> cache = RetainCache(key="loss with label smoothing")
-        >>> callbacks = [UnlearnCallback(retain_cache=cache) for _ in range(2)]
+        >>> callbacks = [UnlearnCallback(runtime=Runtime(retain_cache=cache)) for _ in range(2)]
         >>> cache.reused
         0
     """
@@ -141,10 +142,13 @@ class RetainCache:
                 "matrix products": torch.get_float32_matmul_precision(),
                 "device": module.device.type,
                 "processes": processes.world_size if objective.runner.is_sharded else None,
-                "versions": {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
-                | {name: getattr(sys.modules.get(name), "__version__", None) for name in MODEL_LIBRARIES},
+                "versions": {name: version(name) for name in LIBRARIES if _is_installed(name)},
             }
         )
+
+
+def _is_installed(distribution: str) -> bool:
+    return find_spec(distribution.replace("-", "_").removesuffix("_torch")) is not None
 
 
 def _class_name(value: Any) -> str:

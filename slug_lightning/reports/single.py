@@ -103,7 +103,7 @@ class UnlearnReport(Report):
                 f"{verdict} Nearest: {near['layer']} reaches the forget target at relative step {near['relative_step']:.4f}, "
                 f"but violates retain_tolerance: {kept}."
             )
-        if any(t["forgotten"] for t in self.trace):
+        if any(t.get("forgotten") for t in self.trace):
             return f"{verdict} Some reach the forget target, and then the model breaks or a bound fails; see the notes."
         return f"{verdict} None reaches the forget target: raise max_evaluations, or give a forget_target that can be reached."
 
