@@ -23,11 +23,10 @@ DEFAULTS |= {"replay": True, "count_cost": False, "offload_gradient": False}
 """A config.yaml of version 0.1 has every keyword: with its default it asks for nothing."""
 
 
-def known_only(old: dict[str, Any]) -> dict[str, Any]:
+def refuse_unknown(old: dict[str, Any]) -> None:
     """Refuse a keyword that there has never been, as Python would."""
     if unknown := [name for name in old if name not in (*OF_METHOD, *OF_RUNTIME, "strengths", "then")]:
         raise TypeError(f"UnlearnCallback.__init__() got an unexpected keyword argument {unknown[0]!r}")
-    return old
 
 
 class OldKeywords(pl.Callback):
@@ -60,7 +59,8 @@ class OldKeywords(pl.Callback):
         if not old:
             return method, scales, continue_training, runtime
         homes = dict.fromkeys(OF_METHOD, "method=SLUG({}=…)") | dict.fromkeys(OF_RUNTIME, "runtime=Runtime({}=…)")
-        places = [f"{name} is now {homes.get(name, '{}=…').format(RENAMED.get(name, name))}" for name in old]
+        homes |= {"then": "continue_training=True"}
+        places = [f"{name}={old[name]!r} is now {homes.get(name, '{}=…').format(RENAMED.get(name, name))}" for name in old]
         warnings.warn(f"UnlearnCallback: {'; '.join(places)}", FutureWarning, stacklevel=3)
         if then := old.get("then"):
             if then not in ("stop", "continue"):
@@ -68,7 +68,7 @@ class OldKeywords(pl.Callback):
             continue_training = continue_training or then == "continue"
         of_method = {RENAMED.get(name, name): old[name] for name in OF_METHOD if name in old}
         if of_method and not isinstance(method, SLUG):
-            raise UnlearnError(f"{', '.join(of_method)}: give these to {type(method).__name__} itself")
+            raise UnlearnError(f"{', '.join(of_method)}: options of SLUG; give {type(method).__name__} options of its own")
         of_runtime = {name: old[name] for name in OF_RUNTIME if name in old}
         for home, default, moved in ((method, SLUG(), of_method), (runtime, Runtime(), of_runtime)):
             for name, value in moved.items():

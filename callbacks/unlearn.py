@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Union
 import lightning.pytorch as pl
 import torch
 
-from slug_lightning.callbacks.deprecated import OldKeywords, known_only
+from slug_lightning.callbacks.deprecated import OldKeywords, refuse_unknown
 from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_loaders
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import Runner, refuse_unsupported
@@ -101,7 +101,8 @@ class UnlearnCallback(OldKeywords):
         runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
         **old: Any,
     ) -> None:
-        super().__init__(**known_only(old))
+        refuse_unknown(old)
+        super().__init__(**old)  # as it stands here, jsonargparse finds the old keywords, too
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance must be >= 0 and finite, got {retain_tolerance}")
         if forget_target is not None and not math.isfinite(forget_target):

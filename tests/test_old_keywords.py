@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.callbacks.deprecated import DEFAULTS, OF_METHOD, OF_RUNTIME
@@ -20,13 +21,13 @@ class Other(Method):
 @pytest.mark.parametrize(
     ("old", "place", "new"),
     [
-        ({"layers": "a.*"}, r"layers is now method=SLUG\(layers=…\)", {"method": SLUG(layers="a.*")}),
+        ({"layers": "a.*"}, r"layers='a.\*' is now method=SLUG\(layers=…\)", {"method": SLUG(layers="a.*")}),
         ({"granularity": "module"}, r"method=SLUG\(granularity=…\)", {"method": SLUG(granularity="module")}),
         ({"max_evaluations": 3}, r"method=SLUG\(max_evaluations=…\)", {"method": SLUG(max_evaluations=3)}),
-        ({"margin": 0.2}, r"margin is now method=SLUG\(step_margin=…\)", {"method": SLUG(step_margin=0.2)}),
-        ({"strengths": [0.5]}, "strengths is now scales=…", {"scales": [0.5]}),
-        ({"then": "continue"}, "then is now continue_training=…", {"continue_training": True}),
-        ({"replay": False}, r"replay is now runtime=Runtime\(replay=…\)", {"runtime": Runtime(replay=False)}),
+        ({"margin": 0.2}, r"margin=0.2 is now method=SLUG\(step_margin=…\)", {"method": SLUG(step_margin=0.2)}),
+        ({"strengths": [0.5]}, r"strengths=\[0.5\] is now scales=…", {"scales": [0.5]}),
+        ({"then": "continue"}, "then='continue' is now continue_training=True", {"continue_training": True}),
+        ({"replay": False}, r"replay=False is now runtime=Runtime\(replay=…\)", {"runtime": Runtime(replay=False)}),
         ({"replay_budget": 0}, r"runtime=Runtime\(replay_budget=…\)", {"runtime": Runtime(replay_budget=0)}),
         ({"count_cost": True}, r"runtime=Runtime\(count_cost=…\)", {"runtime": Runtime(count_cost=True)}),
         ({"offload_gradient": True}, r"runtime=Runtime\(offload_gradient=…\)", {"runtime": Runtime(offload_gradient=True)}),
@@ -43,12 +44,12 @@ def test_an_old_keyword_does_what_the_new_one_does_and_names_it(old, place, new)
 
 def test_a_cache_is_taken_over_too():
     cache = RetainCache()
-    with pytest.warns(FutureWarning, match="retain_cache is now"):
+    with pytest.warns(FutureWarning, match="retain_cache=.* is now"):
         assert UnlearnCallback(retain_cache=cache).runtime.retain_cache is cache
 
 
 def test_old_and_new_ones_go_together():
-    with pytest.warns(FutureWarning, match="layers is now .*; replay is now"):
+    with pytest.warns(FutureWarning, match="layers=.* is now .*; replay=.* is now"):
         callback = UnlearnCallback(layers="a.*", replay=False, method=SLUG(step_margin=0.1))
     assert callback.method == SLUG(layers="a.*", step_margin=0.1) and callback.runtime == Runtime(replay=False)
 
@@ -59,7 +60,7 @@ def test_old_and_new_ones_go_together():
     [
         ({"then": "go"}, "then must be 'stop' or 'continue', got 'go'"),
         ({"margin": -1}, "step_margin must be >= 0"),
-        ({"layers": "a", "method": Other()}, "layers: give these to Other itself"),
+        ({"layers": "a", "method": Other()}, "layers: options of SLUG; give Other options of its own"),
         ({"layers": "a", "method": SLUG(layers="b")}, "layers is given twice: 'a' by its old keyword, 'b' by the new"),
         ({"replay_budget": 1, "runtime": Runtime(replay_budget=2)}, "replay_budget is given twice"),
     ],
@@ -124,3 +125,14 @@ def test_an_option_that_is_newer_than_a_checkpoint_had_its_default():
 def test_every_keyword_that_has_moved_is_an_option_where_it_went():
     assert {"step_margin" if name == "margin" else name for name in OF_METHOD} <= vars(SLUG()).keys()
     assert set(OF_RUNTIME) == vars(Runtime()).keys()
+
+
+@pytest.mark.parametrize("keyword", ["layers", "then", "strengths", "replay", "retain_cache"])
+def test_yaml_may_have_an_old_keyword(keyword):
+    values = {"layers": "a.*", "then": "continue", "strengths": [0.5], "replay": False, "retain_cache": "kept"}
+    parser = ArgumentParser()
+    parser.add_argument("--callback", type=UnlearnCallback)
+    given = {"class_path": "slug_lightning.callbacks.UnlearnCallback", "init_args": {keyword: values[keyword]}}
+    parsed = parser.parse_object({"callback": given})
+    with pytest.warns(FutureWarning, match=f"{keyword}=.* is now"):
+        parser.instantiate(parsed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
@@ -108,6 +108,7 @@ class Context:
         phase: a context manager by name, inside which the cost belongs to that phase.
         retain_cache: where gradients of the retain set are kept between runs, or None.
         offload_gradient: whether forget gradients are kept in the host's memory.
+        until_report: what is entered here is left after the report's measurements, which it may spare work.
         edits: puts edits into the model for a while.
         notes: sentences about the whole run, for the report.
         rounds: measurements of all edits together, for the report.
@@ -122,6 +123,7 @@ class Context:
     phase: Callable[[str], AbstractContextManager[None]]
     retain_cache: Optional[RetainCache] = None
     offload_gradient: bool = False
+    until_report: ExitStack = field(default_factory=ExitStack)
     edits: TemporaryEdits = field(default_factory=TemporaryEdits)
     notes: list[str] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)

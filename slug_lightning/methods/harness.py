@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Optional, Union
 
@@ -142,25 +143,31 @@ class Harness:
             with self.meter.phase("validate"):
                 self._validate()
             context = self._context()
-            outcomes = {outcome.concept: outcome for outcome in self.method.run(context)}
-            if missing := self.objectives.keys() - outcomes.keys():
-                raise UnlearnError(f"method: {type(self.method).__name__} gave no outcome for {some_of(sorted(missing))}")
-            for concept in self.concepts:
-                if concept.edit is not None and outcomes[concept.name].edit is not None:
-                    outcomes[concept.name].edit = concept.edit  # which the method may not change
-            edits = self._within_bounds(context, outcomes)
-            found = self._collateral(context, edits)
-            with self.meter.phase("report"):
-                self._measure(context, edits)
-            findings = Findings(outcomes, edits, self.before, self.after, found)
-            if self.scales and edits:
-                with self.meter.phase("strength"):
-                    concepts = [concept for concept in self.new if concept.name in edits]
-                    findings.curves = strength_curves(concepts, edits, context, self.scales)
-            if edits and self.objective.hooks.gallery_step is not None:
-                with self.meter.phase("gallery"):
-                    self._draw(context, findings)
-            return build_report(context, findings, self._cost(outcomes))
+            with context.until_report:
+                return self._run(context)
+
+    def _run(self, context: Context) -> AnyReport:
+        """Let the method find edits, measure, decide and report."""
+        outcomes = {outcome.concept: outcome for outcome in self.method.run(context)}
+        if missing := self.objectives.keys() - outcomes.keys():
+            raise UnlearnError(f"method: {type(self.method).__name__} gave no outcome for {some_of(sorted(missing))}")
+        for concept in self.concepts:
+            if concept.edit is not None and outcomes[concept.name].edit is not None:
+                outcomes[concept.name].edit = concept.edit  # which the method may not change
+        edits = self._within_bounds(context, outcomes)
+        found = self._collateral(context, edits)
+        with self.meter.phase("report"):
+            self._measure(context, edits)
+        context.until_report.close()
+        findings = Findings(outcomes, edits, self.before, self.after, found)
+        if self.scales and edits:
+            with self.meter.phase("strength"):
+                concepts = [concept for concept in self.new if concept.name in edits]
+                findings.curves = strength_curves(concepts, edits, context, self.scales)
+        if edits and self.objective.hooks.gallery_step is not None:
+            with self.meter.phase("gallery"):
+                self._draw(context, findings)
+        return build_report(context, findings, self._cost(outcomes))
 
     @property
     def several(self) -> bool:
@@ -279,7 +286,7 @@ class Harness:
             ((name, objective),) = self.objectives.items()
             layers = [edit.layer for edit in edits.values()]
             kinds: tuple[Kind, ...] = ("forget", "retain")
-            with objective.replaying(layers):  # after the edit, only what that changes is computed
+            with nullcontext() if objective.is_replaying else objective.replaying(layers):  # as the search may have left it
                 for kind in kinds:
                     with recorded(objective, kind, "test", layers) as first, context.edits.applied(*edits.values()):
                         second = objective.measured(kind, "test", edited=layers[0].name) if edits else first

@@ -82,6 +82,11 @@ class Objective:
         other.forward_samples = other.backward_samples = 0
         return other
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether evaluations compute only what an edit changes."""
+        return not isinstance(self.evaluator, WholeForward)
+
     @contextmanager
     def replaying(self, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, evaluations of edits of these layers may compute only what those change."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
@@ -104,8 +105,11 @@ class SLUG(Method):
         for search in new:
             with context.phase("gradients"):
                 search.score(is_last=search is new[-1])
-            with search.objective.replaying([one.layer for one in search.statistics]), context.phase("search"):
-                search.search()
+            with ExitStack() as stack:
+                replaying = search.objective.replaying([one.layer for one in search.statistics])
+                (stack if len(searches) > 1 else context.until_report).enter_context(replaying)
+                with context.phase("search"):
+                    search.search()
         if len(searches) > 1:
             with context.phase("together"):
                 self._settle(context, searches)
