@@ -224,10 +224,10 @@ class AtTheFirstBatch(pl.Callback):
 )
 @another_trainer
 def test_the_same_request_again_does_nothing(then, name, tmp_path, capsys):
-    first, *checkpoints = run_with_checkpoints(tmp_path, then=then)
+    first, *checkpoints = run_with_checkpoints(tmp_path, continue_training=then == "continue")
     (path,) = (checkpoint for checkpoint in checkpoints if checkpoint.name == name)
     written, model, spy = files_in(tmp_path), Classifier(), AtTheFirstBatch()
-    again = callback(then=then, output_dir=str(tmp_path / "run"))
+    again = callback(continue_training=then == "continue", output_dir=str(tmp_path / "run"))
     made = trainer(again, spy, TQDMProgressBar(), enable_progress_bar=True)
     made.fit(model, loader(False), loader(False), ckpt_path=path)
     goes_on = then == "continue" and name == "unlearned.ckpt"  # it was written before the first batch
@@ -244,7 +244,7 @@ def test_the_same_request_again_does_nothing(then, name, tmp_path, capsys):
 def test_a_script_that_is_started_again_from_its_last_checkpoint_finds_nothing_to_do(then, tmp_path):
     weights, found = [], []
     for _ in range(3):
-        forgetting, model = callback(then=then, output_dir=str(tmp_path / "run")), trained()
+        forgetting, model = callback(continue_training=then == "continue", output_dir=str(tmp_path / "run")), trained()
         keeping = ModelCheckpoint(dirpath=tmp_path / "kept", save_last=True)
         path = "last" if found else None
         trainer(keeping, forgetting, enable_checkpointing=True).fit(model, loader(False), loader(False), ckpt_path=path)
@@ -258,8 +258,8 @@ def test_a_script_that_is_started_again_from_its_last_checkpoint_finds_nothing_t
 @pytest.mark.parametrize("then", sample(["stop", "continue"], ["continue"]))
 @another_trainer
 def test_a_report_in_a_checkpoint_answers_for_no_other_data(then, tmp_path):
-    _, path, _ = run_with_checkpoints(tmp_path, then=then, retain_tolerance=20.0)
-    forgetting, model = callback(**other_class(), then=then, retain_tolerance=20.0), Classifier()
+    _, path, _ = run_with_checkpoints(tmp_path, continue_training=then == "continue", retain_tolerance=20.0)
+    forgetting, model = callback(**other_class(), continue_training=then == "continue", retain_tolerance=20.0), Classifier()
     trainer(forgetting).fit(model, loader(False), loader(False), ckpt_path=path)
     x, y = blobs().tensors
     assert (model.eval().net(x[y == 0]).argmax(1) == 0).float().mean() <= 1 / CLASSES
@@ -300,7 +300,7 @@ def test_training_that_goes_on_is_not_edited_again_though_the_metric_has_moved(t
 
 @pytest.mark.parametrize("then", ["stop", "continue"])
 def test_a_second_fit_of_the_same_trainer_does_nothing(then, tmp_path):
-    model, forgetting = trained(), callback(then=then, output_dir=str(tmp_path / "run"))
+    model, forgetting = trained(), callback(continue_training=then == "continue", output_dir=str(tmp_path / "run"))
     made = trainer(forgetting)
     made.fit(model, loader(False), loader(False))
     weights, report, written = snapshot(model), forgetting.report, files_in(tmp_path)
@@ -343,7 +343,7 @@ BOTH = list(product(["stop", "continue"], [True, False]))
 
 @pytest.mark.parametrize(("then", "reset"), sample(BOTH, [("stop", True), ("continue", False)]))
 def test_untouched_weights_are_edited_by_the_same_callback(then, reset):
-    first, forgetting, spy = trained(), callback(then=then), AtTheFirstBatch()
+    first, forgetting, spy = trained(), callback(continue_training=then == "continue"), AtTheFirstBatch()
     trainer(forgetting).fit(first, loader(False), loader(False))
     report = forgetting.report
     second = first if reset else Classifier()
@@ -389,7 +389,7 @@ def watched(folder: Path) -> list[pl.Callback]:
 
 @pytest.mark.parametrize("then", ["stop", "continue"])
 def test_every_last_checkpoint_holds_the_edit_and_its_report(then, tmp_path):
-    model, forgetting, others = trained(), callback(then=then), watched(tmp_path)
+    model, forgetting, others = trained(), callback(continue_training=then == "continue"), watched(tmp_path)
     trainer(*others, forgetting, enable_checkpointing=True).fit(model, loader(False), loader(False))
     assert (model.trained_batches == 0) == (then == "stop")
     for keeping in others[1:]:
@@ -419,7 +419,7 @@ def test_a_last_checkpoint_of_the_training_before_is_replaced(tmp_path):
     [WeightAveraging, EMAWeightAveraging, functools.partial(StochasticWeightAveraging, swa_lrs=1e-3, swa_epoch_start=1)],
 )
 def test_weight_averaging_is_refused(averaging, first, then):
-    model, callbacks = trained(), [averaging(), callback(then=then)]
+    model, callbacks = trained(), [averaging(), callback(continue_training=then == "continue")]
     with pytest.raises(UnlearnError, match="WeightAveraging's weight averaging.*leave it out"):
         trainer(*(callbacks if first else callbacks[::-1])).fit(model, loader(False), loader(False))
     assert not changed(model, trained().state_dict())
@@ -730,7 +730,10 @@ class Evaluated(Classifier):
 def test_the_trainer_measures_afterwards_what_the_report_says(then):
     data = UnlearnDataModule(part(True), part(False), batch_size=4)
     forgetting = unlearn_callback(
-        forget_metric="val_loss", retain_metric=["val_loss", "val_acc"], retain_tolerance=20.0, then=then
+        forget_metric="val_loss",
+        retain_metric=["val_loss", "val_acc"],
+        retain_tolerance=20.0,
+        continue_training=then == "continue",
     )
     model = trained(Evaluated)
     made = trainer(forgetting)
