@@ -105,9 +105,8 @@ def compared(before: Path, after: Path) -> Iterator[str]:
         one, other = before / name, after / name
         if name == "report.json":
             texts = [path.read_text().replace(str(path.parent.parent), "") for path in (one, other)]
-            yield from differences(
-                *(json.loads(text.replace('"damage"', '"constraint_usage"')) for text in texts)
-            )  # its name in 0.1
+            # By the name that it has had since 0.1.
+            yield from differences(*(json.loads(text.replace('"damage"', '"constraint_usage"')) for text in texts))
         elif name == "patch.safetensors":  # its metadata come in any order
             patches = [UnlearnPatch.load(path) for path in (one, other)]
             yield from differences(*([patch.digest, patch.base] for patch in patches), "patch")
