@@ -106,7 +106,7 @@ def test_the_errors_are_those_of_a_sample_and_at_least_what_is_usual():
     assert rounding_errors([], rounded) == {}
 
 
-places = st.integers(1, 20).map(lambda n: n / 20)
+places = st.integers(1, 16).map(lambda n: n / 16)  # so that products, and with them ties, are exact
 slips = st.tuples(st.sampled_from([0.0, 0.03, 0.2]), st.sampled_from([0.0, 0.03, 0.2]))
 
 
