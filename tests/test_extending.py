@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from _amounts import sample
 from _callback import unlearn_callback
 from _processes import Ended, in_processes
 from lightning.pytorch.strategies import DDPStrategy
@@ -175,7 +176,7 @@ def test_it_runs_through_the_command_line(seam, my_rules, tmp_path, monkeypatch)
 
 @pytest.mark.uncovered
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
-@pytest.mark.parametrize("seam", RULES)
+@pytest.mark.parametrize("seam", sample(RULES, ["direction", "method"]))
 def test_the_command_line_runs_it_in_two_processes(seam, my_rules, tmp_path, monkeypatch):
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     monkeypatch.setattr(sys, "argv", ["slug-lightning", *config(seam, tmp_path), *ddp])
