@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import norm
+from slug_lightning.methods.norms import direction_norm, norm
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
@@ -76,7 +76,6 @@ class Outcome:
         relative_step: of the edit, for the report.
         trials: every evaluation.
         layers: rows as `slug_lightning.methods.slug.statistics.LayerStatistics.row` gives them, one a candidate; or none.
-        search_before: retain metrics on the validation split, unedited; measured by the harness where empty.
         search_after: `{"forget": {…}, "retain": {…}}` on the validation split with all edits of the run in the model;
             measured by the harness where empty.
         notes: sentences for the report.
@@ -87,7 +86,6 @@ class Outcome:
     relative_step: Optional[float] = None
     trials: list[Trial] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
-    search_before: dict[str, float] = field(default_factory=dict)
     search_after: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -160,10 +158,7 @@ class Context:
         """The step λ along a direction that is as long as the layer's weights; collective."""
         weights = {name: local(p) for name, p in layer.parameters.items()}
         processes = self.objective.processes
-        length = norm(layer, direction, processes)
-        if not 0 < length < math.inf:
-            raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
-        return norm(layer, weights, processes) / length
+        return norm(layer, weights, processes) / direction_norm(layer, direction, processes)
 
     def shared_retain_gradient(self, last: bool) -> dict[str, Tensor]:
         """The retain gradient of all layers, computed once for several concepts, and let go of after the last."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from slug_lightning.distributed.processes import Processes
+from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.dtensor import copies
 from slug_lightning.tensors.layers import Layer
 
@@ -18,6 +19,14 @@ def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> f
     """Compute the norm of a layer's weights, gradient or change, as one long vector; collective."""
     squares = processes.all_gather_object("a norm", product_share(layer, tensors, tensors, processes.world_size))
     return math.sqrt(math.fsum(squares))
+
+
+def direction_norm(layer: Layer, direction: Mapping[str, Tensor], processes: Processes) -> float:
+    """Compute the norm of a direction, and refuse one that leads nowhere; collective."""
+    length = norm(layer, direction, processes)
+    if not 0 < length < math.inf:
+        raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
+    return length
 
 
 def product_share(layer: Layer, one: Mapping[str, Tensor], other: Mapping[str, Tensor], world_size: int) -> float:

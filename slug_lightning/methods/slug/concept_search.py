@@ -12,7 +12,7 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Outcome, Trial
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import norm
+from slug_lightning.methods.norms import direction_norm
 from slug_lightning.methods.slug.candidates import Candidate, LayerScore
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve, Point, Tangent
@@ -189,10 +189,7 @@ class ConceptSearch:
         direction = self.rules.direction(layer, gradient)
         if {n: d.shape for n, d in direction.items()} != {n: g.shape for n, g in gradient.items()}:
             raise UnlearnError(f"direction: for {layer.name} it must return a tensor of the gradient's shape for each tensor")
-        length = norm(layer.layer, direction, self.objective.processes)
-        if not 0 < length < math.inf:
-            raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
-        return Tangent(direction, length)
+        return Tangent(direction, direction_norm(layer.layer, direction, self.objective.processes))
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules
