@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.module_hooks import ModuleHooks
 
 LOSS_WORDS = set("loss nll ce bce xent entropy perplexity ppl kl error err mse mae rmse wer cer distance fid".split())  # noqa: SIM905
 SCORE_WORDS = set("acc accuracy score f precision recall auc auroc map iou dice bleu rouge top r psnr ssim match".split())  # noqa: SIM905
@@ -98,7 +99,8 @@ def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
     (a number, or a dict by metric), else 1 / `num_classes` (for a loss its logarithm), read from the metric
     object, the module or the module's `hparams`.
     """
-    higher = (getattr(module, "higher_is_better", None) or {}).get(name, getattr(logged, "higher_is_better", None))
+    hooks = ModuleHooks(module)
+    higher = (hooks.higher_is_better or {}).get(name, getattr(logged, "higher_is_better", None))
     if higher is None:
         words = set(re.split(r"[^a-z]+", name.lower()))
         is_loss = not words.isdisjoint(LOSS_WORDS) or "loss" in name.lower() or "error" in name.lower()
@@ -108,10 +110,10 @@ def describe_metric(name: str, module: Any, logged: Any = None) -> Metric:
                 "torchmetrics object, or put 'loss' or 'acc' into the name"
             )
         higher = not is_loss
-    declared = getattr(module, "chance", None)
+    declared = hooks.chance
     chance = declared.get(name) if isinstance(declared, Mapping) else declared
     hparams = getattr(module, "hparams", None) or {}
-    classes = getattr(logged, "num_classes", None) or getattr(module, "num_classes", None) or hparams.get("num_classes")
+    classes = getattr(logged, "num_classes", None) or hooks.num_classes or hparams.get("num_classes")
     if chance is None and isinstance(classes, int):
         chance = 1 / classes if higher else math.log(classes)
     return Metric(name, bool(higher), chance)
