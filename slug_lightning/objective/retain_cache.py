@@ -129,22 +129,20 @@ class RetainCache:
         own = weights, digest([classes, dict(module.hparams)], _class_name)
         found = dict.fromkeys(processes.all_gather_object("weights and settings", own))  # most often the same on all ranks
         data = digest_of_data(objective, "retain", split)
-        return (
-            None
-            if data is None
-            else {
-                "user's key": self.key,
-                "weights and settings": [list(other) for other in found],
-                "data": data,
-                "metrics": [] if candidates else objective.names["retain"],
-                "candidates": sorted(candidates),
-                "precision": objective.runner.precision,
-                "matrix products": torch.get_float32_matmul_precision(),
-                "device": module.device.type,
-                "processes": processes.world_size if objective.runner.is_sharded else None,
-                "versions": {name: version(name) for name in LIBRARIES if _is_installed(name)},
-            }
-        )
+        if data is None:
+            return None
+        return {
+            "user's key": self.key,
+            "weights and settings": [list(other) for other in found],
+            "data": data,
+            "metrics": [] if candidates else objective.names["retain"],
+            "candidates": sorted(candidates),
+            "precision": objective.runner.precision,
+            "matrix products": torch.get_float32_matmul_precision(),
+            "device": module.device.type,
+            "processes": processes.world_size if objective.runner.is_sharded else None,
+            "versions": {name: version(name) for name in LIBRARIES if _is_installed(name)},
+        }
 
 
 def _is_installed(distribution: str) -> bool:
