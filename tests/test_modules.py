@@ -131,6 +131,38 @@ def test_samples_without_a_label_do_not_count(knowing):
     assert values[~values.isnan()].tolist() == [1, 1, 0, 1]
 
 
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_clip_says_how_likely_the_right_prompt_is(library, knowing):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    model = to_hugging_face(model) if library == "transformers" else model
+    module = clip_module(model)
+    batch = next(iter(DataLoader(Pairs(range(8)), batch_size=8)))
+    batch["kind"] = torch.tensor([0, 1, -1, -1, 5, 5, -1, -1], dtype=torch.int32)
+    with torch.no_grad():
+        found = module.scores(batch, 0)
+        image, text = encode_image(model, batch["image"]), encode_text(model, token(torch.arange(8)))
+        likelihood = (model.logit_scale.exp() * image @ text.T).softmax(1)
+    assert list(found) == ["kind_accuracy", "kind_nll"]
+    assert found["kind_nll"].isnan().tolist() == [label < 0 for label in batch["kind"].tolist()]
+    labelled = [0, 1, 4, 5]
+    expected = -likelihood[labelled, batch["kind"][labelled].long()].log()
+    torch.testing.assert_close(found["kind_nll"][labelled], expected)
+    assert module.forget_metric == module.retain_metric == "kind_accuracy" and list(module.chance) == ["kind_accuracy"]
+
+
+def test_a_likelihood_may_be_the_metric(knowing):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    module, data = clip_module(model.train()), UnlearnDataModule(Pairs([5]), Pairs([0, 1, 2, 3, 4, 6, 7], 140), batch_size=28)
+    forgetting = unlearn_callback(forget_metric="kind_nll", retain_metric="kind_nll", retain_tolerance=100.0)
+    trainer(forgetting).fit(module, datamodule=data)
+    report = forgetting.report
+    assert report.status == "unlearned" and not any(report.bounds["higher_is_better"].values())
+    assert "a hundred times less likely" in report.bounds["forget_target_reason"]
+    assert report.after["forget"]["kind_nll"] > 4 > report.before["forget"]["kind_nll"]
+
+
 # ---- prompts are encoded as often as they change
 
 
@@ -222,7 +254,7 @@ def test_a_trainer_validates_the_weights_as_they_are(knowing):
     model.load_state_dict(knowing)
     module, quiet = clip_module(model), trainer()
     data = DataLoader(Pairs(range(8)), batch_size=8)
-    assert quiet.validate(module, data, verbose=False) == [{"kind_accuracy": 1.0}]
+    assert quiet.validate(module, data, verbose=False)[0]["kind_accuracy"] == 1.0
     model.text_projection.data.neg_()  # the nearest prompt is now the farthest
     assert quiet.validate(module, data, verbose=False)[0]["kind_accuracy"] < 0.5
 
@@ -353,6 +385,20 @@ def test_a_classifier_module_forgets_a_class():
     assert all(name.startswith(("0.", "4.", "6.")) for name in forgetting.report.tensors)
 
 
+def test_a_classifier_says_how_likely_the_label_is():
+    module = ClassifierModule(trained().net, num_classes=CLASSES).eval()
+    pictures, labels = (tensor[:6].clone() for tensor in blobs().tensors)
+    expected = cross_entropy(module.model(pictures), labels, reduction="none")
+    accuracy = (module.model(pictures).argmax(1) == labels).float()
+    found = module.scores((pictures, labels), 0)
+    assert list(found) == ["accuracy", "nll"]
+    torch.testing.assert_close(found["nll"], expected)
+    assert torch.equal(found["accuracy"], accuracy)
+    labels[2] = -1
+    assert module.scores((pictures, labels), 0)["nll"].isnan().tolist() == [i == 2 for i in range(6)]
+    assert module.forget_metric == module.retain_metric == "accuracy"
+
+
 def test_a_module_with_a_score_watches_it_and_one_without_its_loss():
     def loss(model, batch):
         return cross_entropy(model(batch[0]), batch[1])
@@ -402,7 +448,8 @@ def test_the_embedded_clip_knows_what_it_is_asked_to_forget():
     found = {"thing_accuracy": [], "style_accuracy": []}
     with torch.no_grad():
         for number, batch in enumerate(data.retain_dataloader("val")):
-            for name, values in module.scores(batch, number).items():
-                found[name].append(values)
+            scores = module.scores(batch, number)
+            for name, values in found.items():
+                values.append(scores[name])
     means = {name: torch.cat(values).nanmean().item() for name, values in found.items()}
     assert means["thing_accuracy"] >= 0.6 and means["style_accuracy"] >= 0.9

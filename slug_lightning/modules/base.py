@@ -8,6 +8,7 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from slug_lightning.tensors.dtensor import shard
 from slug_lightning.utils.modules import WrapsModel
@@ -100,3 +101,18 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `-log p(label)` of each sample, in nats, `[B]`; NaN for a negative label, which stands for none.
+
+    Args:
+        logits: `[B, C]`.
+        labels: `[B]`.
+
+    Example:
+        >>> negative_log_likelihood(torch.zeros(2, 4), torch.tensor([3, -1]))
+        tensor([1.3863,    nan])
+    """
+    values = cross_entropy(logits.float(), labels.clamp(min=0).long(), reduction="none")
+    return values.masked_fill(labels < 0, torch.nan)

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.modules.base import UnlearnModule, negative_log_likelihood
 
 
 class ClassifierModule(UnlearnModule):
     """Wrap a classifier: cross-entropy as both losses, accuracy as the metric, chance as the target.
+
+    `nll`, the mean negative log-likelihood of the labels in nats, is logged as well.
 
     Args:
         model: returns logits, `[B, num_classes]`, for the first element of a batch; the second holds the labels, `[B]`.
@@ -31,8 +33,9 @@ class ClassifierModule(UnlearnModule):
         self.forget_metric = self.retain_metric = "accuracy"
 
     def scores(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return whether the highest logit is the label's, `[B]`."""
-        return {"accuracy": (self.model(batch[0]).argmax(1) == batch[1]).float()}
+        """Return whether the highest logit is the label's, and the label's negative log-likelihood in nats, each `[B]`."""
+        logits, labels = self.model(batch[0]), batch[1]
+        return {"accuracy": (logits.argmax(1) == labels).float(), "nll": negative_log_likelihood(logits, labels)}
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

@@ -12,7 +12,7 @@ from slug_lightning.clip.models import Tokenizer, contrastive_loss, encode_image
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.errors import UnlearnError
-from slug_lightning.modules.base import UnlearnModule
+from slug_lightning.modules.base import UnlearnModule, negative_log_likelihood
 
 
 class ClipModule(UnlearnModule):
@@ -29,8 +29,8 @@ class ClipModule(UnlearnModule):
             `CLIPModel`, or a model of either library.
         pretrained: open_clip tag or checkpoint file; None for random weights.
         prompts: class prompts by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
-            `identity_accuracy`. Without prompts the losses are the metrics, and a forget loss of 1 counts as forgotten:
-            the mean cosine of pictures and captions is then 0.
+            `identity_accuracy`, which is the metric, and `identity_nll`. Without prompts the losses are the metrics, and a
+            forget loss of 1 counts as forgotten: the mean cosine of pictures and captions is then 0.
         tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is an object and there are prompts.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
@@ -92,13 +92,20 @@ class ClipModule(UnlearnModule):
         return self._classes[name][1]
 
     def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return whether the nearest prompt of each set is the right one, `[B]`; NaN for a label of -1."""
+        """Return whether the nearest prompt of each set is the right one, and its negative log-likelihood among the set.
+
+        `<name>_accuracy` and `<name>_nll`, in nats, each `[B]`; NaN for a label of -1. The likelihood tells apart what the
+        accuracy calls equal.
+        """
         image = encode_image(self.model, batch["image"])
-        found = {}
+        accuracies, likelihoods = {}, {}
         for name in [name for name in self.prompts if name in batch]:
-            right = (image @ self.class_features(name).T).argmax(1) == batch[name]
-            found[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
-        return found
+            similarity = image @ self.class_features(name).T
+            right = similarity.argmax(1) == batch[name]
+            accuracies[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
+            logits = self.model.logit_scale.exp() * similarity.float()  # type: ignore[operator]
+            likelihoods[f"{name}_nll"] = negative_log_likelihood(logits, batch[name])
+        return accuracies | likelihoods
 
 
 class EmbeddedClip(ClipModule):
