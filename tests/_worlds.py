@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import lightning.pytorch as pl
@@ -85,7 +86,19 @@ def searched(world: Table, objective: Objective, context: Context | None = None)
     context = context or context_of(objective, TOLERANCE, layers=find_layers(world))
     for number, name in enumerate(world.of):
         context.concepts.append(Concept.measured(name, objective.about(batches(number)), TARGET))
-    rules = Rules(ForgetGradient(), line, pareto, LeastUsage(), interpolation, 10, 0.0, False)
+    rules = Rules(
+        {"gradient": ForgetGradient()},
+        {"line": line},
+        pareto,
+        LeastUsage(),
+        interpolation,
+        max_evaluations=10,
+        max_step=math.inf,
+        max_layers=1,
+        step_margin=0.0,
+        front=True,
+        check_rounding=False,
+    )
     searches = {concept.name: ConceptSearch(concept, context, rules) for concept in context.concepts}
     for search in searches.values():
         search.score(is_last=False)

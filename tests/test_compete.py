@@ -21,7 +21,7 @@ from slug_lightning.methods.base import Trial, recorded
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
-from slug_lightning.methods.slug.layer_search import LayerSearch, _first_step
+from slug_lightning.methods.slug.layer_search import LayerSearch, Way, _first_step
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.objective.evaluators import WholeForward
@@ -94,7 +94,7 @@ def score_of(name, *, forget_norm=1.0, weight_norm=1.0, retain_norm=1.0, alignme
     return LayerStatistics(layer, weight_norm, forget_norm, retain_norm, alignment * forget_norm * retain_norm)
 
 
-def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[LayerSearch, list[LayerStatistics]]:
+def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[LayerSearch, list[Way]]:
     scores = scores or [score_of(name) for name in world.ways]
     for score in scores:
         score.layer.parameters[score.name] = world.layers[score.name]
@@ -106,12 +106,12 @@ def competition(world, counts=(1,), scores=None, max_evaluations=10) -> tuple[La
     made = LayerSearch(
         concept,
         context_of(objective, TOLERANCE),
-        {s.name: line(s, lambda at=None, s=s: Tangent(gradients[s.name], s.forget_norm)) for s in scores},
         search=interpolation,
         choice=LeastUsage(),
         max_evaluations=max_evaluations,
     )
-    return made, scores
+    points = {s.name: line(s, lambda at=None, s=s: Tangent(gradients[s.name], s.forget_norm)) for s in scores}
+    return made, [Way(s, "gradient", "line", points[s.name]) for s in scores]
 
 
 def passes_of(world):
@@ -132,7 +132,7 @@ def test_all_layers_forget_first_then_those_that_can_are_measured_once_the_most_
     # λ·|<g_f, g_r>| is 0.1·3·0.5 for a, 0.2·1·0.3 for c, 0.1·1·0.9 for d and 0.8·1·0.25 for e.
     scores = [score_of("a", retain_norm=3.0), score_of("b")]
     scores += [score_of(name, alignment=value) for name, value in (("c", 0.3), ("d", 0.9), ("e", 0.25))]
-    made, _ = competition(world, scores=scores)
+    made, scores = competition(world, scores=scores)
     _, before = made.run(scores)
     trials = made.trials
     passes = passes_of(world)
@@ -148,7 +148,7 @@ def test_the_prediction_knows_that_a_larger_gradient_needs_a_smaller_step():
     world = World(ways, dict.fromkeys([None, *ways], rows(1.0)))
     # λ = 0.1·‖θ‖/‖g_f‖, so that λ·‖g_f‖·‖g_r‖·cos is 0.1·‖θ‖·‖g_r‖·cos whatever ‖g_f‖.
     scores = [score_of("a", forget_norm=9.0, retain_norm=2.0), score_of("b", forget_norm=0.1, retain_norm=1.5)]
-    made, _ = competition(world, scores=scores)
+    made, scores = competition(world, scores=scores)
     made.run(scores)
     assert [name for kind, name in passes_of(world) if kind == KEEPING] == [None, "b", "a"]
 
@@ -266,7 +266,7 @@ def means(table, counts):
 @given(worlds())
 def test_breaking_off_never_changes_who_wins(drawn):
     ways, kept, counts, scores = drawn
-    made, _ = competition(World(ways, kept), counts, scores)
+    made, scores = competition(World(ways, kept), counts, scores)
     _, before = made.run(scores)
     trials = made.trials
     metrics = made.objective.metrics_of("retain")
@@ -290,7 +290,7 @@ def test_breaking_off_never_changes_who_wins(drawn):
 def test_no_bit_of_any_layer_is_changed_in_the_end(drawn):
     ways, kept, counts, scores = drawn
     world = World(ways, kept)
-    made, _ = competition(world, counts, scores)
+    made, scores = competition(world, counts, scores)
     made.run(scores)
     assert all(p.item() == 1 and p.grad is None and p.requires_grad for p in world.parameters())
 
@@ -357,7 +357,7 @@ def first_steps(trials):
 def test_by_the_loss_the_first_layer_begins_at_first_order_and_the_next_where_the_last_one_ended():
     ways = {"a": forgets_at(0.3, 2.0), "b": forgets_at(0.01)}
     scores = [score_of("a", forget_norm=8.0), score_of("b", forget_norm=20.0)]
-    made, _ = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0)), by_loss=True), scores=scores)
+    made, scores = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0)), by_loss=True), scores=scores)
     assert made.concept.metric.name == LOSS
     made.run(scores)
     trials = made.trials
@@ -369,7 +369,7 @@ def test_by_the_loss_the_first_layer_begins_at_first_order_and_the_next_where_th
 def test_by_a_score_the_first_layer_begins_at_the_start_and_the_next_where_the_last_that_forgot_ended():
     ways = {"a": never, "b": forgets_at(0.3), "c": never, "d": forgets_at(0.2)}
     scores = [score_of(name, forget_norm=norm) for name, norm in (("a", 1.0), ("b", 2.0), ("c", 4.0), ("d", 3.0))]
-    made, _ = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0))), scores=scores)
+    made, scores = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0))), scores=scores)
     made.run(scores)
     trials = made.trials
     gain = smallest_of(trials, "b").step * 2**2
@@ -422,7 +422,7 @@ class SpyReplay:
 @pytest.mark.parametrize("fail", [False, True])
 def test_what_is_recorded_is_let_go_at_the_end(fail):
     world = World({"a": never}, {None: rows(0.5), "a": rows(0.25)})
-    made, _ = competition(world)
+    made, scores = competition(world)
     made.objective.evaluator = SpyReplay()
     layers, where = [Layer("a", {"a": world.layers["a"]})], ("retain", "val")
     with pytest.raises(Failure) if fail else nullcontext(), recorded(made.objective, *where, layers) as before:
@@ -434,7 +434,7 @@ def test_what_is_recorded_is_let_go_at_the_end(fail):
 
 def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
     world = World({"a": never, "b": never}, {None: rows(0.5)})
-    made, _ = competition(world)
+    made, scores = competition(world)
     special = nn.Parameter(torch.tensor([0.0, -0.0, math.nan, math.inf, 1e-45]))
     kept, other, version = special.detach().clone(), world.layers["b"]._version, special._version
     with recorded(made.objective, "retain", "val", [Layer("a", {"a": special})]):
@@ -490,13 +490,14 @@ def compete_for_real(replay):
     made = LayerSearch(
         Concept.measured("it", objective, 4.0),
         context_of(objective, 0.5),
-        {s.name: line(s, lambda at=None, s=s: Tangent(forget, s.forget_norm)) for s in scores},
         search=interpolation,
         choice=LeastUsage(),
         max_evaluations=12,
     )
     kept = snapshot(module)
-    _, retain_before = made.run(scores)
+    _, retain_before = made.run(
+        [Way(s, "gradient", "line", line(s, lambda at=None, s=s: Tangent(forget, s.forget_norm))) for s in scores]
+    )
     trials = made.trials
     assert not changed(module, kept)
     return objective, gradients["forget"], trials, retain_before

@@ -510,10 +510,11 @@ def test_a_request_keeps_only_the_layers_that_may_be_edited_and_the_run_none(wat
 
     def search(self):
         own(self)
-        assert self.chosen.layer in {s.name for s in self.statistics} and len(self.statistics) <= 1 + ALTERNATIVES
-        assert set(self._gradient) == {name for s in self.statistics for name in s.layer.parameters}
+        kept, gradient = self._kept, self._ways._gradient
+        assert self.chosen.way in {way.key for way in kept} and len(kept) <= 1 + ALTERNATIVES
+        assert set(gradient) == {name for way in kept for name in way.layer.layer.parameters}
         # Each by itself: a view would keep the whole gradient alive.
-        assert all(g.untyped_storage().nbytes() == g.nbytes for g in self._gradient.values())
+        assert all(g.untyped_storage().nbytes() == g.nbytes for g in gradient.values())
         # Of the concepts before nothing is left; of what is kept all, unless this is the last.
         held.append(sum(ref() is not None for ref in watched))
 

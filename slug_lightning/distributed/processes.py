@@ -121,6 +121,11 @@ class Processes:
             self.sums += 1
             dist.all_reduce(tensor, group=self.group)
 
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors in place by rank 0's."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor, src=0)
+
     def _gather(self, message: _Message) -> list[_Message]:
         if self.world_size == 1:
             return [message]

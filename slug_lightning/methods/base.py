@@ -6,11 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import direction_norm, norm
+from slug_lightning.objective.gradients import Gradient
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
@@ -28,6 +29,18 @@ from slug_lightning.tensors.layers import Layer, find_layers
 from slug_lightning.utils.progress import Progress
 
 
+class RetainDetails(NamedTuple):
+    """What one pass over the retain set logged, batch by batch.
+
+    Attributes:
+        usage: by metric, then by number of the batch: constraint usage in that batch, and how many samples it counts for.
+        loss: the mean of all values logged under `…nll` on the same data, or None without any.
+    """
+
+    usage: Mapping[str, Mapping[int, tuple[float, int]]]
+    loss: Optional[float]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One evaluation of one edit, on the validation split.
@@ -35,7 +48,7 @@ class Trial:
     Attributes:
         layer: name of the layer.
         step: λ, the factor of the direction.
-        relative_step: λ‖D‖/‖θ‖ for a direction D; along a path, its length relative to ‖θ‖.
+        relative_step: ‖Δ‖/‖θ‖ of the change Δ; along a straight line λ‖D‖/‖θ‖.
         forgotten: whether the forget target is met.
         constraint_usage: the largest loss of a retain metric as a share of its tolerance: at most 1 is within bounds,
             below 0 is a gain; None where it was not measured.
@@ -43,6 +56,11 @@ class Trial:
         retain: values of the retain metrics by name, None where not measured.
         dropped: whether the measurement of the retain metrics was broken off, since the trial could no longer win.
         together: whether the edits of other concepts were in the model as well.
+        direction: name of the rule that the way begins with.
+        curve: name of the rule that says how it goes on.
+        distance: length of a way that bends, relative to ‖θ‖; None where it is the relative step.
+        ended: why the search went no further along this way, if it was given up.
+        details: what each retain batch logged, for a choice that compares trials pairwise; not in reports.
     """
 
     layer: str
@@ -54,6 +72,16 @@ class Trial:
     retain: Optional[dict[str, float]]
     dropped: bool = False
     together: bool = False
+    direction: str = "gradient"
+    curve: str = "line"
+    distance: Optional[float] = None
+    ended: str = ""
+    details: Optional[RetainDetails] = field(default=None, compare=False, repr=False)
+
+    @property
+    def way(self) -> tuple[str, str, str]:
+        """Layer, direction and curve."""
+        return self.layer, self.direction, self.curve
 
     @property
     def feasible(self) -> bool:
@@ -61,9 +89,10 @@ class Trial:
         return self.forgotten and self.constraint_usage is not None and self.constraint_usage <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the report; `together` only where it is so."""
-        plain = asdict(self)
-        return plain if self.together else {name: value for name, value in plain.items() if name != "together"}
+        """Plain data for the report; what came with later versions only where it says something."""
+        plain = asdict(replace(self, details=None))
+        silent = {"together": False, "direction": "gradient", "curve": "line", "distance": None, "ended": "", "details": None}
+        return {name: value for name, value in plain.items() if name not in silent or value != silent[name]}
 
 
 @dataclass
@@ -142,17 +171,24 @@ class Context:
         Returns:
             By tensor name, fp32; of a sharded tensor this process's part.
         """
-        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         if kind not in ("forget", "retain") or (kind == "forget") != (concept is not None):
             raise UnlearnError(f"gradient: give kind 'forget' with a concept, or 'retain' without, got {kind!r}")
+        if concept is not None:
+            return self.forget_gradient(concept, layers, at).tensors
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         with self.edits.applied(*at):
-            if kind == "forget":
-                assert concept is not None
-                tensors = concept.objective.gradient("forget", parameters).tensors
-                return {name: tensor.cpu() for name, tensor in tensors.items()} if self.offload_gradient else tensors
-            if self.retain_cache is None or at:
+            if self.retain_cache is None or self.edits.active:
                 return self.objective.gradient("retain", parameters).tensors
             return self.retain_cache.gradient(self.objective, parameters, self.notes)
+
+    def forget_gradient(self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep] = ()) -> Gradient:
+        """Differentiate the mean forget loss of a concept over its gradient split, as `gradient`; returns the loss, too."""
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        with self.edits.applied(*at):
+            found = concept.objective.gradient("forget", parameters)
+        if self.offload_gradient:
+            return found._replace(tensors={name: tensor.cpu() for name, tensor in found.tensors.items()})
+        return found
 
     def unit_step(self, layer: Layer, direction: Mapping[str, Tensor]) -> float:
         """The step λ along a direction that is as long as the layer's weights; collective."""
@@ -160,11 +196,29 @@ class Context:
         processes = self.objective.processes
         return norm(layer, weights, processes) / direction_norm(layer, direction, processes)
 
-    def shared_retain_gradient(self, last: bool) -> dict[str, Tensor]:
-        """The retain gradient of all layers, computed once for several concepts, and let go of after the last."""
-        tensors = self._retain_gradient or self.gradient("retain", self.layers)
+    def shared_retain_gradient(
+        self, last: bool, layers: Sequence[Layer], watched: Sequence[Layer] = (), needs: frozenset[str] = frozenset()
+    ) -> dict[str, Tensor]:
+        """The retain gradient of layers; where nothing is edited, computed once for several concepts.
+
+        Args:
+            last: whether to let go of it afterwards.
+            layers: those of the run, or others where something is edited.
+            watched: layers of which `statistics` will be asked next.
+            needs: what of them.
+        """
+        if self.edits.active:
+            return self.gradient("retain", layers)
+        tensors = self._retain_gradient or self.gradient("retain", layers)
         self._retain_gradient = None if last else tensors
         return tensors
+
+    def statistics(self, layers, needs, concept=None, at=(), backward=True):
+        raise NotImplementedError
+
+    @contextmanager
+    def path_recorded(self, concept, layers):
+        yield
 
     def retain_before(self, known: Optional[dict[str, float]] = None) -> dict[str, float]:
         """The retain metrics on the validation split, unedited; measured once, unless they are `known`."""

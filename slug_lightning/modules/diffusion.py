@@ -63,6 +63,8 @@ class DiffusionModule(UnlearnModule):
 
     forget_metric: Optional[str] = "accuracy"
     forget_target: Optional[float] = 0.1
+    max_step = 4.0
+    """Styles lie deep in a text encoder: some are forgotten by steps only that are longer than its weights."""
     towers = {"text_encoder_2": "model.text_encoder_2.*", "text_encoder": "model.text_encoder.*", "unet": "model.unet.*"}
 
     def __init__(

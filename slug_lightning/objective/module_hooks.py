@@ -19,6 +19,7 @@ class ModuleHooks:
         chance: what a model scores that knows nothing: a number, or one by metric name.
         num_classes: gives `chance` where that isn't defined.
         towers: by name, patterns of the tensors whose layers are compared with each other, such as those of an image tower.
+        max_step: longest step that is tried along a layer, relative to its weights, where a search has a limit.
         nothing_to_forget: `() -> str`, a hint for the error message where the forget metric meets its target already.
         gallery_step: `(batch, batch_idx) -> (pictures [n, 3, H, W] in [0, 1], n titles)`, shown before and after the edit.
         save_pretrained: `(folder)`, writes the weights as the model's own library loads them.
@@ -39,6 +40,7 @@ class ModuleHooks:
     chance: float | Mapping[str, float] | None
     num_classes: int | None
     towers: Mapping[str, str | Sequence[str]] | None
+    max_step: float | None
     nothing_to_forget: Callable[[], str] | None
     gallery_step: Callable[..., Any] | None
     save_pretrained: Callable[..., Any] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Optional, Protocol
 
 from slug_lightning.methods.slug.statistics import LayerStatistics
 
@@ -14,10 +14,12 @@ class Candidate(NamedTuple):
     Attributes:
         layer: its name.
         round: those of round 0 are searched first; the next round only where the `Choice` asks for more.
+        along: the only direction to go, by its name; None for all that `SLUG` was given.
     """
 
     layer: str
     round: int = 0
+    along: Optional[str] = None
 
 
 class LayerScore(Protocol):
@@ -37,9 +39,28 @@ def pareto(layers: Sequence[LayerStatistics]) -> list[Candidate]:
     on_front: set[str] = set()
     for tower in {layer.layer.tower for layer in layers}:
         rivals = [layer for layer in layers if layer.layer.tower == tower]
-        front = pareto_front([(layer.importance, layer.alignment) for layer in rivals])
+        front = pareto_front([(layer.importance, layer.alignment or 0.0) for layer in rivals])
         on_front |= {layer.name for layer, is_on_it in zip(rivals, front, strict=True) if is_on_it}
     return [Candidate(layer.name) for layer in layers if layer.name in on_front]
+
+
+REST = 16
+"""Layers in each further round, where none of the first is feasible."""
+
+
+def measured(layers: Sequence[LayerStatistics]) -> list[Candidate]:
+    """Search the layers known by their place, and the front along the raw gradient; the rest only if none of these is feasible.
+
+    The known layers (`slug_lightning.methods.slug.structure.short_list`) go along all directions, as what these need came with
+    the retain gradient. The paper's front always takes part; without a retain gradient there is none.
+    """
+    known = [Candidate(layer.name) for layer in layers if layer.is_known]
+    names = {candidate.layer for candidate in known}
+    front = pareto(layers) if all(layer.alignment is not None for layer in layers) else []
+    first = known + [candidate._replace(along="gradient") for candidate in front if candidate.layer not in names]
+    tried = {candidate.layer for candidate in first}
+    rest = [layer.name for layer in layers if layer.name not in tried]
+    return first + [Candidate(name, round=1 + place // REST) for place, name in enumerate(rest)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:

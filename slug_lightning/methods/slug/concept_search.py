@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-
-from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Outcome, Trial
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import direction_norm
-from slug_lightning.methods.slug.candidates import Candidate, LayerScore
+from slug_lightning.methods.norms import norm
+from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measured
 from slug_lightning.methods.slug.choice import Choice
-from slug_lightning.methods.slug.curves import Curve, Point, Tangent
-from slug_lightning.methods.slug.directions import FACTORS, Direction
-from slug_lightning.methods.slug.layer_search import LayerSearch
+from slug_lightning.methods.slug.curves import Curve
+from slug_lightning.methods.slug.directions import Direction
+from slug_lightning.methods.slug.layer_search import FOLLOWED, LayerSearch, Way
 from slug_lightning.methods.slug.precision_check import Errors, close_calls, close_scores, score_errors
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import StepSearch
-from slug_lightning.patches.temporary import EditStep
-from slug_lightning.tensors.layers import refuse_unmovable
+from slug_lightning.methods.slug.structure import short_list
+from slug_lightning.methods.slug.ways import Ways
+from slug_lightning.patches.temporary import EditStep, merged
+from slug_lightning.tensors.dtensor import local
+from slug_lightning.tensors.layers import Layer, refuse_unmovable
 from slug_lightning.utils.names import some_of
 
 ALTERNATIVES = 3
-"""Layers whose direction is kept after the search, for another one where the edits of several concepts do not go together."""
+"""Ways that are kept after the search, for another one where the edits of several concepts do not go together."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a search is made of; `slug_lightning.methods.slug.SLUG` says what each is."""
 
-    direction: Direction
-    curve: Curve
+    directions: Mapping[str, Direction]
+    curves: Mapping[str, Curve]
+    """Those of all candidates first; where there is another, it is followed for the layers that did best."""
     score: LayerScore
     choice: Choice
     search: StepSearch
     max_evaluations: int
+    max_step: float
+    max_layers: int
     step_margin: float
+    front: bool
     check_rounding: bool
 
 
@@ -55,11 +60,10 @@ class ConceptSearch:
         self.outcome = Outcome(concept.name)
         self.chosen: Trial | None = None
         """The step to take; None as long as there is none within the bounds."""
-        self.statistics: list[LayerStatistics] = []
-        """Of the candidates; after the search, of the chosen layer and its alternatives."""
-        self._all_statistics: list[LayerStatistics] = []
-        self._gradient: dict[str, Tensor] = {}
-        self._points: dict[str, Point] = {}
+        self._ways = Ways(concept, context, rules.directions, self.outcome.notes)
+        self._kept: list[Way] = []
+        """After the search, the chosen way and its alternatives."""
+        self._statistics: list[LayerStatistics] = []
         self._edit: EditStep | None = None
         self._candidates: list[Candidate] = []
         self._errors: Errors = {}
@@ -70,6 +74,12 @@ class ConceptSearch:
     def is_taken_over(self) -> bool:
         """Whether an earlier run has found the edit, which then stays as it is."""
         return self.concept.edit is not None
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that may be searched, known after `score`."""
+        names = {candidate.layer for candidate in self._candidates}
+        return [one.layer for one in self._statistics if one.name in names or self.rules.max_layers > 1]
 
     # ---- the steps of a search, in order
 
@@ -82,55 +92,48 @@ class ConceptSearch:
         context = self.context
         if self.rules.check_rounding and self.objective.runner.precision.endswith("-mixed"):
             self._errors = score_errors(self.objective, context.layers, self.outcome.notes)
-        forget = context.gradient("forget", context.layers, self.concept)
-        retain = context.shared_retain_gradient(is_last)
-        self._all_statistics = layer_statistics(context.layers, forget, retain, self.objective.processes)
-        del retain  # before the few that are needed are copied
-        if not self._all_statistics:
-            refuse_unmovable(context.layers)
-        self._candidates = list(self.rules.score(self._all_statistics))
-        if not all(isinstance(candidate, Candidate) for candidate in self._candidates):
-            raise UnlearnError(f"score must return Candidates, got {self._candidates}")
-        names = {candidate.layer for candidate in self._candidates}
-        self.outcome.layers = [one.row(one.name in names) for one in self._all_statistics]
-        by_name = {one.name: one for one in self._all_statistics}
-        if unknown := names - by_name.keys():
-            raise UnlearnError(f"score: {some_of(sorted(unknown))} cannot be searched; give names of the layers it was given")
-        self.statistics = [by_name[name] for name in dict.fromkeys(candidate.layer for candidate in self._candidates)]
-        # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
-        self._gradient = {name: forget[name].clone() for one in self.statistics for name in one.layer.parameters}
-        del forget
-        self._add_factors()
-        curve = self.rules.curve
-        self._points = {one.name: curve(one, partial(self._tangent, one)) for one in self.statistics}
+        self._score(context.layers, is_last)
+        names = {candidate.layer for candidate in self._candidates if candidate.round == 0}
+        self.outcome.layers = [one.row(one.name in names) for one in self._statistics]
 
     def search(self) -> None:
-        """Search the candidates round by round, as if nothing else were forgotten."""
-        search = self._layer_search()
-        for number in sorted({candidate.round for candidate in self._candidates}):
-            names = [candidate.layer for candidate in self._candidates if candidate.round == number]
-            decision, without = search.run([one for one in self.statistics if one.name in names])
-            self.chosen = decision.trial
-            self.context.retain_before(known=without)
-            if not decision.search_more:
-                break
-        trials = search.trials
+        """Search the candidates round by round, as if nothing else were forgotten; then for further layers."""
+        search, trials = self._search_rounds()
+        all_statistics, base = self._statistics, list[EditStep]()
+        with ExitStack() as stack:
+            while self.chosen is None and len(base) < self.rules.max_layers - 1:
+                if (furthest := search.furthest_within_bounds()) is None:
+                    break
+                base.append(search.edit(furthest))
+                gone = self.concept.share(furthest.forget)
+                self.outcome.notes.append(
+                    f"max_layers: no single layer meets both bounds; {furthest.layer} stays at relative step "
+                    f"{furthest.relative_step:.4f}, {gone:.0%} of the way to the target, and another layer is searched"
+                )
+                stack.enter_context(self.context.edits.applied(base[-1]))
+                edited = {edit.layer.name for edit in base}
+                self._score([layer for layer in self.context.layers if layer.name not in edited], is_last=True)
+                search, trials = self._search_rounds(trials)
+        self._statistics = all_statistics
         self.outcome.trials = list(trials)
-        self._edit = search.edit(self.chosen) if self.chosen else None
         precision = self.objective.runner.precision
         self.outcome.notes += close_calls(precision, trials, self.chosen, search.error)
-        self.outcome.notes += close_scores(precision, self._all_statistics, self._errors, self.chosen)
-        self._keep_alternatives(trials)
+        self.outcome.notes += close_scores(precision, self._statistics, self._errors, self.chosen)
+        if self.chosen is not None:
+            self._edit = search.edit(self.chosen)
+        self._keep_alternatives(search)
+        if self.chosen is not None and base:
+            self._merge(base, search)
 
     def search_again(self) -> float:
-        """Search the layers that were kept once more, in the presence of the edits that are in the model now.
+        """Search the ways that were kept once more, in the presence of the edits that are in the model now.
 
         Returns:
             How much of the constraint usage is this edit's.
         """
         before = self.context.retain_before()
         search = self._layer_search(before)
-        _, without = search.run(self.statistics)
+        _, without = search.run(self._kept)
         self.outcome.trials += [replace(trial, together=True) for trial in search.trials]
         able = [t for t in search.trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
         self.chosen = min(able, key=lambda t: (t.constraint_usage, t.relative_step), default=None)
@@ -148,7 +151,7 @@ class ConceptSearch:
         return replace(self._edit, step=self.chosen.step)
 
     def set_step(self, step: float) -> None:
-        """Go further, or less far, along the chosen direction."""
+        """Go further, or less far, along the chosen direction; of a path, the whole change is scaled."""
         assert self.chosen is not None
         relative = self.chosen.relative_step * step / self.chosen.step
         self.chosen = replace(self.chosen, step=step, relative_step=relative)
@@ -167,50 +170,85 @@ class ConceptSearch:
         self._edit = edit
         self.chosen = Trial(edit.layer.name, edit.step, relative_step, True, None, forget, None)
 
-    def _add_factors(self) -> None:
-        """Compute what the direction needs to know of the candidates."""
-        factors: dict[str, dict[str, Tensor]] = {}
-        for need in sorted(getattr(self.rules.direction, "needs", ())):  # a function needs nothing more
-            factors[need] = FACTORS[need](self.objective, [one.layer for one in self.statistics])
-        if factors:
-            self.statistics = [
-                replace(
-                    one, factors={need: {name: found[name] for name in one.layer.parameters} for need, found in factors.items()}
-                )
-                for one in self.statistics
-            ]
+    def _score(self, layers: Sequence[Layer], is_last: bool) -> None:
+        """Compute gradients and statistics of layers at the model as it is now, and settle the candidates."""
+        context, rules = self.context, self.rules
+        known = short_list(layers, self.objective.module) if rules.score is measured else []
+        watched = [layer for layer in layers if layer.name in known]
+        forget = context.forget_gradient(self.concept, layers)
+        retain = context.shared_retain_gradient(is_last, layers, watched, self._ways.needs) if rules.front else None
+        self._statistics = layer_statistics(layers, forget.tensors, retain, self.objective.processes, known)
+        del retain  # before the few that are needed are copied
+        if not self._statistics:
+            refuse_unmovable(layers)
+        self._candidates = list(rules.score(self._statistics))
+        if not all(isinstance(candidate, Candidate) for candidate in self._candidates):
+            raise UnlearnError(f"score must return Candidates, got {self._candidates}")
+        by_name = {one.name: one for one in self._statistics}
+        if unknown := {candidate.layer for candidate in self._candidates} - by_name.keys():
+            raise UnlearnError(f"score: {some_of(sorted(unknown))} cannot be searched; give names of the layers it was given")
+        first = dict.fromkeys(candidate.layer for candidate in self._candidates if candidate.round == 0)
+        self._ways.keep(forget.tensors, forget.loss, [by_name[name] for name in first])
 
-    def _tangent(self, layer: LayerStatistics, at: EditStep | None = None) -> Tangent:
-        """The direction of a layer at W, or at an edit of it."""
-        if at is None:
-            gradient = {name: self._gradient[name] for name in layer.layer.parameters}
-        else:
-            gradient = self.context.gradient("forget", [layer.layer], self.concept, at=[at])
-        direction = self.rules.direction(layer, gradient)
-        if {n: d.shape for n, d in direction.items()} != {n: g.shape for n, g in gradient.items()}:
-            raise UnlearnError(f"direction: for {layer.name} it must return a tensor of the gradient's shape for each tensor")
-        return Tangent(direction, direction_norm(layer.layer, direction, self.objective.processes))
+    def _search_rounds(self, trials: Sequence[Trial] = ()) -> tuple[LayerSearch, list[Trial]]:
+        """Search round by round until the choice is content; returns the search, and all trials with those given."""
+        search = self._layer_search()
+        for number in sorted({candidate.round for candidate in self._candidates}):
+            pairs = self._pairs(number)
+            for name, curve in self.rules.curves.items():
+                ways = self._ways.along(pairs, name, curve)
+                with self._recorded(name, ways):
+                    decision, without = search.run(ways)
+                self.context.retain_before(known=without)
+                self.chosen = decision.trial
+                best = search.best(ways)[:FOLLOWED]  # for the next curve, if there is one; the cheapest suffix first
+                best.sort(key=lambda way: -way.layer.depth)
+                pairs = [(way.layer, way.direction) for way in best if not getattr(way.rule, "is_fixed", False)]
+            if not decision.search_more:
+                break
+        return search, [*trials, *search.trials]
+
+    def _pairs(self, number: int) -> list[tuple[LayerStatistics, str]]:
+        """Layers and directions of a round, in the order of the candidates."""
+        by_name = {one.name: one for one in self._statistics}
+        chosen = [candidate for candidate in self._candidates if candidate.round == number]
+        return list(
+            dict.fromkeys((by_name[c.layer], name) for c in chosen for name in ([c.along] if c.along else self.rules.directions))
+        )
+
+    def _recorded(self, curve: str, ways: Sequence[Way]) -> AbstractContextManager[None]:
+        """Keep what makes the further gradients of a curve that bends cheap."""
+        layers = list({way.layer.name: way.layer.layer for way in ways}.values())
+        return nullcontext() if curve == "line" else self.context.path_recorded(self.concept, layers)
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules
         return LayerSearch(
             self.concept,
             self.context,
-            self._points,
             search=rules.search,
             choice=rules.choice,
             max_evaluations=rules.max_evaluations,
             step_margin=rules.step_margin,
+            max_step=rules.max_step,
             retain_before=retain_before,
         )
 
-    def _keep_alternatives(self, trials: Sequence[Trial]) -> None:
-        """Let go of the layers that neither were chosen nor may be later, and of their directions."""
-        measured = [t for t in trials if t.dropped or (t.forgotten and t.retain is not None)]
-        measured.sort(key=lambda t: (t is not self.chosen, math.inf if t.constraint_usage is None else t.constraint_usage))
+    def _merge(self, base: Sequence[EditStep], search: LayerSearch) -> None:
+        """Make one edit of those that stay and the one that was chosen."""
+        assert self.chosen is not None
+        self._edit = merged([*base, search.edit(self.chosen)])
+        processes, layer = self.objective.processes, self._edit.layer
+        weights = {name: local(p) for name, p in layer.parameters.items()}  # asked for outside of all edits
+        relative = norm(layer, self._edit.direction, processes) / norm(layer, weights, processes)
+        self.chosen = replace(self.chosen, layer=layer.name, step=1.0, relative_step=relative)
+        self._kept = []  # these ways begin where the edits before them end
+
+    def _keep_alternatives(self, search: LayerSearch) -> None:
+        """Let go of the ways that neither were chosen nor may be later, and of their directions."""
+        able = [t for t in search.trials if t.dropped or (t.forgotten and t.retain is not None)]
+        able.sort(key=lambda t: (t is not self.chosen, math.inf if t.constraint_usage is None else t.constraint_usage))
         alternatives = ALTERNATIVES if len(self.context.concepts) > 1 else 0
-        keep = [t.layer for t in measured[: alternatives + 1]] if self.chosen else []
-        self.statistics = [one for one in self.statistics if one.name in keep]
-        self._points = {name: point for name, point in self._points.items() if name in keep}
-        held = {name for one in self.statistics for name in one.layer.parameters}
-        self._gradient = {name: gradient for name, gradient in self._gradient.items() if name in held}
+        keep = {t.way for t in able[: alternatives + 1]} if self.chosen else set()
+        self._kept = [way for way in search.ways if way.key in keep]
+        self._ways.let_go(self._kept)

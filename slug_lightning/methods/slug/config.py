@@ -12,11 +12,11 @@ from torch import nn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome
-from slug_lightning.methods.slug.candidates import pareto
-from slug_lightning.methods.slug.choice import Choice, LeastUsage
+from slug_lightning.methods.slug.candidates import measured, pareto
+from slug_lightning.methods.slug.choice import Choice, LeastDamage, LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
-from slug_lightning.methods.slug.curves import line
-from slug_lightning.methods.slug.directions import FACTORS, ForgetGradient
+from slug_lightning.methods.slug.curves import Curve, line, path
+from slug_lightning.methods.slug.directions import DIRECTIONS, NEEDS
 from slug_lightning.methods.slug.several import JointSearch
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.tensors.layers import Granularity, Layer, find_layers
@@ -39,14 +39,25 @@ class SLUG(Method):
             not frozen, and whatever else is named (see `slug_lightning.tensors.layers.find_layers`).
         granularity: what one edit covers: "tensor", "module" (the tensors of one submodule) or "siblings" (those of
             submodules with the same parent, such as q, k and v).
-        direction: "gradient", or a `slug_lightning.methods.slug.directions.Direction`.
-        curve: "line", or a `slug_lightning.methods.slug.curves.Curve`.
-        score: which layers are searched: "pareto", the front of importance and alignment, or a
+        direction: where to go along a layer: the name of one of `slug_lightning.methods.slug.directions.DIRECTIONS`
+            ("gradient", "covariance", "kfac", "batch", "engram", "retain_null_space"), a
+            `slug_lightning.methods.slug.directions.Direction`, or a list of these, which then compete.
+        curve: how the way goes on: "line", "path" (a new forget gradient whenever the way has doubled), "both" (lines, then the
+            paths of the three layers whose line did best), or a `slug_lightning.methods.slug.curves.Curve`.
+        score: which layers are searched: "pareto", the front of importance and alignment; "measured", the outer blocks,
+            projections and heads of each tower, and the front, and if none of these is feasible, all others; or a
             `slug_lightning.methods.slug.candidates.LayerScore`.
-        choice: "least_usage", or a `slug_lightning.methods.slug.choice.Choice`.
+        choice: "least_usage"; "least_damage", which takes differences within noise for ties; or a
+            `slug_lightning.methods.slug.choice.Choice`.
         search: how a step is found: "interpolation", or a `slug_lightning.methods.slug.step_search.StepSearch`.
-        max_evaluations: most evaluations for each layer, at least 1; with several concepts, also how often steps are changed
+        max_evaluations: most evaluations along each way, at least 1; with several concepts, also how often steps are changed
             for the sake of the others before any is left out.
+        max_step: longest way that is tried along a layer, relative to its weights, above 0; None for no limit along lines of
+            the gradient alone, and else for the module's own `max_step`, or 2.
+        max_layers: most layers that one edit may change, at least 1: where no single one meets the bounds, the trial within
+            the retain bounds that goes furthest stays, and the search goes on from there.
+        front: whether the retain gradient is computed, for the front and the report. Without it, and with directions that
+            need none, retain data are only passed forward.
         step_margin: by what share of the smallest step that forgets the step goes beyond it, at least 0, so that more is
             forgotten of data that the search hasn't seen.
         check_rounding: whether a run in mixed precision also scores half a batch in 32 bits, and notes which layers might
@@ -62,20 +73,26 @@ class SLUG(Method):
 
     layers: Union[str, list[str]] = "*"
     granularity: Granularity = "tensor"
-    direction: Union[Literal["gradient"], Callable[..., Any]] = "gradient"
-    curve: Union[Literal["line"], Callable[..., Any]] = "line"
-    score: Union[Literal["pareto"], Callable[..., Any]] = "pareto"
-    choice: Union[Literal["least_usage"], Callable[..., Any]] = "least_usage"
+    direction: Union[str, Callable[..., Any], list[Union[str, Callable[..., Any]]]] = "gradient"
+    curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "line"
+    score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "pareto"
+    choice: Union[Literal["least_usage", "least_damage"], Callable[..., Any]] = "least_usage"
     search: Union[Literal["interpolation"], Callable[..., Any]] = "interpolation"
     max_evaluations: int = 10
+    max_step: Optional[float] = None
+    max_layers: int = 1
+    front: bool = True
     step_margin: float = 0.0
     check_rounding: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in ("tensor", "module", "siblings"):
             raise UnlearnError(f"granularity must be 'tensor', 'module' or 'siblings', got {self.granularity!r}")
-        if self.max_evaluations < 1:
-            raise UnlearnError(f"max_evaluations must be >= 1, got {self.max_evaluations}")
+        for name in ("max_evaluations", "max_layers"):
+            if getattr(self, name) < 1:
+                raise UnlearnError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.max_step is not None and not self.max_step > 0:
+            raise UnlearnError(f"max_step must be > 0, got {self.max_step}")
         if self.step_margin < 0 or not math.isfinite(self.step_margin):
             raise UnlearnError(f"step_margin must be >= 0 and finite, got {self.step_margin}")
         for name, builtin in RULES.items():
@@ -83,12 +100,59 @@ class SLUG(Method):
                 raise UnlearnError(f"{name} must be {' or '.join(map(repr, builtin))}, or an object, got {rule!r}")
         if not isinstance(self.choice, (str, Choice)):
             raise UnlearnError(f"choice must be an instance of {Choice.__module__}.Choice, got {self.choice!r}")
-        if unknown := set(getattr(self.direction, "needs", ())) - FACTORS.keys():
-            raise UnlearnError(f"direction needs {some_of(sorted(unknown))}, but there is only {some_of(FACTORS)}")
+        if not self.front and self.score == "pareto":
+            raise UnlearnError("front: score='pareto' needs the front; use score='measured', or leave front=True")
+        for rule in self._directions().values():
+            if unknown := set(getattr(rule, "needs", ())) - NEEDS:
+                raise UnlearnError(f"direction needs {some_of(sorted(unknown))}, but there is only {some_of(sorted(NEEDS))}")
+
+    @classmethod
+    def paper(cls, **options: Any) -> SLUG:
+        """The published procedure: raw gradient, straight line, Pareto front, one layer (arXiv 2407.11867).
+
+        Args:
+            options: any of `SLUG`'s, to change one thing.
+
+        Example:
+            >>> SLUG.paper(max_evaluations=6).direction
+            'gradient'
+        """
+        rules = {"direction": "gradient", "curve": "line", "score": "pareto", "choice": "least_usage", "step_margin": 0.0}
+        return cls(**{**rules, "max_step": None, "max_layers": 1, "front": True, **options})
+
+    def _directions(self) -> dict[str, Any]:
+        """The directions by name."""
+        given = self.direction if isinstance(self.direction, list) else [self.direction]
+        if not given:
+            raise UnlearnError("direction: give at least one")
+        if unknown := [rule for rule in given if isinstance(rule, str) and rule not in DIRECTIONS]:
+            raise UnlearnError(f"direction must be one of {some_of(DIRECTIONS)}, or an object, got {unknown[0]!r}")
+        named = {rule if isinstance(rule, str) else _name(rule): rule for rule in given}
+        if len(named) < len(given):
+            raise UnlearnError(f"direction: the directions must have different names, got {[_name(rule) for rule in given]}")
+        return {name: DIRECTIONS[rule] if isinstance(rule, str) else rule for name, rule in named.items()}
+
+    def _curves(self) -> dict[str, Any]:
+        """The curves by name, in the order in which they are tried."""
+        if not isinstance(self.curve, str):
+            return {_name(self.curve): self.curve}
+        return {name: CURVES[name] for name in (CURVES if self.curve == "both" else [self.curve])}
+
+    def _longest(self, context: Context) -> float:
+        """The longest way that is tried."""
+        if self.max_step is not None:
+            return self.max_step
+        plain = self.direction == "gradient" and self.curve == "line"
+        return math.inf if plain else context.objective.hooks.max_step or MAX_STEP
 
     def request(self) -> dict[str, Any]:
-        """What is asked for, as plain data; `check_rounding` adds notes only."""
-        return {name: value for name, value in super().request().items() if name != "check_rounding"}
+        """What is asked for, as plain data; `check_rounding` adds notes only.
+
+        Options that an earlier version didn't have are left out where they change nothing, so that its requests are recognised.
+        """
+        later = {"max_step": None, "max_layers": 1, "front": True}
+        asked = {name: value for name, value in super().request().items() if name != "check_rounding"}
+        return {name: value for name, value in asked.items() if name not in later or value != later[name]}
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
         """List the layers that may be edited."""
@@ -98,7 +162,15 @@ class SLUG(Method):
         """Search each concept by itself, then all together."""
         named = {name: RULES[name][rule] if isinstance(rule := getattr(self, name), str) else rule for name in RULES}
         rules = Rules(
-            **named, max_evaluations=self.max_evaluations, step_margin=self.step_margin, check_rounding=self.check_rounding
+            **{name: rule for name, rule in named.items() if name != "curve"},
+            directions=self._directions(),
+            curves=self._curves(),
+            max_evaluations=self.max_evaluations,
+            max_step=self._longest(context),
+            max_layers=self.max_layers,
+            step_margin=self.step_margin,
+            front=self.front,
+            check_rounding=self.check_rounding,
         )
         searches = [ConceptSearch(concept, context, rules) for concept in context.concepts]
         new = [search for search in searches if not search.is_taken_over]
@@ -106,7 +178,7 @@ class SLUG(Method):
             with context.phase("gradients"):
                 search.score(is_last=search is new[-1])
             with ExitStack() as stack:
-                replaying = search.objective.replaying([one.layer for one in search.statistics])
+                replaying = search.objective.replaying(search.layers)
                 (stack if len(searches) > 1 else context.until_report).enter_context(replaying)
                 with context.phase("search"):
                     search.search()
@@ -116,6 +188,8 @@ class SLUG(Method):
         elif (chosen := searches[0].chosen) is not None and chosen.retain is not None:  # else the harness measures
             after = {searches[0].concept.metric.name: chosen.forget}
             searches[0].outcome.search_after = {"forget": after, "retain": chosen.retain}
+            if chosen.layer not in {layer.name for layer in searches[0].layers}:
+                context.until_report.close()  # what was recorded serves single layers only
         return [search.finished() for search in searches]
 
     def _settle(self, context: Context, searches: list[ConceptSearch]) -> None:
@@ -132,11 +206,18 @@ class SLUG(Method):
                 search.outcome.search_after = {"forget": after, "retain": joint.final.retain}
 
 
+CURVES: dict[str, Curve] = {"line": line, "path": path}
 RULES: dict[str, dict[str, Any]] = {
-    "direction": {"gradient": ForgetGradient()},
-    "curve": {"line": line},
-    "score": {"pareto": pareto},
-    "choice": {"least_usage": LeastUsage()},
+    "curve": {**CURVES, "both": None},
+    "score": {"pareto": pareto, "measured": measured},
+    "choice": {"least_usage": LeastUsage(), "least_damage": LeastDamage()},
     "search": {"interpolation": interpolation},
 }
 """What the options' names stand for."""
+MAX_STEP = 2.0
+"""Where a way ends that is no line of the gradient, unless the module or the request says otherwise."""
+
+
+def _name(rule: Any) -> str:
+    """How trials name a direction or a curve that is an object."""
+    return rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)

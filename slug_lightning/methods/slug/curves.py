@@ -11,6 +11,15 @@ from torch import Tensor
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.patches.temporary import EditStep
 
+FIRST_BEND = 0.05
+"""Where a path takes its second gradient, relative to ‖W‖; each further segment is as long as the way so far."""
+PLATEAU = 2
+"""A path ends where the forget loss has not risen over so many segments."""
+
+
+class CurveEnd(Exception):
+    """A curve leads no further; its message says why."""
+
 
 class Tangent(NamedTuple):
     """A direction at some point.
@@ -18,10 +27,12 @@ class Tangent(NamedTuple):
     Attributes:
         direction: by tensor name; of a sharded tensor this process's part.
         norm: its length, over all tensors and processes.
+        loss: the mean forget loss at that point, if the gradient pass has told.
     """
 
     direction: Mapping[str, Tensor]
     norm: float
+    loss: Optional[float] = None
 
 
 class TangentAt(Protocol):
@@ -42,6 +53,9 @@ class Point(Protocol):
             straight_after: from this distance on a path goes straight, without another gradient, as for a margin.
 
         The same arguments must give the same edit, as it is asked for again when it is chosen.
+
+        Raises:
+            CurveEnd: if it is of no use to go on.
         """
 
 
@@ -64,5 +78,40 @@ def line(layer: LayerStatistics, tangent_at: TangentAt) -> Point:
 
     def point(distance: float, straight_after: float = inf) -> EditStep:
         return EditStep(layer.layer, tangent.direction, distance * layer.weight_norm / tangent.norm)
+
+    return point
+
+
+class _Knot(NamedTuple):
+    """Where a path turns: how far along it lies, the change so far, the direction from there, the forget loss there."""
+
+    distance: float
+    change: Mapping[str, Tensor]
+    tangent: Tangent
+
+
+def path(layer: LayerStatistics, tangent_at: TangentAt) -> Point:
+    """Follow the forget gradient: take a new one after 0.05 ‖W‖, and then whenever the way has doubled.
+
+    Far from W the gradient taken there no longer points uphill. Each new one is a pass over the forget set alone. The
+    path ends on a plateau, where the forget loss has not risen over two segments.
+    """
+    first = tangent_at()
+    knots = [_Knot(0.0, {name: d.new_zeros(d.shape) for name, d in first.direction.items()}, first)]
+
+    def change_at(distance: float, knot: _Knot) -> dict[str, Tensor]:
+        scale = (distance - knot.distance) * layer.weight_norm / knot.tangent.norm
+        return {name: knot.change[name] + scale * d for name, d in knot.tangent.direction.items()}
+
+    def point(distance: float, straight_after: float = inf) -> EditStep:
+        turning = min(distance, straight_after)
+        while (bend := 2 * knots[-1].distance or FIRST_BEND) < turning:
+            losses = [knot.tangent.loss for knot in knots[-PLATEAU - 1 :] if knot.tangent.loss is not None]
+            if len(losses) > PLATEAU and max(losses[1:]) <= losses[0]:
+                raise CurveEnd(f"plateau: the forget loss has not risen beyond {losses[0]:.4g} since {knots[-3].distance:.3g}")
+            change = change_at(bend, knots[-1])
+            knots.append(_Knot(bend, change, tangent_at(EditStep(layer.layer, change, 1.0))))
+        knot = next(knot for knot in reversed(knots) if knot.distance < turning or knot is knots[0])
+        return EditStep(layer.layer, change_at(distance, knot), 1.0)
 
     return point

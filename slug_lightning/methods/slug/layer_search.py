@@ -1,29 +1,52 @@
-"""Search the candidate layers: each finds a step that forgets, and what that costs the retain set decides."""
+"""Search ways to edit layers: each finds a step that forgets, and what that costs the retain set decides."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any, NamedTuple
 
-from slug_lightning.methods.base import Context, Trial, recorded
+from slug_lightning.methods.base import Context, RetainDetails, Trial, recorded
 from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
-from slug_lightning.methods.slug.curves import Point
+from slug_lightning.methods.slug.curves import CurveEnd, Point
 from slug_lightning.methods.slug.precision_check import rounding, usage_error
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, StepSearch
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import LOSS
 from slug_lightning.patches.temporary import EditStep
+from slug_lightning.tensors.layers import Layer
+
+FOLLOWED = 3
+"""Layers whose path is followed where lines compete with paths, and that are looked at for a first of several edits."""
+HALVED = 5
+"""How often a step is halved that costs too much."""
+
+
+class Way(NamedTuple):
+    """One way to edit a layer: along a direction, on a curve."""
+
+    layer: LayerStatistics
+    direction: str
+    curve: str
+    point: Point
+    rule: Any = None
+    """The direction itself."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What its trials are found by."""
+        return self.layer.name, self.direction, self.curve
 
 
 class LayerSearch:
-    """Finds for every layer a step that just forgets, then measures the retain metrics, where the outcome depends on them.
+    """Finds for every way a step that just forgets, then measures the retain metrics, where the outcome depends on them.
 
     The forget metric comes first: it is measured on few samples and decides the step. The retain metrics are measured once
-    for each layer that forgets, the most promising first, and the measurement of a layer that can no longer win is broken
+    for each way that forgets, the most promising first, and the measurement of one that can no longer win is broken
     off. With replay, only what a layer changes is computed. If edits of other concepts are in the model, `retain_before` has
     the retain metrics on the validation split without any.
     """
@@ -32,96 +55,166 @@ class LayerSearch:
         self,
         concept: Concept,
         context: Context,
-        points: Mapping[str, Point],
         *,
         search: StepSearch,
         choice: Choice,
         max_evaluations: int,
         step_margin: float = 0.0,
+        max_step: float = math.inf,
         retain_before: Mapping[str, float] | None = None,
     ) -> None:
         self.concept = concept
         self.objective = concept.objective
         self.context = context
-        self.points = points
         self.search = search
         self.choice = choice
         self.max_evaluations = max_evaluations
         self.step_margin = step_margin
+        self.max_step = max_step
         self.retain_before = retain_before
         self.trials: list[Trial] = []
         self.error = 0.0
         """How far off rounding may put the constraint usage of a trial; known after `run`."""
-        self.smallest: dict[str, Trial] = {}
-        """By layer, the trial with the smallest step that forgets."""
-        self._steps: dict[str, Trial] = {}
+        self.smallest: dict[tuple[str, str, str], Trial] = {}
+        """By way, the trial with the smallest step that forgets."""
+        self._steps: dict[tuple[str, str, str], Trial] = {}
+        self._ways: dict[tuple[str, str, str], Way] = {}
         # Of a loss, what is missing is known, and with it about where to start.
         self._gain = concept.target - concept.before if concept.metric.name == LOSS else None
 
-    def run(self, layers: Sequence[LayerStatistics]) -> tuple[Decision, dict[str, float]]:
-        """Search these layers.
+    def run(self, ways: Sequence[Way]) -> tuple[Decision, dict[str, float]]:
+        """Search these ways.
 
         Returns:
             The decision over all trials so far, and the retain metrics on the validation split without a step of these layers.
         """
         begun = len(self.trials)
-        tensors = [layer.layer for layer in layers]
+        self._ways |= {way.key: way for way in ways}
         with (
-            self.context.progress.bar("search", len(layers) * self.max_evaluations) as advance,
-            recorded(self.objective, "forget", "val", tensors),
+            self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance,
+            recorded(self.objective, "forget", "val", _layers_of(ways)),
         ):
-            for layer in layers:
-                self._search_steps(layer, advance)
-        able = [layer for layer in layers if layer.name in self._steps]
+            for way in ways:
+                self._search_steps(way, advance)
+        able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
-        with recorded(self.objective, "retain", "val", [layer.layer for layer in able]) as without:
+        with recorded(self.objective, "retain", "val", _layers_of(able)) as without:
             before = without if self.retain_before is None else self.retain_before
             unit = rounding(self.objective.runner.precision)
             self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
-            for layer in self.context.progress.track(able, "search, retain metrics"):
-                self._measure_retain(layer.name, before)
-        for layer in layers:
-            self.context.progress.say(_line(layer.name, [t for t in self.trials[begun:] if t.layer == layer.name]))
+            for way in self.context.progress.track(able, "search, retain metrics"):
+                self._measure_retain(way, before)
+        for way in ways:
+            self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
         return self.choice(self.trials), without
 
-    def _first_order_cost(self, layer: LayerStatistics) -> float:
-        step = self._steps[layer.name].relative_step * layer.weight_norm / layer.forget_norm  # as along the gradient
-        return step * layer.forget_norm * layer.retain_norm * layer.alignment
+    @property
+    def ways(self) -> list[Way]:
+        """All ways that were searched."""
+        return list(self._ways.values())
+
+    def best(self, ways: Sequence[Way]) -> list[Way]:
+        """Rank ways that were searched, the best of each layer: feasible ones by usage, then those that went furthest."""
+        ranked: dict[str, tuple[tuple[int, float], Way]] = {}
+        for way in ways:
+            trials = [trial for trial in self.trials if trial.way == way.key]
+            usages = [t.constraint_usage for t in trials if t.feasible and t.constraint_usage is not None]
+            gone = [min(self.concept.share(trial.forget), 1.0) for trial in trials]
+            rank = (0, min(usages)) if usages else (1, -max(gone, default=0.0))
+            name = way.layer.name
+            if name not in ranked or rank < ranked[name][0]:
+                ranked[name] = rank, way
+        return [way for _, way in sorted(ranked.values(), key=lambda pair: pair[0])]
+
+    def furthest_within_bounds(self) -> Trial | None:
+        """Find the trial that goes furthest towards the target within the retain bounds, where none reaches it.
+
+        Only the ways that went furthest are looked at; where their last point costs too much, the way to
+        it is halved.
+        """
+        before = self.context.retain_before() if self.retain_before is None else self.retain_before
+        found: list[Trial] = []
+        for way in self.best(self.ways)[:FOLLOWED]:
+            trials = [t for t in self.trials if t.way == way.key and math.isfinite(t.forget)]
+            if not trials:
+                continue
+            trial = max(trials, key=_distance)
+            for _ in range(HALVED):
+                trial = self._retain(trial, before, math.inf)
+                if trial.constraint_usage is not None and trial.constraint_usage <= 1:
+                    found.append(trial)
+                    break
+                trial = self._forget(way, lambda: None, _distance(trial) / 2)
+        self.trials += [trial for trial in found if trial not in self.trials]
+        able = [trial for trial in found if self.concept.share(trial.forget) > 0]
+        return max(able, key=lambda trial: self.concept.share(trial.forget), default=None)
+
+    def _first_order_cost(self, way: Way) -> float:
+        layer = way.layer
+        step = self._steps[way.key].relative_step * layer.weight_norm / layer.forget_norm  # as along the gradient
+        return step * layer.forget_norm * (layer.retain_norm or 0.0) * (layer.alignment or 0.0)
 
     def edit(self, trial: Trial) -> EditStep:
         """The edit of a trial."""
-        smallest = self.smallest.get(trial.layer, trial)
-        return self.points[trial.layer](trial.relative_step, straight_after=smallest.relative_step)
+        smallest = self.smallest.get(trial.way, trial)
+        return self._ways[trial.way].point(_distance(trial), straight_after=_distance(smallest))
 
-    def _search_steps(self, layer: LayerStatistics, advance: Callable[[], None]) -> None:
-        """Find the smallest step of a layer that forgets, and the one with the margin."""
-        start = START if self._gain is None else _first_step(layer, self._gain)
-        evaluate = partial(self._forget, layer.name, advance)
-        tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
+    def _search_steps(self, way: Way, advance: Callable[[], None]) -> None:
+        """Find the smallest step of a way that forgets, and the one with the margin."""
+        layer, plain = way.layer, way.direction == "gradient" and way.curve == "line"
+        start = START if self._gain is None or not plain else _first_step(layer, self._gain)
+        tried: list[Trial] = []
+
+        def evaluate(distance: float) -> Trial:
+            tried.append(self._forget(way, advance, distance))
+            return tried[-1]
+
+        try:
+            tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
+        except CurveEnd as end:
+            if tried:
+                tried[-1] = replace(tried[-1], ended=str(end))
         if (found := smallest_step(tried)) is not None:
-            self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
-            self.smallest[layer.name] = self._steps[layer.name] = found
+            if plain:
+                self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
+            self.smallest[way.key] = self._steps[way.key] = found
             if self.step_margin:
-                tried.append(evaluate(found.relative_step * (1 + self.step_margin), found.relative_step))
+                at = _distance(found)
+                tried.append(self._forget(way, advance, at * (1 + self.step_margin), at))
                 if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
-                    self._steps[layer.name] = tried[-1]
+                    self._steps[way.key] = tried[-1]
         self.trials += tried
 
-    def _forget(self, layer: str, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
+    def _forget(self, way: Way, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
         """Measure only whether a step forgets."""
-        edit = self.points[layer](distance, straight_after=straight_after)
+        if distance > self.max_step and straight_after == math.inf:
+            raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
+        edit = way.point(distance, straight_after=straight_after)
+        relative = distance
+        if way.curve != "line":
+            relative = edit.step * norm(edit.layer, edit.direction, self.objective.processes) / way.layer.weight_norm
         with self.context.edits.applied(edit):
-            (value,) = self.objective.measured("forget", "val", edited=layer).values()
+            (value,) = self.objective.measured("forget", "val", edited=way.layer.name).values()
         advance()
         # A model that gives NaN is broken: too large a step, whatever else.
         broken = not math.isfinite(value)
-        forgotten = broken or self.concept.is_forgotten(value)
-        return Trial(layer, edit.step, distance, forgotten, math.inf if broken else None, value, None)
+        return Trial(
+            way.layer.name,
+            edit.step,
+            relative,
+            forgotten=broken or self.concept.is_forgotten(value),
+            constraint_usage=math.inf if broken else None,
+            forget=value,
+            retain=None,
+            direction=way.direction,
+            curve=way.curve,
+            distance=None if way.curve == "line" else distance,
+        )
 
-    def _measure_retain(self, layer: str, before: Mapping[str, float]) -> None:
-        """Measure what the step of a layer costs; if that is too much, the one without the margin."""
-        for trial in dict.fromkeys((self._steps[layer], self.smallest[layer])):
+    def _measure_retain(self, way: Way, before: Mapping[str, float]) -> None:
+        """Measure what the step of a way costs; if that is too much, the one without the margin."""
+        for trial in dict.fromkeys((self._steps[way.key], self.smallest[way.key])):
             whole = self._retain(trial, before, self.choice.usage_limit(t for t in self.trials if t.retain is not None))
             self.trials[self.trials.index(trial)] = whole
             if whole.dropped or whole.feasible:
@@ -130,8 +223,11 @@ class LayerSearch:
     def _retain(self, trial: Trial, before: Mapping[str, float], limit: float) -> Trial:
         """Measure what a step costs, unless it can no longer win for certain."""
         metrics = self.objective.metrics_of("retain")
+        reader: LogReader | None = None
 
-        def hopeless(reader: LogReader) -> bool:
+        def hopeless(so_far: LogReader) -> bool:
+            nonlocal reader
+            reader = so_far
             bounds = self.objective.at_best("retain", "val", reader) if limit < math.inf else {}
             known = {name: metric for name, metric in metrics.items() if name in bounds}
             return bool(known) and self.context.usage(bounds, before, known) > limit + self.error
@@ -140,7 +236,33 @@ class LayerSearch:
             after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)
         if after is None:
             return replace(trial, dropped=True)
-        return replace(trial, retain=after, constraint_usage=self.context.usage(after, before))
+        details = None if reader is None else self._details(reader, before)
+        return replace(trial, retain=after, constraint_usage=self.context.usage(after, before), details=details)
+
+    def _details(self, reader: LogReader, before: Mapping[str, float]) -> RetainDetails | None:
+        """What the retain metrics were batch by batch; None where one isn't a mean over batches."""
+        usage: dict[str, dict[int, tuple[float, int]]] = {}
+        for name, metric in self.objective.metrics_of("retain").items():
+            usage[name] = {
+                entry.number: (self.context.usage({name: float(entry.value)}, before, {name: metric}), entry.weight)
+                for entry in reader.entries
+                if entry.name == name
+            }
+        if not all(usage.values()):
+            return None
+        losses = [reader.of(name) for name in reader.logged() if name == "nll" or name.endswith("_nll")]
+        total = sum(sum(weights) for _, weights in losses)
+        summed = math.fsum(v * w for values, weights in losses for v, w in zip(values, weights, strict=True))
+        return RetainDetails(usage, summed / total if total else None)
+
+
+def _layers_of(ways: Sequence[Way]) -> list[Layer]:
+    return list({way.layer.name: way.layer.layer for way in ways}.values())
+
+
+def _distance(trial: Trial) -> float:
+    """How far along its way a trial is."""
+    return trial.relative_step if trial.distance is None else trial.distance
 
 
 def smallest_step(trials: Sequence[Trial]) -> Trial | None:
@@ -154,11 +276,12 @@ def _first_step(layer: LayerStatistics, gain: float) -> float:
     return min(max(gain / (layer.forget_norm * layer.weight_norm), START / 100), 1.0)
 
 
-def _line(layer: str, trials: Sequence[Trial]) -> str:
-    """What became of a layer, for whoever watches."""
+def _line(way: Way, trials: Sequence[Trial]) -> str:
+    """What became of a way, for whoever watches."""
+    name = way.layer.name if way.key[1:] == ("gradient", "line") else f"{way.layer.name} ({way.direction}, {way.curve})"
     last = next((trial for trial in trials if trial.dropped or trial.retain), None)
     if last is None:
-        found = "does not reach the forget target"
+        found = "does not reach the forget target" + "".join(f" ({trial.ended})" for trial in trials if trial.ended)
     else:
         found = f"reaches the forget target at step {last.relative_step:.4f}"
         if last.dropped:
@@ -166,4 +289,4 @@ def _line(layer: str, trials: Sequence[Trial]) -> str:
         else:
             found += "".join(f", {name}={value:.4f}" for name, value in (last.retain or {}).items())
             found += "" if last.feasible else " (violates retain_tolerance)"
-    return f"{layer}: {len(trials)} evaluations, {found}"
+    return f"{name}: {len(trials)} evaluations, {found}"

@@ -67,9 +67,14 @@ def rounding_errors(exact: Sequence[LayerStatistics], rounded: Sequence[LayerSta
     before = {one.name: one for one in exact}
     pairs = [(before[one.name], one) for one in rounded if one.name in before]
     importance = {old.name: abs(new.importance / old.importance - 1) for old, new in pairs}
-    alignment = {old.name: abs(new.alignment - old.alignment) for old, new in pairs}
+    alignment = {old.name: abs(_alignment(new) - _alignment(old)) for old, new in pairs}
     usual = (median(importance.values()), median(alignment.values())) if pairs else (0.0, 0.0)
     return {layer: (max(importance[layer], usual[0]), max(alignment[layer], usual[1])) for layer in importance}
+
+
+def _alignment(layer: LayerStatistics) -> float:
+    assert layer.alignment is not None  # scores are compared only where there is a front
+    return layer.alignment
 
 
 def close_calls(precision: str, trials: Sequence[Trial], best: Trial | None, error: float) -> list[str]:
@@ -95,7 +100,7 @@ def _may_change_sides(
     one: LayerStatistics, layers: Sequence[LayerStatistics], error: tuple[float, float], front: set[str]
 ) -> bool:
     """Whether a layer would be off its front, or on it, if its score were off by its error."""
-    others = [(s.importance, s.alignment) for s in layers if s.layer.tower == one.layer.tower and s.name != one.name]
+    others = [(s.importance, _alignment(s)) for s in layers if s.layer.tower == one.layer.tower and s.name != one.name]
     sign = -1 if one.name in front else 1
-    moved = one.importance * (1 + sign * error[0]), max(one.alignment - sign * error[1], 0.0)
+    moved = one.importance * (1 + sign * error[0]), max(_alignment(one) - sign * error[1], 0.0)
     return pareto_front([moved, *others])[0] != (one.name in front)

@@ -1,0 +1,115 @@
+"""The ways along which layers are edited: their directions, at W and further on, and the statistics that these need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.methods.base import Context
+from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.norms import direction_norm, product_share
+from slug_lightning.methods.slug.curves import Curve, Point, Tangent
+from slug_lightning.methods.slug.directions import Direction, ForgetGradient
+from slug_lightning.methods.slug.layer_search import Way
+from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.patches.temporary import EditStep
+from slug_lightning.tensors.dtensor import local, shard_like, whole_like
+
+
+class Ways:
+    """Makes the ways of one concept, and keeps what they are made of: the forget gradient of their layers at W, and its loss."""
+
+    def __init__(self, concept: Concept, context: Context, directions: Mapping[str, Direction], notes: list[str]) -> None:
+        self.concept = concept
+        self.context = context
+        self.directions = {"gradient": ForgetGradient(), **directions}
+        self.needs: frozenset[str] = frozenset().union(*(getattr(rule, "needs", ()) for rule in directions.values()))
+        """What the directions ask for."""
+        self.notes = notes
+        self._gradient: dict[str, Tensor] = {}
+        self._loss: float | None = None
+
+    def keep(self, gradient: Mapping[str, Tensor], loss: float, layers: Sequence[LayerStatistics]) -> None:
+        """Keep the forget gradient of these layers, and of no other."""
+        # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
+        self._gradient = {name: gradient[name].clone() for one in layers for name in one.layer.parameters}
+        self._loss = loss
+
+    def along(self, pairs: Sequence[tuple[LayerStatistics, str]], curve_name: str, curve: Curve) -> list[Way]:
+        """Make the ways of layers along directions, all on one curve."""
+        missing = {one.name: one.layer for one, _ in pairs if not one.layer.parameters.keys() <= self._gradient.keys()}
+        if missing:
+            self._gradient |= self.context.forget_gradient(self.concept, list(missing.values())).tensors
+        informed = self._with_factors(pairs)
+        ways = []
+        for one, name in pairs:
+            layer = informed.get(one.name, one)
+            point = _once_asked(curve, layer, partial(self._tangent, layer, name))
+            ways.append(Way(layer, name, curve_name, point, self.directions[name]))
+        return ways
+
+    def _with_factors(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
+        """By name, the layers of whose factors a direction needs some, with these."""
+        asked = [(one, frozenset(getattr(self.directions[name], "needs", ()))) for one, name in pairs]
+        needs = frozenset().union(*(own for _, own in asked))
+        layers = {one.name: one for one, own in asked if own - one.factors.keys()}
+        if not layers:
+            return {}
+        found = self.context.statistics([one.layer for one in layers.values()], needs, self.concept)
+        factors = {
+            name: {need: {key: found[need][key] for key in one.layer.parameters} for need in needs}
+            for name, one in layers.items()
+        }
+        return {name: replace(one, factors=factors[name]) for name, one in layers.items()}
+
+    def _tangent(self, layer: LayerStatistics, name: str, at: EditStep | None = None) -> Tangent:
+        """The direction of a layer at W, or at an edit of it."""
+        if at is None:
+            gradient, loss = {key: self._gradient[key] for key in layer.layer.parameters}, self._loss
+        else:
+            found = self.context.forget_gradient(self.concept, [layer.layer], at=[at])
+            gradient, loss = found.tensors, found.loss
+        rule = self.directions[name]
+        direction = gradient if isinstance(rule, ForgetGradient) else self._direction(name, layer, gradient)
+        return Tangent(direction, direction_norm(layer.layer, direction, self.context.objective.processes), loss)
+
+    def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
+        rule, parameters, processes = self.directions[name], layer.layer.parameters, self.context.objective.processes
+        whole = {key: whole_like(g.to(parameters[key].device), parameters[key]) for key, g in gradient.items()}
+        made = dict(rule(layer, whole))
+        if {n: d.shape for n, d in made.items()} != {n: g.shape for n, g in whole.items()}:
+            raise UnlearnError(
+                f"direction: for {layer.name} it must return a tensor of the gradient's shape for each tensor, got "
+                f"{ {n: tuple(d.shape) for n, d in made.items()} }"
+            )
+        # Rank 0's: other ranks may round otherwise, and their weights would drift apart.
+        processes.broadcast_tensors(made.values())
+        direction = {key: local(shard_like(d, parameters[key])).to(gradient[key]) for key, d in made.items()}
+        share = product_share(layer.layer, direction, gradient, processes.world_size)
+        if math.fsum(processes.all_gather_object("slope", share)) < 0 and not getattr(rule, "is_fixed", False):
+            self.notes.append(f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed")
+            direction = {key: -d for key, d in direction.items()}
+        return direction
+
+    def let_go(self, ways: Sequence[Way]) -> None:
+        """Keep only what these ways need."""
+        held = {name for way in ways for name in way.layer.layer.parameters}
+        self._gradient = {name: gradient for name, gradient in self._gradient.items() if name in held}
+
+
+def _once_asked(curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent]) -> Point:
+    """Make a curve when its first point is asked for: a direction takes as much memory as its layer."""
+    made: list[Point] = []
+
+    def point(distance: float, straight_after: float = math.inf) -> EditStep:
+        if not made:
+            made.append(curve(layer, tangent))
+        return made[0](distance, straight_after=straight_after)
+
+    return point

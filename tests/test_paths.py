@@ -1,0 +1,147 @@
+"""Paths, the contest of ways, the choice by measured damage, and more layers than one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _callback import unlearn_callback
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from _tiny import accuracy, changed, fit, loader, snapshot, trained
+from slug_lightning.methods.base import RetainDetails, Trial
+from slug_lightning.methods.slug import SLUG
+from slug_lightning.methods.slug.candidates import REST, measured, pareto
+from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
+from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
+from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.tensors.layers import Layer
+
+BENDS = [0.05, 0.1, 0.2, 0.4, 0.8]
+
+
+class Hill:
+    """A layer of two numbers, W = (3, 4), and a direction that turns with the place."""
+
+    def __init__(self, losses=None) -> None:
+        self.weight = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+        self.layer = LayerStatistics(Layer("w", {"w": self.weight}), 5.0, 1.0, 1.0, 0.0)
+        self.asked: list[torch.Tensor] = []
+        self.losses = losses or [float(number) for number in range(9)]
+
+    def direction(self, change):
+        turn = change.norm().item()
+        return 7.0 * torch.tensor([math.cos(turn), math.sin(turn)], dtype=torch.float64)
+
+    def tangent(self, at=None):
+        change = torch.zeros(2, dtype=torch.float64) if at is None else at.step * at.direction["w"]
+        self.asked.append(change)
+        return Tangent({"w": self.direction(change)}, 7.0, self.losses[len(self.asked) - 1])
+
+    def walked(self, distance, straight_after=math.inf):
+        """The same walk, segment by segment."""
+        change, gone = torch.zeros(2, dtype=torch.float64), 0.0
+        for end in [bend for bend in BENDS if bend < min(distance, straight_after)] + [distance]:
+            change = change + (end - gone) * 5.0 * self.direction(change) / 7.0
+            gone = end
+        return change
+
+
+@given(st.floats(0.001, 1.5), st.one_of(st.just(math.inf), st.floats(0.001, 1.5)))
+def test_a_path_takes_a_new_direction_whenever_the_way_has_doubled(distance, straight_after):
+    hill = Hill()
+    edit = path(hill.layer, hill.tangent)(distance, straight_after=straight_after)
+    torch.testing.assert_close(edit.step * edit.direction["w"], hill.walked(distance, straight_after))
+    assert len(hill.asked) == 1 + sum(bend < min(distance, straight_after) for bend in BENDS)
+
+
+@given(st.lists(st.floats(0.001, 1.5), min_size=1, max_size=6))
+def test_the_same_distance_gives_the_same_bits_whatever_was_asked_before(distances):
+    hill = Hill()
+    point = path(hill.layer, hill.tangent)
+    first = [point(distance).direction["w"] for distance in distances]
+    asked = len(hill.asked)
+    assert all(torch.equal(point(d).direction["w"], before) for d, before in zip(distances, first, strict=True))
+    assert len(hill.asked) == asked
+
+
+def test_a_path_and_a_line_agree_up_to_the_first_bend():
+    hill = Hill()
+    edits = [curve(hill.layer, hill.tangent)(0.05) for curve in (line, path)]
+    changes = [edit.step * edit.direction["w"] for edit in edits]
+    torch.testing.assert_close(*changes)
+
+
+def test_a_path_ends_where_the_loss_has_not_risen_over_two_segments():
+    hill = Hill(losses=[1.0, 2.0, 1.9, 2.0, 5.0])
+    point = path(hill.layer, hill.tangent)
+    point(0.4)  # bends at 0.05, 0.1 and 0.2: losses 2, 1.9, 2
+    with pytest.raises(CurveEnd, match="plateau"):
+        point(0.5)
+    assert len(hill.asked) == 4
+    rising = Hill(losses=[1.0, 2.0, 1.9, 2.1, 2.0, 2.2])
+    path(rising.layer, rising.tangent)(0.9)
+
+
+# ---- which trial wins
+
+
+def trial(name, usage, loss=None, step=0.1, forgotten=True):
+    """One whose batches have this usage, 10 samples each."""
+    details = RetainDetails({"acc": {number: (value, 10) for number, value in enumerate(usage)}}, loss)
+    return Trial(name, 1.0, step, forgotten, sum(usage) / len(usage), 0.0, {}, details=details)
+
+
+def chosen(*trials):
+    return LeastDamage()(trials).trial.layer
+
+
+def test_a_difference_within_noise_is_a_tie_that_the_loss_decides_and_then_the_step():
+    noisy = trial("a", [0.0, 0.4, 0.0, 0.2], loss=3.0), trial("b", [0.3, 0.0, 0.5, 0.1], loss=2.0, step=0.2)
+    assert chosen(*noisy) == "b" and LeastUsage()(noisy).trial.layer == "a"
+    without = trial("a", [0.0, 0.4, 0.0, 0.2]), trial("b", [0.3, 0.0, 0.5, 0.1], loss=2.0, step=0.05)
+    assert chosen(*without) == "b"  # a loss that only one has decides nothing
+    # The same mean difference, in every batch: that is no noise.
+    assert chosen(trial("a", [0.15] * 4, loss=3.0), trial("b", [0.225] * 4, loss=2.0)) == "a"
+
+
+def test_a_trial_that_is_worse_on_one_metric_is_no_tie():
+    def both(name, style, thing):
+        batches = {"style": {0: (style, 9), 1: (style, 9)}, "thing": {0: (thing, 9), 1: (thing, 9)}}
+        return Trial(name, 1.0, 0.1, True, max(style, thing), 0.0, {}, details=RetainDetails(batches, 1.0 if name == "a" else 0.0))
+
+    assert chosen(both("a", 0.5, 0.1), both("b", 0.1, 0.6)) == "a"
+    assert chosen(both("a", 0.5, 0.1), both("b", 0.5, 0.1)) == "b"
+
+
+def test_no_feasible_trial_asks_for_more_layers():
+    assert LeastDamage()([trial("a", [2.0]), trial("b", [0.1], forgotten=False)]) == (None, True)
+
+
+def test_a_metric_that_is_no_mean_over_batches_is_compared_as_a_whole():
+    trials = [Trial("a", 1.0, 0.2, True, 0.5, 0.0, {}), Trial("b", 1.0, 0.1, True, 0.5001, 0.0, {})]
+    assert chosen(*trials) == "a"
+
+
+# ---- which layers are searched
+
+
+def statistics(name, importance, alignment, known):
+    inner = None if alignment is None else alignment * importance
+    return LayerStatistics(Layer(name, {}), 1.0, importance, None if inner is None else 1.0, inner, is_known=known)
+
+
+def test_known_layers_go_every_way_and_the_front_goes_along_the_gradient():
+    layers = [statistics("known", 1.0, 0.9, True), statistics("front", 2.0, 0.1, False), statistics("rest", 0.5, 0.5, False)]
+    found = measured(layers)
+    assert [(c.layer, c.round, c.along) for c in found] == [("known", 0, None), ("front", 0, "gradient"), ("rest", 1, None)]
+    assert [c.layer for c in pareto(layers)] == ["front"]
+
+
+def test_without_a_retain_gradient_there_is_no_front_and_the_rest_comes_in_small_rounds():
+    layers = [statistics(str(number), 1.0, None, number == 0) for number in range(2 * REST + 2)]
+    rounds = [candidate.round for candidate in measured(layers)]
+    assert rounds == [0] + [1] * REST + [2] * REST + [3]
