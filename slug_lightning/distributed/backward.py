@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 SMALLEST_SCALE = 2.0**-14
 """A gradient that still overflows below it is not finite at any scale."""
 LossOf = Callable[[], tuple[Tensor | None, int]]
+
+
+class Watch(Protocol):
+    """Sees each batch's backward pass; `slug_lightning.objective.curvature.Curvature` is one."""
+
+    def clear(self) -> None:
+        """Before a backward pass, which may be one that is run again."""
+
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        """Take a parameter's gradient of this batch, of the scaled loss."""
+
+    def fold(self, weight: float, samples: int) -> None:
+        """After a backward pass that counts: `weight` times its gradients are those of each sample's own loss."""
 
 
 class Backward:
@@ -70,7 +84,7 @@ class Backward:
                 loss = loss * (weight / most)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            taker.start(most / scale, hold=self.scaler is not None)
+            taker.start(most / scale, hold=self.scaler is not None, samples=weight)
             scaled.backward()  # whatever else requires no gradient; `inputs=` would rule out reentrant checkpoints
             if self.scaler is None or not self._overflows(taker):
                 taker.finish()
@@ -92,17 +106,23 @@ class Taker:
     Inside, `.grad` is empty; afterwards it is as it was.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor], backward: Backward) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor], backward: Backward, watch: Watch | None = None
+    ) -> None:
         self.parameters = parameters
         self.sums = sums
+        self.watch = watch
         # An average is a sum already divided; what is not averaged is the batch's own.
         self.factors = {key: backward.averages if backward.is_averaged(p) else 1 for key, p in parameters.items()}
         self.weight = 0.0
+        self.samples = 0
         self.held: dict[str, Tensor] | None = None
 
-    def start(self, weight: float, hold: bool) -> None:
-        """Before a backward pass: set the weight of its gradients, and whether they wait for `finish`."""
-        self.weight = weight
+    def start(self, weight: float, hold: bool, samples: int) -> None:
+        """Before a backward pass: set the weight of its gradients, whether they wait for `finish`, and its real samples."""
+        self.weight, self.samples = weight, samples
+        if self.watch is not None:
+            self.watch.clear()
         self.held = {} if hold else None
 
     def is_finite(self) -> bool:
@@ -116,6 +136,8 @@ class Taker:
         for key, gradient in (self.held or {}).items():
             self._add(key, gradient)
         self.held = None
+        if self.watch is not None:
+            self.watch.fold(self.weight, self.samples)
 
     def _add(self, key: str, gradient: Tensor) -> None:
         self.sums[key].add_(gradient.to(self.sums[key].dtype), alpha=self.weight * self.factors[key])
@@ -124,6 +146,8 @@ class Taker:
         assert parameter.grad is not None
         gradient = local(parameter.grad)
         parameter.grad = None
+        if self.watch is not None:
+            self.watch.gradient(key, gradient)
         if self.held is not None:
             self.held[key] = gradient
         elif self.weight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import direction_norm, norm
-from slug_lightning.objective.gradients import Gradient
+from slug_lightning.methods.passes import Passes
+from slug_lightning.objective.factors import Factor
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
@@ -139,6 +140,7 @@ class Context:
         edits: puts edits into the model for a while.
         notes: sentences about the whole run, for the report.
         rounds: measurements of all edits together, for the report.
+        passes: runs what `gradient` and `statistics` ask for.
     """
 
     concepts: list[Concept]
@@ -154,8 +156,12 @@ class Context:
     edits: TemporaryEdits = field(default_factory=TemporaryEdits)
     notes: list[str] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    passes: Passes = field(init=False)
     _retain_gradient: Optional[dict[str, Tensor]] = None
     _retain_before: Optional[dict[str, float]] = None
+
+    def __post_init__(self) -> None:
+        self.passes = Passes(self.objective, self.edits, self.retain_cache, self.offload_gradient, self.notes)
 
     def gradient(
         self, kind: Kind, layers: Sequence[Layer], concept: Optional[Concept] = None, at: Sequence[EditStep] = ()
@@ -174,21 +180,31 @@ class Context:
         if kind not in ("forget", "retain") or (kind == "forget") != (concept is not None):
             raise UnlearnError(f"gradient: give kind 'forget' with a concept, or 'retain' without, got {kind!r}")
         if concept is not None:
-            return self.forget_gradient(concept, layers, at).tensors
-        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        with self.edits.applied(*at):
-            if self.retain_cache is None or self.edits.active:
-                return self.objective.gradient("retain", parameters).tensors
-            return self.retain_cache.gradient(self.objective, parameters, self.notes)
+            return self.passes.forget_gradient(concept, layers, at).tensors
+        return self.passes.retain_gradient(layers, at)
 
-    def forget_gradient(self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep] = ()) -> Gradient:
-        """Differentiate the mean forget loss of a concept over its gradient split, as `gradient`; returns the loss, too."""
-        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        with self.edits.applied(*at):
-            found = concept.objective.gradient("forget", parameters)
-        if self.offload_gradient:
-            return found._replace(tensors={name: tensor.cpu() for name, tensor in found.tensors.items()})
-        return found
+    def statistics(
+        self,
+        layers: Sequence[Layer],
+        needs: Iterable[str],
+        concept: Optional[Concept] = None,
+        at: Sequence[EditStep] = (),
+        backward: bool = True,
+    ) -> dict[str, dict[str, Factor]]:
+        """Collect second moments of what these layers see over the gradient split; those of the retain set only once.
+
+        Args:
+            layers: whose tensors.
+            needs: which of `slug_lightning.objective.curvature.NEEDS`.
+            concept: whose forget set, for those of the forget set.
+            at: edits that are in the model meanwhile.
+            backward: whether to differentiate the loss, so that only positions count that it depends on. Input covariances can
+                be had without, over all positions that no `attention_mask` excludes.
+
+        Returns:
+            By need, then by tensor name.
+        """
+        return self.passes.statistics(layers, needs, concept, at, backward)
 
     def unit_step(self, layer: Layer, direction: Mapping[str, Tensor]) -> float:
         """The step λ along a direction that is as long as the layer's weights; collective."""
@@ -208,17 +224,10 @@ class Context:
             needs: what of them.
         """
         if self.edits.active:
-            return self.gradient("retain", layers)
-        tensors = self._retain_gradient or self.gradient("retain", layers)
+            return self.passes.retain_gradient(layers, watched=watched, needs=needs)
+        tensors = self._retain_gradient or self.passes.retain_gradient(layers, watched=watched, needs=needs)
         self._retain_gradient = None if last else tensors
         return tensors
-
-    def statistics(self, layers, needs, concept=None, at=(), backward=True):
-        raise NotImplementedError
-
-    @contextmanager
-    def path_recorded(self, concept, layers):
-        yield
 
     def retain_before(self, known: Optional[dict[str, float]] = None) -> dict[str, float]:
         """The retain metrics on the validation split, unedited; measured once, unless they are `known`."""

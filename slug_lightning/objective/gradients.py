@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from slug_lightning.distributed.backward import Backward, Taker
 from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.curvature import Curvature
 from slug_lightning.tensors.dtensor import local
 
 
@@ -40,6 +42,7 @@ def mean_gradient(
     parameters: Mapping[str, Tensor],
     name: str = "forget",
     backward: Backward | None = None,
+    watch: Curvature | None = None,
 ) -> Gradient:
     r"""Differentiate the mean loss over all samples: `sum(n_b * grad_b) / sum(n_b)` over the batches b.
 
@@ -55,6 +58,7 @@ def mean_gradient(
         parameters: what to differentiate, leaves that require it, by name.
         name: "forget" or "retain", for messages.
         backward: what precision and strategy ask for.
+        watch: collects statistics in the same pass; it is finished afterwards.
 
     Returns:
         The gradient, g_f or g_r (SLUG, arXiv 2407.11867).
@@ -74,7 +78,7 @@ def mean_gradient(
             raise UnlearnError(f"{name}: {key} has a hook that acts on every gradient (a fused optimizer?); remove it first")
     sums, to_add_up = _zeros(parameters, backward)
     total, samples, seen = 0.0, 0, 0
-    with Taker(parameters, sums, backward) as taker:
+    with Taker(parameters, sums, backward, watch) as taker, watch.watching() if watch else nullcontext():
         for number, batch, counts in turns:
             seen += 1
             run = partial(loss_of, batch, number)
@@ -87,6 +91,8 @@ def mean_gradient(
         problem = "the step returns no loss for any batch" if seen else "the set is empty"
         raise NoLossError(f"{name}: {problem}; nothing can be differentiated")
     backward.processes.all_reduce_sum(to_add_up)
+    if watch is not None:
+        watch.finish()
     bad = [key for key, gradient_sum in sums.items() if not torch.isfinite(gradient_sum.div_(samples)).all()]
     for key in itertools.chain(*backward.processes.all_gather_object(f"gradient of {name}, finite", bad)):
         raise UnlearnError(f"{name}: the gradient of {key} holds NaN or inf; leave it out by layers=… or use precision=32")

@@ -21,6 +21,7 @@ from slug_lightning.distributed.processes import Collectives
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples, call_step, loss_in
+from slug_lightning.objective.curvature import Curvature
 from slug_lightning.objective.evaluators import Evaluator, WholeForward
 from slug_lightning.objective.gradients import Gradient, mean_gradient
 from slug_lightning.objective.log_capture import Attempt, Logged, LogReader, read_logs
@@ -102,10 +103,25 @@ class Objective:
 
     # ---- gradients
 
-    def gradient(self, kind: Kind, parameters: Mapping[str, Tensor]) -> Gradient:
-        """Differentiate the mean loss over the `train` split of `kind`."""
+    def gradient(self, kind: Kind, parameters: Mapping[str, Tensor], watch: Curvature | None = None) -> Gradient:
+        """Differentiate the mean loss over the `train` split of `kind`; `watch` collects statistics in the same pass."""
         batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
-        return self._differentiated(kind, parameters, batches, self.runner.forward_context)
+        return self._differentiated(kind, parameters, batches, self.runner.forward_context, watch)
+
+    def forward_statistics(self, kind: Kind, watch: Curvature) -> None:
+        """Let `watch` see the inputs of its tensors over the `train` split of `kind`, without a backward pass.
+
+        All positions count, except those that an `attention_mask` in the batch excludes.
+        """
+        batches = self.progress(self._batches(kind, "train"), f"statistics, {kind}")
+        with torch.no_grad(), self.runner.passing(), read_logs(self.module), watch.watching(forward_only=True):
+            for number, batch, is_real in batches:
+                seed_for_batch(number)
+                with self.runner.forward_context():
+                    self.loss(kind, batch, number)
+                watch.fold(1.0, batch_samples(batch) * is_real, batch)
+        watch.finish()
+        self.forward_samples += watch.samples
 
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
@@ -119,6 +135,7 @@ class Objective:
         parameters: Mapping[str, Tensor],
         batches: Iterable[IndexedBatch],
         forward: Callable[[], AbstractContextManager[None]],
+        watch: Curvature | None = None,
     ) -> Gradient:
         def loss_of(batch: Any, number: int) -> tuple[Tensor | None, int]:
             seed_for_batch(number)  # again: a batch whose gradient overflows is run a second time
@@ -136,7 +153,7 @@ class Objective:
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros
                     warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
-                    gradient = mean_gradient(loss_of, batches, parameters, kind, self.runner.backward)
+                    gradient = mean_gradient(loss_of, batches, parameters, kind, self.runner.backward, watch)
             except UserWarning as warning:
                 raise UnlearnError(
                     f"{kind}: a reentrant checkpoint hides the layers inside it from the gradient; use checkpoint(…, "

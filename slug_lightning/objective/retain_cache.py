@@ -13,11 +13,13 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from slug_lightning.objective.curvature import Curvature
 from slug_lightning.objective.data_checks import digest_of_data
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.gradients import NoLossError
 from slug_lightning.objective.log_capture import Logged, LogReader
 from slug_lightning.objective.objective import Objective
+from slug_lightning.objective.stored_statistics import PREFIX, pack, unpack
 from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.digests import digest
 from slug_lightning.tensors.file_store import Entry, cache_path, read_entry, write_entry
@@ -64,38 +66,49 @@ class RetainCache:
         """How often a cached gradient was used."""
         self._last: tuple[dict[str, Any], Entry] | None = None
 
-    def gradient(self, objective: Objective, parameters: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    def gradient(
+        self, objective: Objective, parameters: Mapping[str, Tensor], notes: list[str], watch: Curvature | None = None
+    ) -> dict[str, Tensor]:
         """Return the gradient of the retain set by parameter name, bitwise as `Objective.gradient` computed it.
 
-        `notes` are the report's: they say what was taken from the cache, and why something was not.
+        The statistics that `watch` collects are kept with it, and set where the gradient is taken from the cache. `notes` are
+        the report's: they say what was taken from the cache, and why something was not.
         """
         key = self._key_of(objective, "train", list(parameters))
+        if key is not None and watch is not None:
+            key["statistics"] = watch.asked
         first = None if key is None else _first_batch(objective, parameters)
         if key is None or first is None:
             notes.append(NOT_CACHED)
-            return objective.gradient("retain", parameters).tensors
+            return objective.gradient("retain", parameters, watch).tensors
         is_first, found = objective.processes.is_first, None
         path = None if self.folder is None or objective.runner.is_sharded else cache_path(self.folder, "retain-gradient", key)
         if path is not None:
-            found = read_entry(path, key, lambda entry: _check_gradient(entry, parameters), warn=is_first)
+            found = read_entry(path, key, lambda entry: _check_gradient(entry, parameters, watch), warn=is_first)
         elif self._last is not None and self._last[0] == key:
             found = self._last[1]
-        agrees = found is not None and _agree(found.data, first)
+        agrees = found is not None and _agree(found.data["first"] if watch else found.data, first)
         told = None if found is None or not agrees else digest_of(found.tensors, "") if path else "in memory"
         everywhere = objective.processes.all_gather_object("cached gradient", (told, found is not None and not agrees))
         if found is not None and told is not None and {other for other, _ in everywhere} == {told}:
             self.reused += 1
             notes.append(f"retain: gradient taken from {path or 'memory'}")
             # Copies of what is mapped: else the gradient would be the file, whatever becomes of it.
+            if watch is not None:
+                watch.statistics = unpack(found.data["statistics"], found.tensors, watch, copy=path is not None)
             return {name: found.tensors[name].to(p.device, copy=path is not None) for name, p in parameters.items()}
         if any(is_stale for _, is_stale in everywhere):
             notes.append(STALE.format("gradient", "loss and gradient"))
         found = self._last = None  # two gradients may not fit into memory
-        tensors = objective.gradient("retain", parameters).tensors
+        tensors = objective.gradient("retain", parameters, watch).tensors
+        entry = Entry(first, tensors)
+        if watch is not None and watch.statistics is not None:
+            described, collected = pack(watch.statistics)
+            entry = Entry({"first": first, "statistics": described}, tensors | collected)
         if path is None:
-            self._last = key, Entry(first, tensors)
+            self._last = key, entry
         elif is_first:
-            write_entry(path, key, first, tensors)
+            write_entry(path, key, *entry)
         return tensors
 
     def measured(self, objective: Objective, split: str, notes: list[str]) -> dict[str, float]:
@@ -184,11 +197,16 @@ def _agree(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     )
 
 
-def _check_gradient(entry: Entry, parameters: Mapping[str, Tensor]) -> None:
+def _check_gradient(entry: Entry, parameters: Mapping[str, Tensor], watch: Curvature | None) -> None:
     shapes = {name: (p.shape, torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
-    if {name: (tensor.shape, tensor.dtype) for name, tensor in entry.tensors.items()} != shapes:
+    found = {name: tensor for name, tensor in entry.tensors.items() if watch is None or not name.startswith(PREFIX)}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} != shapes:
         raise ValueError("it holds other tensors than the candidates")
-    _agree(entry.data, entry.data)  # raises for what says nothing of the first batch
+    first = entry.data
+    if watch is not None:
+        unpack(entry.data["statistics"], entry.tensors, watch)
+        first = entry.data["first"]
+    _agree(first, first)  # raises for what says nothing of the first batch
 
 
 def _check_values(entry: Entry, objective: Objective) -> None:

@@ -60,7 +60,7 @@ class ConceptSearch:
         self.outcome = Outcome(concept.name)
         self.chosen: Trial | None = None
         """The step to take; None as long as there is none within the bounds."""
-        self._ways = Ways(concept, context, rules.directions, self.outcome.notes)
+        self._ways = Ways(concept, context, rules.directions, rules.front, self.outcome.notes)
         self._kept: list[Way] = []
         """After the search, the chosen way and its alternatives."""
         self._statistics: list[LayerStatistics] = []
@@ -175,7 +175,7 @@ class ConceptSearch:
         context, rules = self.context, self.rules
         known = short_list(layers, self.objective.module) if rules.score is measured else []
         watched = [layer for layer in layers if layer.name in known]
-        forget = context.forget_gradient(self.concept, layers)
+        forget = context.passes.forget_gradient(self.concept, layers)
         retain = context.shared_retain_gradient(is_last, layers, watched, self._ways.needs) if rules.front else None
         self._statistics = layer_statistics(layers, forget.tensors, retain, self.objective.processes, known)
         del retain  # before the few that are needed are copied
@@ -219,7 +219,7 @@ class ConceptSearch:
     def _recorded(self, curve: str, ways: Sequence[Way]) -> AbstractContextManager[None]:
         """Keep what makes the further gradients of a curve that bends cheap."""
         layers = list({way.layer.name: way.layer.layer for way in ways}.values())
-        return nullcontext() if curve == "line" else self.context.path_recorded(self.concept, layers)
+        return nullcontext() if curve == "line" else self.context.passes.path_recorded(self.concept, layers)
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules

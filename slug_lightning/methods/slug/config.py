@@ -16,9 +16,10 @@ from slug_lightning.methods.slug.candidates import measured, pareto
 from slug_lightning.methods.slug.choice import Choice, LeastDamage, LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
 from slug_lightning.methods.slug.curves import Curve, line, path
-from slug_lightning.methods.slug.directions import DIRECTIONS, NEEDS
+from slug_lightning.methods.slug.directions import DIRECTIONS
 from slug_lightning.methods.slug.several import JointSearch
 from slug_lightning.methods.slug.step_search import interpolation
+from slug_lightning.objective.curvature import NEEDS
 from slug_lightning.tensors.layers import Granularity, Layer, find_layers
 from slug_lightning.utils.names import some_of
 

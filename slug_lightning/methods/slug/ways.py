@@ -24,12 +24,16 @@ from slug_lightning.tensors.dtensor import local, shard_like, whole_like
 class Ways:
     """Makes the ways of one concept, and keeps what they are made of: the forget gradient of their layers at W, and its loss."""
 
-    def __init__(self, concept: Concept, context: Context, directions: Mapping[str, Direction], notes: list[str]) -> None:
+    def __init__(
+        self, concept: Concept, context: Context, directions: Mapping[str, Direction], front: bool, notes: list[str]
+    ) -> None:
         self.concept = concept
         self.context = context
         self.directions = {"gradient": ForgetGradient(), **directions}
         self.needs: frozenset[str] = frozenset().union(*(getattr(rule, "needs", ()) for rule in directions.values()))
         """What the directions ask for."""
+        # Without the front, nothing else asks for a backward pass over the retain set.
+        self.backward = front or any(not need.endswith("input_covariance") for need in self.needs)
         self.notes = notes
         self._gradient: dict[str, Tensor] = {}
         self._loss: float | None = None
@@ -44,7 +48,7 @@ class Ways:
         """Make the ways of layers along directions, all on one curve."""
         missing = {one.name: one.layer for one, _ in pairs if not one.layer.parameters.keys() <= self._gradient.keys()}
         if missing:
-            self._gradient |= self.context.forget_gradient(self.concept, list(missing.values())).tensors
+            self._gradient |= self.context.passes.forget_gradient(self.concept, list(missing.values())).tensors
         informed = self._with_factors(pairs)
         ways = []
         for one, name in pairs:
@@ -60,7 +64,7 @@ class Ways:
         layers = {one.name: one for one, own in asked if own - one.factors.keys()}
         if not layers:
             return {}
-        found = self.context.statistics([one.layer for one in layers.values()], needs, self.concept)
+        found = self.context.statistics([one.layer for one in layers.values()], needs, self.concept, backward=self.backward)
         factors = {
             name: {need: {key: found[need][key] for key in one.layer.parameters} for need in needs}
             for name, one in layers.items()
@@ -72,7 +76,7 @@ class Ways:
         if at is None:
             gradient, loss = {key: self._gradient[key] for key in layer.layer.parameters}, self._loss
         else:
-            found = self.context.forget_gradient(self.concept, [layer.layer], at=[at])
+            found = self.context.passes.forget_gradient(self.concept, [layer.layer], at=[at])
             gradient, loss = found.tensors, found.loss
         rule = self.directions[name]
         direction = gradient if isinstance(rule, ForgetGradient) else self._direction(name, layer, gradient)

@@ -1,0 +1,137 @@
+"""Passes over the gradient split: gradients, and the second moments that directions need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Optional
+
+from torch import Tensor
+
+from slug_lightning.errors import UnlearnError
+from slug_lightning.methods.concept import Concept
+from slug_lightning.objective.curvature import NEEDS, Curvature
+from slug_lightning.objective.factors import Factor
+from slug_lightning.objective.gradients import Gradient
+from slug_lightning.objective.objective import Kind, Objective
+from slug_lightning.objective.retain_cache import RetainCache
+from slug_lightning.patches.temporary import EditStep, TemporaryEdits
+from slug_lightning.tensors.layers import Layer
+from slug_lightning.utils.names import some_of
+
+
+@dataclass
+class Passes:
+    """Runs passes over the gradient split, and keeps what they say of the unedited model on the retain set.
+
+    Attributes:
+        objective: of the retain set.
+        edits: puts edits into the model for a while.
+        retain_cache: where gradients and statistics of the retain set are kept between runs, or None.
+        offload_gradient: whether forget gradients are kept in the host's memory.
+        notes: of the run.
+    """
+
+    objective: Objective
+    edits: TemporaryEdits
+    retain_cache: Optional[RetainCache]
+    offload_gradient: bool
+    notes: list[str]
+    _statistics: dict[tuple[str, str, bool], Factor] = field(default_factory=dict)
+
+    def forget_gradient(self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep] = ()) -> Gradient:
+        """Differentiate the mean forget loss of a concept."""
+        with self.edits.applied(*at):
+            found = concept.objective.gradient("forget", _parameters(layers))
+        if self.offload_gradient:
+            return found._replace(tensors={name: tensor.cpu() for name, tensor in found.tensors.items()})
+        return found
+
+    def retain_gradient(
+        self, layers: Sequence[Layer], at: Sequence[EditStep] = (), watched: Sequence[Layer] = (), needs: Iterable[str] = ()
+    ) -> dict[str, Tensor]:
+        """Differentiate the mean retain loss; the same pass collects what `needs` asks for of the `watched` layers."""
+        parts = [need.partition(":")[2] for need in needs if need.startswith("retain:")]
+        watch = self._watch(self.objective, watched, parts) if parts and watched else None
+        with self.edits.applied(*at):
+            if self.retain_cache is None or self.edits.active:
+                tensors = self.objective.gradient("retain", _parameters(layers), watch).tensors
+            else:
+                tensors = self.retain_cache.gradient(self.objective, _parameters(layers), self.notes, watch)
+            is_edited = bool(self.edits.active)
+        if watch is not None and not is_edited:
+            self._statistics |= self._collected("retain", watch, backward=True)
+        return tensors
+
+    def statistics(
+        self,
+        layers: Sequence[Layer],
+        needs: Iterable[str],
+        concept: Optional[Concept] = None,
+        at: Sequence[EditStep] = (),
+        backward: bool = True,
+    ) -> dict[str, dict[str, Factor]]:
+        """Collect second moments; the arguments are those of `slug_lightning.methods.base.Context.statistics`."""
+        needs = sorted(set(needs))
+        if unknown := set(needs) - NEEDS:
+            raise UnlearnError(f"statistics: {some_of(sorted(unknown))} is unknown, there is only {some_of(sorted(NEEDS))}")
+        if concept is None and any(need.startswith("forget:") for need in needs):
+            raise UnlearnError("statistics: give the concept whose forget set is meant")
+        found: dict[str, dict[str, Factor]] = {}
+        kinds: tuple[Kind, ...] = ("forget", "retain")
+        for kind in kinds:
+            of_kind = [need for need in needs if need.startswith(kind)]
+            is_kept = kind == "retain" and not at and not self.edits.active
+            known = self._statistics if is_kept else {}
+            lacking = [
+                one for one in layers if any((need, name, backward) not in known for need in of_kind for name in one.parameters)
+            ]
+            if of_kind and lacking:
+                objective = self.objective if kind == "retain" or concept is None else concept.objective
+                known |= self._pass(kind, objective, lacking, of_kind, at, backward)
+            for need in of_kind:
+                found[need] = {name: known[need, name, backward] for one in layers for name in one.parameters}
+        return found
+
+    def _pass(
+        self,
+        kind: Kind,
+        objective: Objective,
+        layers: Sequence[Layer],
+        needs: Iterable[str],
+        at: Sequence[EditStep],
+        backward: bool,
+    ) -> dict[tuple[str, str, bool], Factor]:
+        """One pass over the forget or the retain set, for statistics alone."""
+        watch = self._watch(objective, layers, [need.partition(":")[2] for need in needs])
+        with self.edits.applied(*at):
+            if not backward:
+                objective.forward_statistics(kind, watch)
+            else:
+                objective.gradient(kind, _parameters(layers), watch)
+        return self._collected(kind, watch, backward)
+
+    def _watch(self, objective: Objective, layers: Sequence[Layer], parts: Iterable[str]) -> Curvature:
+        return Curvature(objective.module, _parameters(layers), parts, objective.processes)
+
+    def _collected(self, kind: Kind, watch: Curvature, backward: bool) -> dict[tuple[str, str, bool], Factor]:
+        """What was collected; says in a note what was not."""
+        assert watch.statistics is not None
+        reasons: dict[str, list[str]] = {}
+        for name, reason in watch.statistics.fallbacks.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            note = f"directions: {some_of(names)}: {reason}; per-batch gradients are used instead"
+            self.notes += [note] * (note not in self.notes)
+        parts = watch.statistics.factors.items()
+        return {(f"{kind}:{part}", name, backward): factor for part, by_name in parts for name, factor in by_name.items()}
+
+    @contextmanager
+    def path_recorded(self, concept: Concept, layers: Sequence[Layer]) -> Iterator[None]:
+        """Inside, gradients at edits of these layers cost only what comes after the layer."""
+        yield
+
+
+def _parameters(layers: Sequence[Layer]) -> Mapping[str, Tensor]:
+    return {name: p for layer in layers for name, p in layer.parameters.items()}

@@ -1,0 +1,93 @@
+"""Sums of second moments, batch by batch, from which the factors of a tensor are made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from slug_lightning.objective.factors import Dense, Diagonal, Factor, Form, LowRank, Side, nystrom
+
+WIDEST = 8192
+"""A wider side gets a sketch in place of a whole matrix."""
+RANK = 512
+
+
+class Moment(ABC):
+    """Σ rowsᵀ rows over all that is added, of one side of a tensor.
+
+    Attributes:
+        buffers: what the processes must add up, and nothing else.
+    """
+
+    def __init__(self, form: Form, side: Side, *shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.form = form
+        self.side = side
+        self.buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+    @abstractmethod
+    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+        """Add the rows `[groups, positions, dim]` of some groups, of the buffers' dtype."""
+
+    @abstractmethod
+    def factor(self, samples: int) -> Factor:
+        """Return the mean over samples."""
+
+
+class DenseMoment(Moment):
+    """The whole matrix."""
+
+    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+        """Add rowsᵀ rows."""
+        self.buffers[0][groups].baddbmm_(rows.mT, rows)
+
+    def factor(self, samples: int) -> Dense:
+        """Return the mean over samples."""
+        return Dense(self.form, self.side, self.buffers[0] / samples)
+
+
+class DiagonalMoment(Moment):
+    """Its diagonal."""
+
+    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+        """Add the sums of squares."""
+        self.buffers[0][groups] += rows.square().sum(1)
+
+    def count(self, ids: Tensor, weights: Tensor) -> None:
+        """Add one-hot rows: the number of each id, of those with weight 1."""
+        self.buffers[0][0].index_add_(0, ids, weights.to(self.buffers[0].dtype))
+
+    def factor(self, samples: int) -> Diagonal:
+        """Return the mean over samples."""
+        return Diagonal(self.form, self.side, self.buffers[0] / samples)
+
+
+class SketchedMoment(Moment):
+    """M Ω for a fixed Ω with orthonormal columns, and the exact trace."""
+
+    def __init__(self, form: Form, side: Side, *shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(form, side, *shapes, dtype=dtype, device=device)
+        # Drawn on the CPU, so that it is the same in every process.
+        drawn = torch.randn(shapes[0][1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.omega = torch.linalg.qr(drawn)[0].to(device, dtype)
+
+    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+        """Add rowsᵀ (rows Ω)."""
+        self.buffers[0][groups].baddbmm_(rows.mT, rows @ self.omega)
+        self.buffers[1][groups] += rows.square().sum((1, 2))
+
+    def factor(self, samples: int) -> LowRank:
+        """Return the mean over samples."""
+        sketch, trace = (buffer / samples for buffer in self.buffers)
+        return nystrom(self.form, self.side, sketch, self.omega, trace)
+
+
+def moment(form: Form, side: Side, diagonal: bool, dtype: torch.dtype, device: torch.device) -> Moment:
+    """Return an empty sum, of the kind that fits the width of this side."""
+    groups, size = form.matrix[0], form.size(side)
+    if diagonal:
+        return DiagonalMoment(form, side, (groups, size), dtype=dtype, device=device)
+    if size > WIDEST:
+        return SketchedMoment(form, side, (groups, size, min(RANK, size)), (groups,), dtype=dtype, device=device)
+    return DenseMoment(form, side, (groups, size, size), dtype=dtype, device=device)
