@@ -422,7 +422,7 @@ class SpyReplay:
 @pytest.mark.parametrize("fail", [False, True])
 def test_what_is_recorded_is_let_go_at_the_end(fail):
     world = World({"a": never}, {None: rows(0.5), "a": rows(0.25)})
-    made, scores = competition(world)
+    made, _ = competition(world)
     made.objective.evaluator = SpyReplay()
     layers, where = [Layer("a", {"a": world.layers["a"]})], ("retain", "val")
     with pytest.raises(Failure) if fail else nullcontext(), recorded(made.objective, *where, layers) as before:
@@ -434,7 +434,7 @@ def test_what_is_recorded_is_let_go_at_the_end(fail):
 
 def test_before_recording_the_layers_count_as_written_to_and_keep_their_bits():
     world = World({"a": never, "b": never}, {None: rows(0.5)})
-    made, scores = competition(world)
+    made, _ = competition(world)
     special = nn.Parameter(torch.tensor([0.0, -0.0, math.nan, math.inf, 1e-45]))
     kept, other, version = special.detach().clone(), world.layers["b"]._version, special._version
     with recorded(made.objective, "retain", "val", [Layer("a", {"a": special})]):

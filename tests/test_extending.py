@@ -186,7 +186,7 @@ def test_the_command_line_runs_it_in_two_processes(seam, my_rules, tmp_path, mon
 
 
 def test_a_class_without_a_rule_of_that_name_is_refused():
-    with pytest.raises(ValueError, match="direction must be 'gradient', or an object, got 'newton'"):
+    with pytest.raises(ValueError, match="direction must be 'gradient' or .* or 'retain_null_space', or an object, got 'newton'"):
         unlearn_callback(direction="newton")
 
 
@@ -273,14 +273,43 @@ def test_a_rule_that_gives_what_cannot_be_is_named(options, message):
     assert not changed(model, snapshot(trained()))
 
 
-def test_a_factor_that_is_unknown_is_refused_at_once_and_one_that_cannot_be_had_before_the_search(my_rules):
+def test_a_factor_that_is_unknown_is_refused_at_once():
     with pytest.raises(UnlearnError, match="direction needs retain:hessian, but there is only forget:input_covariance, retain"):
         unlearn_callback(direction=Needy())
-    direction, first = my_rules.InverseCovariance(), "net.0.1.weight"
-    options = {"direction": direction, "layers": first, "forget_target": 1e6, "retain_tolerance": 1.0}
-    callback = unlearn_callback(forget=loader(True), retain=loader(False), **options)
-    with pytest.raises(UnlearnError, match=f"direction: {first} isn't the weight of an nn.Linear"):
-        trainer(callback).fit(OfAConvolution(), loader(False), loader(False))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "module"])
+def test_a_direction_works_for_a_convolution_and_for_vectors(granularity, my_rules):
+    options = {"direction": my_rules.InverseCovariance(), "granularity": granularity, "layers": ["net.0.1.*", "net.4.*"]}
+    callback = unlearn_callback(forget=loader(True), retain=loader(False), forget_target=1e6, retain_tolerance=1.0, **options)
+    trainer(callback).fit(OfAConvolution(), loader(False), loader(False))
+    assert callback.report.trace and not any("directions:" in note for note in callback.report.notes)
+
+
+def of_statistics(context: Context) -> None:
+    needs, layers = {"retain:input_covariance", "retain:batch_output", "forget:input_covariance"}, context.layers
+    context.shared_retain_gradient(False, watched=layers[:1], needs=needs)
+    before = context.objective.backward_samples
+    found = context.statistics(layers[:1], needs, context.concepts[0])
+    assert context.objective.backward_samples == before, "those of the retain set were collected with the gradient"
+    assert set(found) == needs and all(set(by_name) == set(layers[0].parameters) for by_name in found.values())
+    more = context.statistics(layers, {"retain:input_covariance"})
+    assert more["retain:input_covariance"][layers[0].name] is found["retain:input_covariance"][layers[0].name]
+    forward = context.statistics(layers[:1], {"retain:input_covariance"}, backward=False)["retain:input_covariance"]
+    torch.testing.assert_close(
+        *(one[layers[0].name].matrices for one in (forward, found["retain:input_covariance"])), rtol=1e-4, atol=1e-4
+    )
+    edited = context.statistics(layers[-1:], {"retain:input_covariance"}, at=[last_edit(context)])
+    assert edited["retain:input_covariance"][layers[-1].name] is not more["retain:input_covariance"][layers[-1].name]
+    for wrong, message in ((["retain:hessian"], "retain:hessian is unknown"), (["forget:input_covariance"], "give the concept")):
+        with pytest.raises(UnlearnError, match=message):
+            context.statistics(layers, wrong)
+
+
+def test_a_context_collects_the_statistics_of_the_retain_set_once():
+    callback = unlearn_callback(forget=loader(True), retain=loader(False), method=Asking(of_statistics), **METRICS)
+    trainer(callback).fit(trained(), loader(False), loader(False))
+    assert callback.report.status == "infeasible"
 
 
 def test_no_candidates_is_infeasible():

@@ -6,14 +6,11 @@ import math
 
 import pytest
 import torch
-from _callback import unlearn_callback
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from _tiny import accuracy, changed, fit, loader, snapshot, trained
 from slug_lightning.methods.base import RetainDetails, Trial
-from slug_lightning.methods.slug import SLUG
 from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
@@ -111,7 +108,9 @@ def test_a_difference_within_noise_is_a_tie_that_the_loss_decides_and_then_the_s
 def test_a_trial_that_is_worse_on_one_metric_is_no_tie():
     def both(name, style, thing):
         batches = {"style": {0: (style, 9), 1: (style, 9)}, "thing": {0: (thing, 9), 1: (thing, 9)}}
-        return Trial(name, 1.0, 0.1, True, max(style, thing), 0.0, {}, details=RetainDetails(batches, 1.0 if name == "a" else 0.0))
+        return Trial(
+            name, 1.0, 0.1, True, max(style, thing), 0.0, {}, details=RetainDetails(batches, 1.0 if name == "a" else 0.0)
+        )
 
     assert chosen(both("a", 0.5, 0.1), both("b", 0.1, 0.6)) == "a"
     assert chosen(both("a", 0.5, 0.1), both("b", 0.5, 0.1)) == "b"

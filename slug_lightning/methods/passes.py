@@ -78,6 +78,8 @@ class Passes:
             raise UnlearnError(f"statistics: {some_of(sorted(unknown))} is unknown, there is only {some_of(sorted(NEEDS))}")
         if concept is None and any(need.startswith("forget:") for need in needs):
             raise UnlearnError("statistics: give the concept whose forget set is meant")
+        if not backward and (blind := [need for need in needs if not need.endswith("input_covariance")]):
+            raise UnlearnError(f"statistics: {some_of(blind)} cannot be had without a backward pass; use backward=True")
         found: dict[str, dict[str, Factor]] = {}
         kinds: tuple[Kind, ...] = ("forget", "retain")
         for kind in kinds:
@@ -118,12 +120,7 @@ class Passes:
     def _collected(self, kind: Kind, watch: Curvature, backward: bool) -> dict[tuple[str, str, bool], Factor]:
         """What was collected; says in a note what was not."""
         assert watch.statistics is not None
-        reasons: dict[str, list[str]] = {}
-        for name, reason in watch.statistics.fallbacks.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            note = f"directions: {some_of(names)}: {reason}; per-batch gradients are used instead"
-            self.notes += [note] * (note not in self.notes)
+        self.notes += [note for note in watch.statistics.notes() if note not in self.notes]
         parts = watch.statistics.factors.items()
         return {(f"{kind}:{part}", name, backward): factor for part, by_name in parts for name, factor in by_name.items()}
 

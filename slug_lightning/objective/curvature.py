@@ -43,6 +43,15 @@ class Statistics(NamedTuple):
     factors: dict[str, dict[str, Factor]]
     fallbacks: dict[str, str]
 
+    def notes(self) -> list[str]:
+        """Say for the report which tensors have other factors than asked for, a sentence for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.fallbacks.items():
+            reasons.setdefault(reason, []).append(name)
+        return [
+            f"directions: {some_of(names)}: {reason}; per-batch gradients are used instead" for reason, names in reasons.items()
+        ]
+
 
 class Curvature:
     r"""Collects second moments of the inputs x and output gradients d of every use y = W x of some tensors.
@@ -144,6 +153,12 @@ class Curvature:
                 raise UnlearnError(f"statistics: {name} is used in another way on other ranks; does a step depend on the rank?")
             if found and one.told is None:
                 one.settle(*found.pop())
+        unseen = [n for n, one in self.tensors.items() if one.kind in ("", "fallback") and (self.forward_only or one.is_sharded)]
+        if unseen:
+            raise UnlearnError(
+                f"statistics: {some_of(unseen)}: no use was found that is understood, and there are no gradients of single "
+                "batches to go by; leave it out by layers=…"
+            )
         buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for buffer in (b for one in self.tensors.values() for m in one.moments.values() for b in m.buffers):
             buffers.setdefault((buffer.dtype, buffer.device), []).append(buffer)

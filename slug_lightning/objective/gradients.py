@@ -52,8 +52,7 @@ def mean_gradient(
     their `.grad` is as it was afterwards. Nothing else should require a gradient: it would get one.
 
     Args:
-        loss_of: takes a batch and its number, gives its mean loss (a scalar with a graph, or None to leave the batch
-            out) and its number of samples.
+        loss_of: takes a batch and its number, gives its mean loss (None to leave it out) and its number of samples.
         turns: the batches of this process, read once.
         parameters: what to differentiate, leaves that require it, by name.
         name: "forget" or "retain", for messages.

@@ -20,10 +20,8 @@ class RetainNullSpace:
 
     Args:
         share: of the trace, between 0 and 1.
-        damping: unused by the projection; so that all directions take the same arguments.
     """
 
-    damping: float = 0.1
     share: float = 0.95
     needs: ClassVar[frozenset[str]] = frozenset({"retain:input_covariance"})
 
