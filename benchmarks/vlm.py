@@ -56,7 +56,8 @@ def neighbours(drawings: Drawings, thing: str, count: int = 5) -> list[str]:
     """The things whose drawings are nearest to those of a thing, for the embedded CLIP."""
     with torch.no_grad():
         pictures = render(drawings.pictures, torch.Generator(), amount=0.0)
-        features = torch.cat([encode_image(EmbeddedClip().eval().model, part) for part in pictures.split(256)])
+        model = EmbeddedClip().eval().model
+        features = torch.cat([encode_image(model, part) for part in pictures.split(256)])
     means = torch.stack([features[drawings.things == i].mean(0) for i in range(len(drawings.thing_names))])
     means = torch.nn.functional.normalize(means, dim=1)
     nearness = means @ means[drawings.thing_names.index(thing)]
