@@ -25,7 +25,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +41,10 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import Method, Outcome, Runtime
 from slug_lightning.methods.base import Context, Trial, recorded
 from slug_lightning.methods.norms import direction_norm
-from slug_lightning.methods.slug import curves as known_curves
 from slug_lightning.methods.slug.candidates import pareto
-from slug_lightning.methods.slug.curves import Curve, Tangent
+from slug_lightning.methods.slug.config import CURVES
+from slug_lightning.methods.slug.curves import Curve, CurveEnd, Tangent
+from slug_lightning.methods.slug.directions import DIRECTIONS as known_directions
 from slug_lightning.methods.slug.layer_search import smallest_step
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import START, interpolation
@@ -52,8 +53,6 @@ from slug_lightning.patches.temporary import EditStep
 from slug_lightning.reports.cost import flop_counter
 from slug_lightning.tensors.layers import Layer, find_layers
 
-DIRECTIONS = ["gradient", "covariance", "kfac", "batch", "engram", "retain_null_space"]
-CURVES = ["line", "path"]
 LAYERS_OF_A_SAMPLE = 2
 COLUMNS = ["forget", "others", "near", "relative_step", "passes", "flops"]
 QUIET: dict[str, Any] = {
@@ -68,15 +67,6 @@ QUIET: dict[str, Any] = {
 Cell = tuple[str, str, str]
 """Layer, direction and curve."""
 log = logging.getLogger("directions")
-
-
-def directions_named(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Return directions by name."""
-    if list(names) == ["gradient"]:
-        return {"gradient": lambda layer, forget_gradient: forget_gradient}
-    from slug_lightning.methods.slug.directions import DIRECTIONS as known
-
-    return {name: known[name] for name in names}
 
 
 class Counted:
@@ -119,8 +109,10 @@ class Grid(Method):
         all_layers: bool,
     ) -> None:
         self.asked, self.directions, self.curves = asked, directions, curves
+        # Where a direction is the same at every point, the path is the line.
+        fixed = {name for name, direction in directions.items() if getattr(direction, "is_fixed", False)}
+        self.ways = [(d, c) for d in directions for c in curves if c == "line" or d not in fixed]
         self.done, self.write, self.most_layers, self.all_layers = done, write, most_layers, all_layers
-        self.ends = (known_curves.CurveEnd,) if "path" in curves else ()  # what a path raises that leads nowhere
 
     def request(self) -> dict[str, Any]:
         """Return nothing: no checkpoint is made."""
@@ -143,7 +135,7 @@ class Grid(Method):
         if self.most_layers is not None:
             places = torch.linspace(0, len(candidates) - 1, min(self.most_layers, len(candidates))).long().tolist()
             candidates = [candidates[place] for place in places]
-        cells = [(one, d, c) for one in candidates for d in self.directions for c in self.curves]
+        cells = [(one, d, c) for one in candidates for d, c in self.ways]
         cells = [cell for cell in cells if (cell[0].name, *cell[1:]) not in self.done]
         candidates = [one for one in candidates if any(cell[0] is one for cell in cells)]
         if cells:
@@ -199,7 +191,7 @@ class Grid(Method):
                 gradient = self.context.gradient("forget", [one.layer], concept, at=[at])
                 passes += 1
             way = direction(one, gradient)
-            if getattr(direction, "flips", True) and sum(float((way[n] * g).sum()) for n, g in gradient.items()) < 0:
+            if not getattr(direction, "is_fixed", False) and sum(float((way[n] * g).sum()) for n, g in gradient.items()) < 0:
                 way = {name: -tensor for name, tensor in way.items()}
             return Tangent(way, direction_norm(one.layer, way, self.context.objective.processes))
 
@@ -216,7 +208,7 @@ class Grid(Method):
             with cost.on():
                 point = curve(one, tangent_at)
                 interpolation(evaluate, concept.share, self.asked.evaluations, START)
-        except self.ends as end:
+        except CurveEnd as end:
             failed = f"{type(end).__name__}: {end}"
         except (UnlearnError, torch.linalg.LinAlgError) as error:  # the other cells count all the same
             failed = f"{type(error).__name__}: {error}"
@@ -271,7 +263,8 @@ def run(family: str, concept: str, options: argparse.Namespace) -> None:
     asked = {(direction, curve) for direction in options.directions for curve in options.curves}
     lines = [line for line in read(path) if line["concept"] == concept and (line["direction"], line["curve"]) in asked]
     most = LAYERS_OF_A_SAMPLE if options.sample else None
-    if lines and len(lines) >= min(lines[0]["layers"], most or math.inf) * len(asked):
+    most_ways = len({way for way in asked if way[1] == "line" or not getattr(known_directions[way[0]], "is_fixed", False)})
+    if lines and len(lines) >= min(lines[0]["layers"], most or math.inf) * most_ways:
         log.info("%s, %s: all there", family, concept)
         return
 
@@ -283,9 +276,11 @@ def run(family: str, concept: str, options: argparse.Namespace) -> None:
     pl.seed_everything(0, verbose=False)
     start = time.perf_counter()
     request = FAMILIES[family][concept](options.output)
-    curves = {name: getattr(known_curves, name) for name in options.curves}
+    curves = {name: CURVES[name] for name in options.curves}
     done = {(line["layer"], line["direction"], line["curve"]) for line in lines}
-    method = Grid(request, directions_named(options.directions), curves, done, write, most, options.all_layers)
+    method = Grid(
+        request, {name: known_directions[name] for name in options.directions}, curves, done, write, most, options.all_layers
+    )
     callback = UnlearnCallback(method=method, runtime=Runtime(replay=request.replay), **request.bounds)
     pl.Trainer(callbacks=[callback], **QUIET).fit(request.module, request.data)
     log.info("%s, %s: %.0f s", family, concept, time.perf_counter() - start)
@@ -318,8 +313,10 @@ def main() -> None:
     what.add_argument("--sample", action="store_true", help="one request a family, two layers of it")
     what.add_argument("--table", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), help="(default: all)")
-    parser.add_argument("--directions", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="(default: all)")
-    parser.add_argument("--curves", nargs="+", default=CURVES, choices=CURVES, help="(default: both)")
+    parser.add_argument(
+        "--directions", nargs="+", default=list(known_directions), choices=list(known_directions), help="(default: all)"
+    )
+    parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=list(CURVES), help="(default: both)")
     parser.add_argument("--all-layers", action="store_true", help="also those that are not on the front")
     parser.add_argument("--output", type=Path, default=Path("runs/directions"), help="folder (default: %(default)s)")
     options = parser.parse_args()
