@@ -25,8 +25,8 @@ from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.tensors.bits import digest_of
-from slug_lightning.tensors.dtensor import local, write_local
-from slug_lightning.tensors.layers import Layer, find_layers
+from slug_lightning.tensors.dtensor import local
+from slug_lightning.tensors.layers import Layer, count_as_written, find_layers
 from slug_lightning.utils.progress import Progress
 
 
@@ -343,21 +343,9 @@ def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
 @contextmanager
 def recorded(objective: Objective, kind: Kind, split: str, layers: Sequence[Layer]) -> Iterator[dict[str, float]]:
     """Measure before any edit of these layers; inside, their evaluations are spared what they don't change."""
-    _rewrite(layers)
+    count_as_written(layers)
     before = objective.measured(kind, split, record=[layer.name for layer in layers])
     try:
         yield before
     finally:
         objective.evaluator.forget()
-
-
-def _rewrite(layers: Sequence[Layer]) -> None:
-    """Let the layers' tensors count as changed, though they hold the same values.
-
-    A module may remember what it computed of weights that have not changed since, by their version (`ClipModule` does so
-    with class prompts). What an edit of these layers will make it compute again must be computed while recording, too.
-    """
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters.values():
-                write_local(parameter, local(parameter).clone())

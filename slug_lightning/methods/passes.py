@@ -17,7 +17,7 @@ from slug_lightning.objective.gradients import Gradient
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.patches.temporary import EditStep, TemporaryEdits
-from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.layers import Layer, count_as_written
 from slug_lightning.utils.names import some_of
 
 
@@ -39,11 +39,14 @@ class Passes:
     offload_gradient: bool
     notes: list[str]
     _statistics: dict[tuple[str, str, bool], Factor] = field(default_factory=dict)
+    _paths: dict[str, tuple[list[EditStep], dict[str, Layer]]] = field(default_factory=dict)
+    """By concept: the edits that were in the model when its gradient pass was recorded, and for which layers."""
 
     def forget_gradient(self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep] = ()) -> Gradient:
         """Differentiate the mean forget loss of a concept."""
+        edited = self._on_path(concept, layers, at)
         with self.edits.applied(*at):
-            found = concept.objective.gradient("forget", _parameters(layers))
+            found = concept.objective.gradient("forget", _parameters(layers), edited=edited)
         if self.offload_gradient:
             return found._replace(tensors={name: tensor.cpu() for name, tensor in found.tensors.items()})
         return found
@@ -126,8 +129,30 @@ class Passes:
 
     @contextmanager
     def path_recorded(self, concept: Concept, layers: Sequence[Layer]) -> Iterator[None]:
-        """Inside, gradients at edits of these layers cost only what comes after the layer."""
-        yield
+        """Inside, forget gradients by one of these layers, at an edit of it, compute only what it changes; collective.
+
+        As a path along one layer asks for them. One forward pass is recorded, with the edits that are in the model; a
+        gradient among other edits is computed whole, and so is any where replay is off.
+        """
+        count_as_written(layers)
+        around = self._paths
+        with concept.objective.replaying_gradients("forget", layers):
+            self._paths = around | {concept.name: (self.edits.active, {layer.name: layer for layer in layers})}
+            try:
+                yield
+            finally:
+                self._paths = around
+
+    def _on_path(self, concept: Concept, layers: Sequence[Layer], at: Sequence[EditStep]) -> Optional[str]:
+        """The layer whose gradient can be replayed: it alone is asked for, and it alone is edited beyond the recording."""
+        base, known = self._paths.get(concept.name, ([], {}))
+        if len(layers) != 1 or len(at) != 1 or self.edits.active != base:
+            return None
+        recorded_for = known.get(layers[0].name)
+        # By their tensors, too: a layer of the same name may have been made of fewer or more.
+        asked = [(layer.name, layer.parameters.keys()) for layer in (layers[0], at[0].layer)]
+        is_it = recorded_for is not None and all(one == (recorded_for.name, recorded_for.parameters.keys()) for one in asked)
+        return layers[0].name if is_it else None
 
 
 def _parameters(layers: Sequence[Layer]) -> Mapping[str, Tensor]:

@@ -154,6 +154,11 @@ class Attempt:
     def __call__(self) -> None:
         self.run()
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether what `seen` lists of the last run is all that another run can be compared by."""
+        return True
+
     @contextmanager
     def undone(self, only_if_it_fails: bool = False) -> Iterator[None]:
         """Undo afterwards what happens inside."""

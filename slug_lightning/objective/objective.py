@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -23,13 +22,13 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples, call_step, loss_in
 from slug_lightning.objective.curvature import Curvature
 from slug_lightning.objective.evaluators import Evaluator, WholeForward
-from slug_lightning.objective.gradients import Gradient, mean_gradient
+from slug_lightning.objective.gradients import Gradient
 from slug_lightning.objective.log_capture import Attempt, Logged, LogReader, read_logs
+from slug_lightning.objective.loss_passes import LossPasses
 from slug_lightning.objective.metrics import Metric, describe_metric
 from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.tensors.layers import Layer
-from slug_lightning.utils.random import seed_for_batch
 
 Kind = Literal["forget", "retain"]
 LOSS = "loss"
@@ -68,8 +67,9 @@ class Objective:
         self.complete: dict[tuple[Kind, str], LogReader] = {}
         """What the last pass over each set, unedited, has logged."""
         self.evaluator: Evaluator = WholeForward()
+        self.gradient_replays: dict[Kind, Replay] = {}
         self.replays = False
-        """Whether `replaying` replays."""
+        """Whether `replaying` and `replaying_gradients` replay."""
         self.replay_budget = replay_budget
         self.replayed: list[Replay] = []
         """Every replay so far, of this objective and of those `about` other forget sets."""
@@ -101,12 +101,42 @@ class Objective:
         finally:
             self.evaluator = around
 
+    @contextmanager
+    def replaying_gradients(self, kind: Kind, layers: Sequence[Layer]) -> Iterator[None]:
+        """Inside, gradients of `kind` by one of these layers, edited, may compute only what the edit changes.
+
+        For that, one forward pass over the `train` split is recorded first; the weights must be those that edits start from.
+        """
+        if not self.replays or not layers:
+            yield
+            return
+        replay = Replay(self.module, layers, self.replay_budget, "gradient pass")
+        self.replayed.append(replay)
+        around, self.gradient_replays = self.gradient_replays, {**self.gradient_replays, kind: replay}
+        try:
+            batches = self.progress(self._batches(kind, "train"), f"recording, {kind}")
+            self.forward_samples += self._losses(kind).record(batches, replay)
+            yield
+        finally:
+            self.gradient_replays = around
+            replay.forget()
+
     # ---- gradients
 
-    def gradient(self, kind: Kind, parameters: Mapping[str, Tensor], watch: Curvature | None = None) -> Gradient:
-        """Differentiate the mean loss over the `train` split of `kind`; `watch` collects statistics in the same pass."""
+    def gradient(
+        self, kind: Kind, parameters: Mapping[str, Tensor], watch: Curvature | None = None, edited: str | None = None
+    ) -> Gradient:
+        """Differentiate the mean loss over the `train` split of `kind`.
+
+        Args:
+            kind: "forget" or "retain".
+            parameters: what to differentiate, by name.
+            watch: collects statistics in the same pass.
+            edited: the layer that these belong to, if it alone is edited since `replaying_gradients` was entered.
+        """
         batches = self.progress(self._batches(kind, "train"), f"gradient, {kind}")
-        return self._differentiated(kind, parameters, batches, self.runner.forward_context, watch)
+        replay = self.gradient_replays.get(kind) if edited else None
+        return self._counted(self._losses(kind).gradient(parameters, batches, watch, replay, edited))
 
     def forward_statistics(self, kind: Kind, watch: Curvature) -> None:
         """Let `watch` see the inputs of its tensors over the `train` split of `kind`, without a backward pass.
@@ -114,51 +144,19 @@ class Objective:
         All positions count, except those that an `attention_mask` in the batch excludes.
         """
         batches = self.progress(self._batches(kind, "train"), f"statistics, {kind}")
-        with torch.no_grad(), self.runner.passing(), read_logs(self.module), watch.watching(forward_only=True):
-            for number, batch, is_real in batches:
-                seed_for_batch(number)
-                with self.runner.forward_context():
-                    self.loss(kind, batch, number)
-                watch.fold(1.0, batch_samples(batch) * is_real, batch)
-        watch.finish()
-        self.forward_samples += watch.samples
+        self.forward_samples += self._losses(kind).observe(batches, watch)
 
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
         first = itertools.islice(self._batches(kind, "train"), 1)
         halves = (IndexedBatch(one.batch_idx, _first_half(one.batch), is_real=one.batch_idx == 0) for one in first)
-        return self._differentiated(kind, parameters, halves, nullcontext if exact else self.runner.forward_context).tensors
+        losses = self._losses(kind, nullcontext if exact else self.runner.forward_context)
+        return self._counted(losses.gradient(parameters, halves)).tensors
 
-    def _differentiated(
-        self,
-        kind: Kind,
-        parameters: Mapping[str, Tensor],
-        batches: Iterable[IndexedBatch],
-        forward: Callable[[], AbstractContextManager[None]],
-        watch: Curvature | None = None,
-    ) -> Gradient:
-        def loss_of(batch: Any, number: int) -> tuple[Tensor | None, int]:
-            seed_for_batch(number)  # again: a batch whose gradient overflows is run a second time
-            with forward():
-                loss = self.loss(kind, batch, number)
-            if loss is not None and not loss.requires_grad:
-                raise UnlearnError(
-                    f"{kind}: the loss of the step has no graph; return it without detach() or item(), and if layers=… names "
-                    "what the loss does not reach, name other layers"
-                )
-            return loss, batch_samples(batch)
+    def _losses(self, kind: Kind, forward: Callable[[], AbstractContextManager[None]] | None = None) -> LossPasses:
+        return LossPasses(self.module, self.runner, partial(self.loss, kind), kind, forward or self.runner.forward_context)
 
-        differentiating = self.runner.differentiating(self.module, parameters)
-        with torch.enable_grad(), self.runner.passing(), differentiating, read_logs(self.module):
-            try:
-                with warnings.catch_warnings():  # torch only warns, and gives zeros
-                    warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
-                    gradient = mean_gradient(loss_of, batches, parameters, kind, self.runner.backward, watch)
-            except UserWarning as warning:
-                raise UnlearnError(
-                    f"{kind}: a reentrant checkpoint hides the layers inside it from the gradient; use checkpoint(…, "
-                    "use_reentrant=False)"
-                ) from warning
+    def _counted(self, gradient: Gradient) -> Gradient:
         self.forward_samples += gradient.samples
         self.backward_samples += gradient.samples
         return gradient

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NoReturn
 
+import torch
 from torch import nn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.utils.names import some_of
 
 Granularity = Literal["tensor", "module", "siblings"]
@@ -125,6 +127,18 @@ def _tower(name: str, towers: Mapping[str, str | Sequence[str]]) -> str:
         if any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)):
             return tower
     return "model"
+
+
+def count_as_written(layers: Sequence[Layer]) -> None:
+    """Let the layers' tensors count as changed, though they hold the same values.
+
+    A module may remember what it computed of weights that have not changed since, by their version (`ClipModule` does so
+    with class prompts). What an edit of these layers will make it compute again must be computed while recording, too.
+    """
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters.values():
+                write_local(parameter, local(parameter).clone())
 
 
 def refuse_unmovable(layers: Sequence[Layer]) -> NoReturn:

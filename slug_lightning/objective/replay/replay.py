@@ -78,9 +78,15 @@ class Replay:
 
     Bounded: what exceeds the budget of the device goes to the host, and what exceeds the host's is computed again. The
     budget is in bytes, on the device and again on the host; by default a quarter of what is free.
+
+    With `LossStep`s it serves gradients: a call that does not depend on the layer is in no graph of the layer's, so that what
+    was recorded stands for it in the forward pass, and the backward pass ends behind it anyway. `purpose` is for notes.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[Layer], budget: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[Layer], budget: int | None = None, purpose: str = "evaluation"
+    ) -> None:
+        self.purpose = purpose
         self.layers = {layer.name: number for number, layer in enumerate(layers)}
         self.candidates = list(layers)
         self.calls = ModuleCalls(module)
@@ -115,6 +121,15 @@ class Replay:
             self.evaluate(where, number, batch, step, edited)
         else:
             step()
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether any layer may still be replayed."""
+        return self._refused.keys() != self.layers.keys()
+
+    def refuse(self, reason: str) -> None:
+        """Compute everything whole from now on, for this reason."""
+        self._refused = dict.fromkeys(self.layers, reason) | self._refused
 
     # ---- the original
 
@@ -201,11 +216,14 @@ class Replay:
         elif not is_checked:
             unchanged: list[bool] = []
             computed = self._run(recorded, SkipPlan(), step, plan.kept, unchanged)
+            if not step.is_telling:
+                self._checked.discard(name)  # the next batch is compared
             # What nobody reads has no values in one of the two.
             both = [at for at, leaf in replayed.items() if not isinstance(leaf, Absent)]
-            ours, others = [*seen, *map(replayed.get, both)], [*step.seen(), *map(computed.get, both)]
-            if problem is None and not (all(unchanged) and len(ours) == len(others) and all(map(_is_same, ours, others))):
-                problem = "with calls skipped, it gives other bits than a plain evaluation (a fused kernel?)"
+            if problem is None:
+                ours, others = [*seen, *map(replayed.get, both)], [*step.seen(), *map(computed.get, both)]
+                if not (all(unchanged) and len(ours) == len(others) and all(map(_is_same, ours, others))):
+                    problem = f"with calls skipped, it gives other bits than a plain {self.purpose} (a fused kernel?)"
         return problem
 
     def _run(
@@ -232,10 +250,11 @@ class Replay:
                 return tree_unflatten(leaves, recorded.outputs[call].structure)
             out = forward(*args, **kwargs)
             for position, leaf in enumerate(tree_leaves(out)):
-                if self.calls.parents[call] == ROOT:
-                    found[call, position] = leaf
-                if unchanged is not None and (call, position) in watched:
-                    unchanged.append(bitwise_equal(recorded.kept[call, position], leaf))
+                at = call, position
+                if self.calls.parents[call] == ROOT:  # without its graph, which would outlive the run
+                    found[at] = leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+                if unchanged is not None and at in watched:  # nothing is kept if the replayed run has written into it
+                    unchanged.append(at in recorded.kept and bitwise_equal(recorded.kept[at], leaf))
             return out
 
         Absent.touched = False
@@ -261,7 +280,9 @@ class Replay:
         layers: dict[str, list[str]] = {}
         for layer, reason in self._refused.items():
             layers.setdefault(reason, []).append(layer)
-        notes = [f"replay: {', '.join(names)} computed whole in every evaluation: {reason}" for reason, names in layers.items()]
+        notes = [
+            f"replay: {', '.join(names)} computed whole in every {self.purpose}: {reason}" for reason, names in layers.items()
+        ]
         if self.over_budget:
             notes.append(f"replay: {self.over_budget} batches computed whole, as replay_budget was used up")
         return notes
