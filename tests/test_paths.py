@@ -6,15 +6,20 @@ import math
 
 import pytest
 import torch
+from _callback import unlearn_callback
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from _tiny import accuracy, changed, fit, loader, snapshot, trained
+from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import RetainDetails, Trial
+from slug_lightning.methods.slug import SLUG
 from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
 from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.objective.objective import Objective
 from slug_lightning.tensors.layers import Layer
 
 BENDS = [0.05, 0.1, 0.2, 0.4, 0.8]
@@ -144,3 +149,96 @@ def test_without_a_retain_gradient_there_is_no_front_and_the_rest_comes_in_small
     layers = [statistics(str(number), 1.0, None, number == 0) for number in range(2 * REST + 2)]
     rounds = [candidate.round for candidate in measured(layers)]
     assert rounds == [0] + [1] * REST + [2] * REST + [3]
+
+
+# ---- as a user gets them
+
+
+def forgetting(metric="val_acc", target=0.0, tolerance=0.02, **options):
+    """Run the callback on a small classifier; returns the module, its weights before, and the report."""
+    module = trained()
+    before = snapshot(module)
+    data = {"forget": loader(True), "retain": loader(False), "forget_metric": metric, "retain_metric": "val_acc"}
+    callback = unlearn_callback(**data, forget_target=target, retain_tolerance=tolerance, **options)
+    fit(callback, module)
+    return module, before, callback.report
+
+
+def test_directions_and_curves_compete_and_the_report_says_which_won():
+    contest = {"direction": ["covariance", "gradient"], "curve": "both", "score": "measured", "choice": "least_damage"}
+    module, before, report = forgetting(**contest)
+    ways = {(t["layer"], t.get("direction", "gradient"), t.get("curve", "line")) for t in report.trace}
+    assert {(direction, curve) for _, direction, curve in ways} >= {("covariance", "line"), ("gradient", "line")}
+    followed = {layer for layer, _, curve in ways if curve == "path"}
+    assert 1 <= len(followed) <= 3  # one direction each
+    assert report.status == "unlearned" and changed(module, before) == {report.layer}
+    assert accuracy(module, forget=True) < 0.1 and accuracy(module, forget=False) > 0.95
+    moved = module.state_dict()[report.layer] - before[report.layer]
+    assert report.relative_step == pytest.approx((moved.norm() / before[report.layer].norm()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["kfac", "batch", "engram", "retain_null_space"])
+def test_every_direction_forgets_by_its_name(direction):
+    module, before, report = forgetting(direction=direction, layers="net.6.weight", tolerance=1.0)
+    assert report.status == "unlearned" and changed(module, before) == {"net.6.weight"}
+    assert {t["direction"] for t in report.trace} == {direction}
+
+
+def test_a_path_is_the_same_bits_with_replay_and_without():
+    found = [forgetting(curve="path", replay=replay) for replay in (True, False)]
+    (first, before, _), (second, _, _) = found
+    assert found[0][2].trace == found[1][2].trace and changed(first, before)
+    assert not changed(first, snapshot(second))
+
+
+def test_where_one_layer_is_not_enough_another_is_added_and_the_patch_undoes_both():
+    options = {"metric": "val_loss", "target": None, "max_step": 0.3}
+    _, _, alone = forgetting(**options)
+    assert alone.status == "infeasible" and any("max_step" in t.get("ended", "") for t in alone.trace)
+    module, before, report = forgetting(max_layers=3, **options)
+    edited = changed(module, before)
+    assert report.status == "unlearned" and len(edited) == 2
+    assert set(report.layer.split(" + ")) == edited
+    assert any("another layer is searched" in note for note in report.notes)
+    weights = [torch.cat([tensors[name].flatten() for name in sorted(edited)]) for tensors in (module.state_dict(), before)]
+    assert report.relative_step == pytest.approx(((weights[0] - weights[1]).norm() / weights[1].norm()).item(), rel=1e-5)
+    report.patch.revert(module)
+    assert not changed(module, before)
+
+
+def test_without_the_front_the_retain_set_is_only_passed_forward(monkeypatch):
+    kinds = []
+    own = Objective.gradient
+
+    def gradient(self, kind, *args, **options):
+        kinds.append(kind)
+        return own(self, kind, *args, **options)
+
+    monkeypatch.setattr(Objective, "gradient", gradient)
+    module, before, report = forgetting(direction="covariance", score="measured", front=False)
+    assert set(kinds) == {"forget"} and report.status == "unlearned" and changed(module, before)
+    assert all(row["alignment"] is None for row in report.scores)
+
+
+def test_paper_is_the_default():
+    assert SLUG() == SLUG.paper() and SLUG.paper(max_evaluations=3).max_evaluations == 3
+    _, _, first = forgetting()
+    _, _, second = forgetting(**{name: value for name, value in vars(SLUG.paper()).items() if name != "check_rounding"})
+    assert first.trace == second.trace
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"direction": "uphill"}, "direction must be one of"),
+        ({"direction": []}, "at least one"),
+        ({"direction": ["kfac", "kfac"]}, "different names"),
+        ({"max_step": 0.0}, "max_step must be > 0"),
+        ({"max_layers": 0}, "max_layers must be >= 1"),
+        ({"front": False}, "score='measured'"),
+        ({"curve": "circle"}, "curve must be"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(options, problem):
+    with pytest.raises(UnlearnError, match=problem):
+        SLUG(**options)
