@@ -26,6 +26,7 @@ from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import load_drawings
+from slug_lightning.methods.slug.directions import DIRECTIONS
 from slug_lightning.modules import ClipModule
 from slug_lightning.tensors.dtensor import shard, whole
 
@@ -47,6 +48,10 @@ QUICK = [
 ]
 CASES = sample(product(MODELS, PRECISIONS, WAYS), QUICK)
 MIXED = sample(product(MODELS, PRECISIONS[1:]), product(["lm"], PRECISIONS[1:]))
+RULED = sample(
+    product(DIRECTIONS, ["line", "path"], ["32-true", "bf16-mixed"], [("ddp", 2), ("fsdp2", 2)]),
+    [("covariance", "path", "32-true", ("ddp", 2)), ("kfac", "path", "32-true", ("fsdp2", 2))],
+)
 SCALE = 2.0**18
 """Of the 16-bit gradients, at first: some of them overflow."""
 # Of λ, between two ways in one precision: its unit roundoff, and that of a few sums in another order.
@@ -158,7 +163,7 @@ class Outcome:
     scale: float | None
 
 
-def forget(model: str, way: str, precision: str) -> Outcome:
+def forget(model: str, way: str, precision: str, direction: str = "gradient", curve: str = "line") -> Outcome:
     """One run, in a process of its own."""
     count = int(os.environ["WORLD_SIZE"])
     sums = 0
@@ -176,7 +181,7 @@ def forget(model: str, way: str, precision: str) -> Outcome:
     if precision == "16-mixed":  # of which Lightning makes bf16 on a CPU
         how = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
     strategies = {"one device": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(count, 1)}
-    callback = unlearn_callback(retain_tolerance=0.2, **options)
+    callback = unlearn_callback(retain_tolerance=0.2, direction=direction, curve=curve, **options)
     dist.all_reduce = counted
     trainer(callback, devices=count, strategy=strategies[way], **how).fit(module, data)
     report = callback.report
@@ -191,9 +196,9 @@ def front(report: dict[str, Any]) -> list[str]:
 
 
 @functools.cache
-def outcomes(model: str, precision: str, way: tuple[str, int]) -> list[Outcome]:
+def outcomes(model: str, precision: str, way: tuple[str, int], *rules: str) -> list[Outcome]:
     emoji(), lm_weights()  # once, for all processes
-    return in_processes(way[1], forget, model, way[0], precision, timeout=60)
+    return in_processes(way[1], forget, model, way[0], precision, *rules, timeout=60)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,6 +233,22 @@ def test_every_way_gives_the_answer_of_one_device(model, precision, way):
     assert alone.all_reduces == 0 and sums == (1 if way[0] == "ddp" else 0)
     assert alone.scale in (None, SCALE) and processes[0].scale in (None, SCALE)
     assert math.isfinite(report["step_size"])
+
+
+@pytest.mark.parametrize(("direction", "curve", "precision", "way"), RULED)
+def test_every_direction_and_curve_gives_the_answer_of_one_device(direction, curve, precision, way):
+    (alone,), processes = (outcomes("lm", precision, how, direction, curve) for how in (ALONE, way))
+    for process in (alone, *processes):
+        assert isinstance(process, Outcome), process
+    report = processes[0].report
+    assert all(process.report == report for process in processes), "the processes report different things"
+    assert (report["layer"], report["status"]) == (alone.report["layer"], alone.report["status"])
+    assert alone.report["status"] == "unlearned"
+    assert report["relative_step"] == pytest.approx(alone.report["relative_step"], rel=0.01 if precision == "32-true" else 0.05)
+    for name, tensor in processes[0].edited.items():
+        assert all(torch.equal(process.edited[name], tensor) for process in processes)
+        one, other = ((edited - lm_weights()[name]).double().flatten() for edited in (tensor, alone.edited[name]))
+        assert torch.nn.functional.cosine_similarity(one, other, dim=0) >= (0.9999 if precision == "32-true" else 0.99)
 
 
 @pytest.mark.parametrize(("model", "precision"), MIXED)
