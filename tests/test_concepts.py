@@ -495,8 +495,8 @@ def watched(monkeypatch):
     refs = []
     own = Objective.gradient
 
-    def gradient(self, kind, parameters):
-        found = own(self, kind, parameters)
+    def gradient(self, kind, parameters, *args, **options):
+        found = own(self, kind, parameters, *args, **options)
         refs.extend(weakref.ref(tensor) for tensor in found.tensors.values())
         return found
 

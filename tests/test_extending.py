@@ -288,7 +288,7 @@ def test_a_direction_works_for_a_convolution_and_for_vectors(granularity, my_rul
 
 def of_statistics(context: Context) -> None:
     needs, layers = {"retain:input_covariance", "retain:batch_output", "forget:input_covariance"}, context.layers
-    context.shared_retain_gradient(False, watched=layers[:1], needs=needs)
+    context.shared_retain_gradient(False, layers, watched=layers[:1], needs=needs)
     before = context.objective.backward_samples
     found = context.statistics(layers[:1], needs, context.concepts[0])
     assert context.objective.backward_samples == before, "those of the retain set were collected with the gradient"

@@ -230,7 +230,7 @@ def test_paper_is_the_default():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"direction": "uphill"}, "direction must be one of"),
+        ({"direction": "uphill"}, "direction must be 'gradient'"),
         ({"direction": []}, "at least one"),
         ({"direction": ["kfac", "kfac"]}, "different names"),
         ({"max_step": 0.0}, "max_step must be > 0"),

@@ -104,7 +104,7 @@ class UnlearnModule(pl.LightningModule, WrapsModel):
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `-log p(label)` of each sample, in nats, `[B]`; NaN for a negative label, which stands for none.
+    """Return `-log p(label)` of each sample, in nats, `[B]`; NaN for a label that no logit stands for.
 
     Args:
         logits: `[B, C]`.
@@ -114,5 +114,6 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
         >>> negative_log_likelihood(torch.zeros(2, 4), torch.tensor([3, -1]))
         tensor([1.3863,    nan])
     """
-    values = cross_entropy(logits.float(), labels.clamp(min=0).long(), reduction="none")
-    return values.masked_fill(labels < 0, torch.nan)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    values = cross_entropy(logits.float(), labels.where(known, 0).long(), reduction="none")
+    return values.masked_fill(~known, torch.nan)

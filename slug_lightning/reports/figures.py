@@ -41,9 +41,10 @@ def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None)
         axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
         label = f"front of the {tower} tower" if tower != "model" else "front"
         axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
-        for s in front:  # numbers, since names are longer than the gaps between points
+        edited = [s for s in rest if s["layer"] in (layer or "").split(" + ")]
+        for s in front + edited:  # numbers, since names are longer than the gaps between points
             number += 1
-            mark, size, note = ("*", 15, "  (edited)") if s["layer"] == layer else ("o", 6, "")
+            mark, size, note = ("*", 15, "  (edited)") if s["layer"] in (layer or "").split(" + ") else ("o", 6, "")
             at, name = (s["importance"], s["alignment"]), f"{number}  {s['layer']}{note}"
             axes.plot(*at, mark, ms=size, color=f"C{hue}", label=name)
             axes.annotate(str(number), at, (7, 5), textcoords="offset points", fontsize=9)

@@ -76,7 +76,9 @@ def front_table(report: UnlearnReport) -> str:
     """Return the front as a Markdown table, most important layer first."""
     rows = ["| tower | layer | importance | alignment | edited |", "|---|---|---|---|---|"]
     for s in sorted(report.scores, key=lambda s: -s["importance"]):
-        if s["on_front"]:
-            mark = "yes" if s["layer"] == report.layer else ""
-            rows.append(f"| {s['tower']} | {s['layer']} | {s['importance']:.3g} | {s['alignment']:.3f} | {mark} |")
+        is_edited = s["layer"] in (report.layer or "").split(" + ")
+        if s["on_front"] or is_edited:
+            mark = "" if not is_edited else "yes" if s["on_front"] else "yes, off the front"
+            alignment = "–" if s["alignment"] is None else f"{s['alignment']:.3f}"
+            rows.append(f"| {s['tower']} | {s['layer']} | {s['importance']:.3g} | {alignment} | {mark} |")
     return "\n".join(rows)

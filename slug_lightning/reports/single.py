@@ -135,7 +135,8 @@ class UnlearnReport(Report):
         And, where measured, "strength": what more or less of the edit does; of a generator, "samples/forget" and
         "samples/retain": what it draws before and after.
         """
-        figures = {"pareto": pareto_figure(self.concept, self.scores, self.layer)} if self.scores else {}
+        scored = bool(self.scores) and all(s["alignment"] is not None for s in self.scores)
+        figures = {"pareto": pareto_figure(self.concept, self.scores, self.layer)} if scored else {}
         figures["trade_off"] = trade_off_figure(
             self.trace,
             self.search_before,

@@ -11,7 +11,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Outcome, Trial
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
-from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measured
+from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measured, pareto
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve
 from slug_lightning.methods.slug.directions import Direction
@@ -66,6 +66,7 @@ class ConceptSearch:
         self._statistics: list[LayerStatistics] = []
         self._edit: EditStep | None = None
         self._candidates: list[Candidate] = []
+        self._front: set[str] = set()
         self._errors: Errors = {}
         if concept.edit is not None and concept.report is not None:
             self._take_over(concept.edit, concept.report.relative_step or 0.0)
@@ -93,8 +94,8 @@ class ConceptSearch:
         if self.rules.check_rounding and self.objective.runner.precision.endswith("-mixed"):
             self._errors = score_errors(self.objective, context.layers, self.outcome.notes)
         self._score(context.layers, is_last)
-        names = {candidate.layer for candidate in self._candidates if candidate.round == 0}
-        self.outcome.layers = [one.row(one.name in names) for one in self._statistics]
+        self._front = {candidate.layer for candidate in pareto(self._statistics)} if self.rules.front else set()
+        self.outcome.layers = [one.row(one.name in self._front) for one in self._statistics]
 
     def search(self) -> None:
         """Search the candidates round by round, as if nothing else were forgotten; then for further layers."""
@@ -121,6 +122,7 @@ class ConceptSearch:
         self.outcome.notes += close_scores(precision, self._statistics, self._errors, self.chosen)
         if self.chosen is not None:
             self._edit = search.edit(self.chosen)
+            self._say_choice(self.chosen, search)
         self._keep_alternatives(search)
         if self.chosen is not None and base:
             self._merge(base, search)
@@ -220,6 +222,18 @@ class ConceptSearch:
         """Keep what makes the further gradients of a curve that bends cheap."""
         layers = list({way.layer.name: way.layer.layer for way in ways}.values())
         return nullcontext() if curve == "line" else self.context.passes.path_recorded(self.concept, layers)
+
+    def _say_choice(self, chosen: Trial, search: LayerSearch) -> None:
+        """Note what was chosen and why, where more than the paper's front competed along the gradient."""
+        ways = {trial.way for trial in search.trials}
+        if chosen.layer in self._front and all(way[1:] == ("gradient", "line") for way in ways):
+            return
+        place = ("on" if chosen.layer in self._front else "off") + " the front of importance and alignment; "
+        able = {trial.way for trial in search.trials if trial.feasible}
+        self.outcome.notes.append(
+            f"choice: {chosen.layer} along {chosen.direction}, {chosen.curve}; {place if self.rules.front else ''}"
+            f"constraint usage {chosen.constraint_usage:.2f}; {len(able)} of {len(ways)} ways met both bounds"
+        )
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules

@@ -23,6 +23,9 @@ from slug_lightning.objective.curvature import NEEDS
 from slug_lightning.tensors.layers import Granularity, Layer, find_layers
 from slug_lightning.utils.names import some_of
 
+Name = Literal["gradient", "covariance", "kfac", "batch", "engram", "retain_null_space"]
+"""Of the built-in directions: spelled out, as a config's reader tells them from import paths by it."""
+
 
 @dataclass(frozen=True)
 class SLUG(Method):
@@ -74,7 +77,7 @@ class SLUG(Method):
 
     layers: Union[str, list[str]] = "*"
     granularity: Granularity = "tensor"
-    direction: Union[str, Callable[..., Any], list[Union[str, Callable[..., Any]]]] = "gradient"
+    direction: Union[Name, Callable[..., Any], list[Union[Name, Callable[..., Any]]]] = "gradient"
     curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "line"
     score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "pareto"
     choice: Union[Literal["least_usage", "least_damage"], Callable[..., Any]] = "least_usage"
@@ -127,7 +130,7 @@ class SLUG(Method):
         if not given:
             raise UnlearnError("direction: give at least one")
         if unknown := [rule for rule in given if isinstance(rule, str) and rule not in DIRECTIONS]:
-            raise UnlearnError(f"direction must be one of {some_of(DIRECTIONS)}, or an object, got {unknown[0]!r}")
+            raise UnlearnError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, or an object, got {unknown[0]!r}")
         named = {rule if isinstance(rule, str) else _name(rule): rule for rule in given}
         if len(named) < len(given):
             raise UnlearnError(f"direction: the directions must have different names, got {[_name(rule) for rule in given]}")

@@ -60,11 +60,11 @@ class LayerStatistics:
         # A layer that the retain loss doesn't touch is at right angles to it: editing it harms nothing at first order.
         return min(abs(self.inner) / (self.forget_norm * self.retain_norm), 1.0) if self.retain_norm else 0.0
 
-    def row(self, is_candidate: bool) -> dict[str, Any]:
+    def row(self, on_front: bool) -> dict[str, Any]:
         """The layer's row in the report's table."""
         names = ("importance", "alignment", "forget_norm", "weight_norm", "retain_norm")
         values = {name: getattr(self, name) for name in names}
-        return {"layer": self.name, "tower": self.layer.tower, **values, "on_front": is_candidate}
+        return {"layer": self.name, "tower": self.layer.tower, **values, "on_front": on_front}
 
 
 def layer_statistics(
