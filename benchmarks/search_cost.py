@@ -8,7 +8,8 @@ run takes the retain gradient over from the first, and is charged for it. `lower
 over forget and retain data, measured in the same run. `released` is what the released procedure's shape costs on the same
 data: the pass, and for every layer of the front ten full evaluations of a deep copy of the model. One such evaluation is
 run and counted, and multiplied; it is given twice, with evaluations of the forget and retain data, and with evaluations of
-the evaluation data alone.
+the evaluation data alone. Whole runs of other rules (`SPARING`) are given relative to the same pass, in which none of their
+statistics and paths are.
 
 Sizes are retain : forget : evaluation = 8 : 1 : 2.5, as in the paper. The evaluation data are divided into search and
 report data, and each of these 1 : 8 into forget and retain. Random weights, except for the embedded CLIP: what a model
@@ -36,7 +37,7 @@ from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import emoji_pairs
 from slug_lightning.embedded.drawings import load_drawings
-from slug_lightning.methods import Runtime
+from slug_lightning.methods import SLUG, Runtime
 from slug_lightning.modules import ClipModule, EmbeddedClip
 from slug_lightning.reports.cost import CostMeter, flop_counter
 
@@ -44,6 +45,13 @@ BUDGET = 2**28
 """Bytes that replay may keep."""
 DRAWN = 10
 """Evaluations of a layer in the released procedure."""
+
+
+SPARING = {
+    "covariance, line and path": SLUG(direction="covariance", curve="both", score="measured", choice="least_damage"),
+    "covariance, line, no front": SLUG(direction="covariance", score="measured", front=False),
+}
+"""Rules whose whole runs are compared with the pass, too."""
 
 
 class Case(NamedTuple):
@@ -168,12 +176,18 @@ def loader(data: UnlearnDataModule, kind: str, split: str) -> DataLoader:
 
 
 def run(
-    case: Case, data: UnlearnDataModule, target: float | None, cache: RetainCache, replay: bool
+    case: Case,
+    data: UnlearnDataModule,
+    target: float | None,
+    cache: RetainCache | None,
+    replay: bool = True,
+    method: SLUG | None = None,
 ) -> tuple[UnlearnReport, dict]:
     """Forget once; the model is as before afterwards. Gives the report and the weights."""
     options = {"retain_tolerance": 1.0} | {name: value for name, value in case.options.items() if name != "rise"}
     callback = UnlearnCallback(
         forget_target=target,
+        method=method or SLUG.paper(),
         runtime=Runtime(replay=replay, replay_budget=BUDGET, count_cost=True, retain_cache=cache),
         **options,
     )
@@ -261,6 +275,10 @@ def measure(name: str, forget: int, batch_size: int) -> dict:
             f"ours / lower bound, {key}": sum(ours.cost[key].values()) / bound[key],
             f"without replay / lower bound, {key}": sum(plain.cost[key].values()) / bound[key],
         }
+    for words, method in SPARING.items():
+        spared, _ = run(case, data, target, None, method=method)
+        figures[f"{words}: layer"] = spared.layer
+        figures[f"{words} / lower bound, flops"] = sum(spared.cost["flops"].values()) / bound["flops"]
     for words, splits in (("forget and retain data", ["train"]), ("evaluation data", ["val", "test"])):
         once = dict(zip(("flops", "seconds"), released_evaluation(case, data, splits, device), strict=True))
         for key in bound:
@@ -298,6 +316,7 @@ def main() -> None:
         "front layers",
         "ours / lower bound, flops",
         "without replay / lower bound, flops",
+        *(f"{words} / lower bound, flops" for words in SPARING),
         "released on forget and retain data / ours, flops",
         "released on evaluation data / ours, flops",
         "ours / lower bound, seconds",

@@ -347,8 +347,11 @@ def test_without_backward_all_positions_count_that_no_mask_excludes():
         torch.testing.assert_close(watch.statistics.factors["input_covariance"][name].matrices[0], rows.T @ rows / 5)
     assert objective.forward_samples == 5 and objective.backward_samples == 0
     module.unused = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(UnlearnError, match="statistics: unused: no use was found that is understood"):
-        objective.forward_statistics("retain", Curvature(module, {"unused": module.unused}, ["input_covariance"]))
+    watch = Curvature(module, {"unused": module.unused}, ["input_covariance"])
+    objective.forward_statistics("retain", watch)
+    assert "nothing is known of it" in watch.statistics.notes()[0]
+    g = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    torch.testing.assert_close(watch.statistics.factors["input_covariance"]["unused"].solve(g), g)
 
 
 @pytest.mark.parametrize("in_folder", [True, False])

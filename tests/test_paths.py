@@ -242,3 +242,35 @@ def test_paper_is_the_default():
 def test_an_option_out_of_range_is_refused_by_name(options, problem):
     with pytest.raises(UnlearnError, match=problem):
         SLUG(**options)
+
+
+def test_no_layer_left_to_add_is_infeasible_and_no_error():
+    options = {"metric": "val_loss", "target": None, "max_step": 0.05, "max_layers": 3, "layers": "net.6.weight"}
+    module, before, report = forgetting(**options)
+    assert report.status == "infeasible" and not changed(module, before)
+    assert max(t["relative_step"] for t in report.trace) == pytest.approx(0.05)  # the limit itself is tried
+    assert not any("stays at" in note for note in report.notes)
+
+
+def test_further_layers_share_one_tolerance():
+    """What the first edit has cost counts with what the second costs."""
+    _, _, report = forgetting(metric="val_loss", target=None, max_step=0.3, max_layers=3, tolerance=0.02)
+    last = [t for t in report.trace if t["forgotten"] and t["constraint_usage"] is not None][-1]
+    lost = (report.search_before["retain"]["val_acc"] - last["retain"]["val_acc"]) / 0.02
+    assert last["constraint_usage"] == pytest.approx(max(lost, 0.0), abs=1e-6)
+
+
+def test_a_direction_that_leads_nowhere_ends_its_way_and_not_the_run():
+    class Fading:
+        """Uphill at first, and after the first bend nowhere."""
+
+        needs = frozenset()
+        asked = 0
+
+        def __call__(self, layer, gradient):
+            Fading.asked += 1
+            return {name: g if Fading.asked == 1 else torch.zeros_like(g) for name, g in gradient.items()}
+
+    _, _, report = forgetting(direction=[Fading(), "gradient"], curve="path", layers="net.6.weight")
+    assert report.status == "unlearned" and Fading.asked == 2
+    assert report.layer == "net.6.weight" and any("along gradient, path" in note for note in report.notes)

@@ -54,16 +54,17 @@ class Passes:
     def retain_gradient(
         self, layers: Sequence[Layer], at: Sequence[EditStep] = (), watched: Sequence[Layer] = (), needs: Iterable[str] = ()
     ) -> dict[str, Tensor]:
-        """Differentiate the mean retain loss; the same pass collects what `needs` asks for of the `watched` layers."""
+        """Differentiate the mean retain loss; of the unedited model, the same pass collects what the `watched` layers `needs`."""
         parts = [need.partition(":")[2] for need in needs if need.startswith("retain:")]
-        watch = self._watch(self.objective, watched, parts) if parts and watched else None
         with self.edits.applied(*at):
-            if self.retain_cache is None or self.edits.active:
-                tensors = self.objective.gradient("retain", _parameters(layers), watch).tensors
-            else:
-                tensors = self.retain_cache.gradient(self.objective, _parameters(layers), self.notes, watch)
-            is_edited = bool(self.edits.active)
-        if watch is not None and not is_edited:
+            if self.edits.active:
+                return self.objective.gradient("retain", _parameters(layers)).tensors
+        watch = self._watch(self.objective, watched, parts) if parts and watched else None
+        if self.retain_cache is None:
+            tensors = self.objective.gradient("retain", _parameters(layers), watch).tensors
+        else:
+            tensors = self.retain_cache.gradient(self.objective, _parameters(layers), self.notes, watch)
+        if watch is not None:
             self._statistics |= self._collected("retain", watch, backward=True)
         return tensors
 
@@ -98,6 +99,10 @@ class Passes:
             for need in of_kind:
                 found[need] = {name: known[need, name, backward] for one in layers for name in one.parameters}
         return found
+
+    def let_go(self) -> None:
+        """Let go of what was kept of the retain set."""
+        self._statistics.clear()
 
     def _pass(
         self,

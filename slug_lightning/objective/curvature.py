@@ -32,6 +32,10 @@ UNACCOUNTED = 0.1
 """Share of a tensor's first gradient that the uses found may leave open, above what 16-bit rounding leaves."""
 
 
+INSTEAD = "per-batch gradients are used instead"
+UNSEEN = "no use was found that is understood; without a backward pass, nothing is known of it"
+
+
 class Statistics(NamedTuple):
     """What was collected.
 
@@ -49,7 +53,8 @@ class Statistics(NamedTuple):
         for name, reason in self.fallbacks.items():
             reasons.setdefault(reason, []).append(name)
         return [
-            f"directions: {some_of(names)}: {reason}; per-batch gradients are used instead" for reason, names in reasons.items()
+            f"directions: {some_of(names)}: {reason}" + ("" if reason == UNSEEN else f"; {INSTEAD}")
+            for reason, names in reasons.items()
         ]
 
 
@@ -153,8 +158,11 @@ class Curvature:
                 raise UnlearnError(f"statistics: {name} is used in another way on other ranks; does a step depend on the rank?")
             if found and one.told is None:
                 one.settle(*found.pop())
-        unseen = [n for n, one in self.tensors.items() if one.kind in ("", "fallback") and (self.forward_only or one.is_sharded)]
-        if unseen:
+        unseen = [name for name, one in self.tensors.items() if one.kind in ("", "fallback")]
+        if self.forward_only:
+            for name in unseen:
+                self.tensors[name].settle(Form(self.tensors[name].shape), "fallback", UNSEEN)
+        elif unseen := [name for name in unseen if self.tensors[name].is_sharded]:
             raise UnlearnError(
                 f"statistics: {some_of(unseen)}: no use was found that is understood, and there are no gradients of single "
                 "batches to go by; leave it out by layers=…"

@@ -31,7 +31,8 @@ class UnlearnReport(Report):
         bounds: metrics, directions, target and tolerance, and where the target came from.
         scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
         trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, constraint_usage (the largest loss of
-            a retain metric as a share of its tolerance); `together` where the edits of other concepts were there, too.
+            a retain metric as a share of its tolerance); `together` where the edits of other concepts were there, too;
+            `direction`, `curve` and `distance` where it isn't the line of the gradient; `ended` where a way was given up.
         before: metrics on the test split, which the search never saw: `{"forget": {...}, "retain": {...}}`.
         after: the same after the edit.
         search_before: the same on the validation split.
@@ -92,7 +93,7 @@ class UnlearnReport(Report):
         if self.status == "unlearned":
             return "Both bounds hold on the test split as well." if self.holds else "A bound does not hold on the test split."
         verdict = "No edit meets both bounds; the weights are as they were."
-        forgot = [t for t in self.trace if t.get("constraint_usage") is not None]  # measured only where the step forgets
+        forgot = [t for t in self.trace if t.get("forgotten", True) and t.get("constraint_usage") is not None]
         if forgot:
             near = min(forgot, key=lambda t: t["constraint_usage"])
             kept = ", ".join(

@@ -77,6 +77,11 @@ class ConceptSearch:
         return self.concept.edit is not None
 
     @property
+    def can_be_searched_again(self) -> bool:
+        """Whether ways were kept: not where several layers are edited, as theirs begin where other edits end."""
+        return bool(self._kept)
+
+    @property
     def layers(self) -> list[Layer]:
         """The layers that may be searched, known after `score`."""
         names = {candidate.layer for candidate in self._candidates}
@@ -94,29 +99,34 @@ class ConceptSearch:
         if self.rules.check_rounding and self.objective.runner.precision.endswith("-mixed"):
             self._errors = score_errors(self.objective, context.layers, self.outcome.notes)
         self._score(context.layers, is_last)
-        self._front = {candidate.layer for candidate in pareto(self._statistics)} if self.rules.front else set()
         self.outcome.layers = [one.row(one.name in self._front) for one in self._statistics]
 
     def search(self) -> None:
         """Search the candidates round by round, as if nothing else were forgotten; then for further layers."""
-        search, trials = self._search_rounds()
-        all_statistics, base = self._statistics, list[EditStep]()
+        search = self._search_rounds()
+        searches, all_statistics, base, said = [search], self._statistics, list[EditStep](), list[str]()
         with ExitStack() as stack:
             while self.chosen is None and len(base) < self.rules.max_layers - 1:
-                if (furthest := search.furthest_within_bounds()) is None:
+                furthest = search.furthest_within_bounds()
+                if furthest is not None and furthest.feasible:
+                    self.chosen = furthest
+                edited = {edit.layer.name for edit in base} | {furthest.layer if furthest else ""}
+                rest = [layer for layer in self.context.layers if layer.name not in edited]
+                if furthest is None or self.chosen is not None or not rest:
                     break
                 base.append(search.edit(furthest))
                 gone = self.concept.share(furthest.forget)
-                self.outcome.notes.append(
+                said.append(
                     f"max_layers: no single layer meets both bounds; {furthest.layer} stays at relative step "
                     f"{furthest.relative_step:.4f}, {gone:.0%} of the way to the target, and another layer is searched"
                 )
                 stack.enter_context(self.context.edits.applied(base[-1]))
-                edited = {edit.layer.name for edit in base}
-                self._score([layer for layer in self.context.layers if layer.name not in edited], is_last=True)
-                search, trials = self._search_rounds(trials)
+                self._score(rest, is_last=True)
+                search = self._search_rounds()
+                searches.append(search)
         self._statistics = all_statistics
-        self.outcome.trials = list(trials)
+        trials = self.outcome.trials = [trial for one in searches for trial in one.trials]
+        self.outcome.notes += said if self.chosen is not None else []
         precision = self.objective.runner.precision
         self.outcome.notes += close_calls(precision, trials, self.chosen, search.error)
         self.outcome.notes += close_scores(precision, self._statistics, self._errors, self.chosen)
@@ -181,8 +191,9 @@ class ConceptSearch:
         retain = context.shared_retain_gradient(is_last, layers, watched, self._ways.needs) if rules.front else None
         self._statistics = layer_statistics(layers, forget.tensors, retain, self.objective.processes, known)
         del retain  # before the few that are needed are copied
-        if not self._statistics:
+        if not self._statistics and not context.edits.active:
             refuse_unmovable(layers)
+        self._front = {candidate.layer for candidate in pareto(self._statistics)} if rules.front else set()
         self._candidates = list(rules.score(self._statistics))
         if not all(isinstance(candidate, Candidate) for candidate in self._candidates):
             raise UnlearnError(f"score must return Candidates, got {self._candidates}")
@@ -192,9 +203,10 @@ class ConceptSearch:
         first = dict.fromkeys(candidate.layer for candidate in self._candidates if candidate.round == 0)
         self._ways.keep(forget.tensors, forget.loss, [by_name[name] for name in first])
 
-    def _search_rounds(self, trials: Sequence[Trial] = ()) -> tuple[LayerSearch, list[Trial]]:
-        """Search round by round until the choice is content; returns the search, and all trials with those given."""
-        search = self._layer_search()
+    def _search_rounds(self) -> LayerSearch:
+        """Search round by round until the choice is content."""
+        # What edits that stay have cost already counts as well.
+        search = self._layer_search(self.context.retain_before() if self.context.edits.active else None)
         for number in sorted({candidate.round for candidate in self._candidates}):
             pairs = self._pairs(number)
             for name, curve in self.rules.curves.items():
@@ -203,12 +215,14 @@ class ConceptSearch:
                     decision, without = search.run(ways)
                 self.context.retain_before(known=without)
                 self.chosen = decision.trial
-                best = search.best(ways)[:FOLLOWED]  # for the next curve, if there is one; the cheapest suffix first
-                best.sort(key=lambda way: -way.layer.depth)
-                pairs = [(way.layer, way.direction) for way in best if not getattr(way.rule, "is_fixed", False)]
+                # For the next curve, if there is one: the cheapest suffix first, and none of a direction that never turns.
+                best = search.best([way for way in ways if not getattr(way.rule, "is_fixed", False)])[:FOLLOWED]
+                pairs = [(way.layer, way.direction) for way in sorted(best, key=lambda way: -way.layer.depth)]
+                if not pairs:
+                    break
             if not decision.search_more:
                 break
-        return search, [*trials, *search.trials]
+        return search
 
     def _pairs(self, number: int) -> list[tuple[LayerStatistics, str]]:
         """Layers and directions of a round, in the order of the candidates."""
@@ -256,7 +270,7 @@ class ConceptSearch:
         weights = {name: local(p) for name, p in layer.parameters.items()}  # asked for outside of all edits
         relative = norm(layer, self._edit.direction, processes) / norm(layer, weights, processes)
         self.chosen = replace(self.chosen, layer=layer.name, step=1.0, relative_step=relative)
-        self._kept = []  # these ways begin where the edits before them end
+        self._kept = []
 
     def _keep_alternatives(self, search: LayerSearch) -> None:
         """Let go of the ways that neither were chosen nor may be later, and of their directions."""

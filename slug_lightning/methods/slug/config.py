@@ -104,6 +104,10 @@ class SLUG(Method):
                 raise UnlearnError(f"{name} must be {' or '.join(map(repr, builtin))}, or an object, got {rule!r}")
         if not isinstance(self.choice, (str, Choice)):
             raise UnlearnError(f"choice must be an instance of {Choice.__module__}.Choice, got {self.choice!r}")
+        if not self.front and self.check_rounding:
+            raise UnlearnError("check_rounding says which layers are on the front; leave front=True, or check_rounding out")
+        if not isinstance(self.curve, str) and _name(self.curve) in CURVES:
+            raise UnlearnError(f"curve: {_name(self.curve)!r} is the name of a built-in curve; give yours another")
         if not self.front and self.score == "pareto":
             raise UnlearnError("front: score='pareto' needs the front; use score='measured', or leave front=True")
         for rule in self._directions().values():
@@ -131,7 +135,9 @@ class SLUG(Method):
             raise UnlearnError("direction: give at least one")
         if unknown := [rule for rule in given if isinstance(rule, str) and rule not in DIRECTIONS]:
             raise UnlearnError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, or an object, got {unknown[0]!r}")
-        named = {rule if isinstance(rule, str) else _name(rule): rule for rule in given}
+        named = {_name(rule): rule for rule in given}
+        if taken := [name for name, rule in named.items() if not isinstance(rule, str) and name in DIRECTIONS]:
+            raise UnlearnError(f"direction: {taken[0]!r} is the name of a built-in direction; give yours another")
         if len(named) < len(given):
             raise UnlearnError(f"direction: the directions must have different names, got {[_name(rule) for rule in given]}")
         return {name: DIRECTIONS[rule] if isinstance(rule, str) else rule for name, rule in named.items()}
@@ -146,7 +152,7 @@ class SLUG(Method):
         """The longest way that is tried."""
         if self.max_step is not None:
             return self.max_step
-        plain = self.direction == "gradient" and self.curve == "line"
+        plain = list(self._directions()) == ["gradient"] and self.curve == "line"
         return math.inf if plain else context.objective.hooks.max_step or MAX_STEP
 
     def request(self) -> dict[str, Any]:
@@ -186,6 +192,7 @@ class SLUG(Method):
                 (stack if len(searches) > 1 else context.until_report).enter_context(replaying)
                 with context.phase("search"):
                     search.search()
+        context.passes.let_go()
         if len(searches) > 1:
             with context.phase("together"):
                 self._settle(context, searches)

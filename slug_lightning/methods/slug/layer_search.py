@@ -137,16 +137,18 @@ class LayerSearch:
         found: list[Trial] = []
         for way in self.best(self.ways)[:FOLLOWED]:
             trials = [t for t in self.trials if t.way == way.key and math.isfinite(t.forget)]
-            if not trials:
-                continue
-            trial = max(trials, key=_distance)
-            for _ in range(HALVED):
-                trial = self._retain(trial, before, math.inf)
+            trial = max(trials, key=_distance, default=None)
+            for halving in range(HALVED if trial else 0):
+                assert trial is not None
+                if trial.constraint_usage is None or trial.dropped:
+                    measured = self._retain(trial, before, math.inf)
+                    self.trials[self.trials.index(trial)] = trial = measured
                 if trial.constraint_usage is not None and trial.constraint_usage <= 1:
                     found.append(trial)
                     break
-                trial = self._forget(way, lambda: None, _distance(trial) / 2)
-        self.trials += [trial for trial in found if trial not in self.trials]
+                if halving < HALVED - 1:
+                    trial = self._forget(way, lambda: None, _distance(trial) / 2)
+                    self.trials.append(trial)
         able = [trial for trial in found if self.concept.share(trial.forget) > 0]
         return max(able, key=lambda trial: self.concept.share(trial.forget), default=None)
 
@@ -163,11 +165,16 @@ class LayerSearch:
     def _search_steps(self, way: Way, advance: Callable[[], None]) -> None:
         """Find the smallest step of a way that forgets, and the one with the margin."""
         layer, plain = way.layer, way.direction == "gradient" and way.curve == "line"
-        start = START if self._gain is None or not plain else _first_step(layer, self._gain)
+        start = min(START if self._gain is None or not plain else _first_step(layer, self._gain), self.max_step)
         tried: list[Trial] = []
 
         def evaluate(distance: float) -> Trial:
-            tried.append(self._forget(way, advance, distance))
+            is_beyond = distance > self.max_step
+            if is_beyond and tried and _distance(tried[-1]) >= self.max_step:
+                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
+            tried.append(self._forget(way, advance, min(distance, self.max_step)))
+            if is_beyond and not tried[-1].forgotten:
+                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
             return tried[-1]
 
         try:
@@ -188,8 +195,6 @@ class LayerSearch:
 
     def _forget(self, way: Way, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
         """Measure only whether a step forgets."""
-        if distance > self.max_step and straight_after == math.inf:
-            raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
         edit = way.point(distance, straight_after=straight_after)
         relative = distance
         if way.curve != "line":

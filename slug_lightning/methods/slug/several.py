@@ -164,7 +164,8 @@ class JointSearch:
 
     def _costliest(self) -> ConceptSearch | None:
         """The concept that costs most, of those whose layers were not searched again yet; None after a few."""
-        left = [s for s in self._own if s.name not in self._searched and len(self._searched) < SEARCHES]
+        left = [s for s in self._own if s.can_be_searched_again and s.name not in self._searched]
+        left = left if len(self._searched) < SEARCHES else []
         return max(left, key=lambda s: self._costs[s.name], default=None)
 
     def _search_again(self, search: ConceptSearch) -> str:

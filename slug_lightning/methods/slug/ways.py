@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import direction_norm, product_share
-from slug_lightning.methods.slug.curves import Curve, Point, Tangent
-from slug_lightning.methods.slug.directions import Direction, ForgetGradient
+from slug_lightning.methods.norms import direction_norm, norm, product_share
+from slug_lightning.methods.slug.curves import Curve, CurveEnd, Point, Tangent
+from slug_lightning.methods.slug.directions import DIRECTIONS, Direction, ForgetGradient
 from slug_lightning.methods.slug.layer_search import Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.patches.temporary import EditStep
@@ -80,13 +81,22 @@ class Ways:
             gradient, loss = found.tensors, found.loss
         rule = self.directions[name]
         direction = gradient if isinstance(rule, ForgetGradient) else self._direction(name, layer, gradient)
-        return Tangent(direction, direction_norm(layer.layer, direction, self.context.objective.processes), loss)
+        processes = self.context.objective.processes
+        if at is not None or name in DIRECTIONS:  # what is wrong with somebody's own at W must be said
+            length = norm(layer.layer, direction, processes)
+            if not 0 < length < math.inf:
+                raise CurveEnd(f"direction: {name} has norm {length} there")
+            return Tangent(direction, length, loss)
+        return Tangent(direction, direction_norm(layer.layer, direction, processes), loss)
 
     def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
         rule, parameters, processes = self.directions[name], layer.layer.parameters, self.context.objective.processes
         whole = {key: whole_like(g.to(parameters[key].device), parameters[key]) for key, g in gradient.items()}
         made = dict(rule(layer, whole))
+        if layer.factors and any(p.ndim > 1 for p in parameters.values()):
+            # Of a vector only a diagonal is known, in other units than a matrix's: in a group with one it stays as it is.
+            made |= {key: torch.zeros_like(d) for key, d in made.items() if d.ndim < 2}
         if {n: d.shape for n, d in made.items()} != {n: g.shape for n, g in whole.items()}:
             raise UnlearnError(
                 f"direction: for {layer.name} it must return a tensor of the gradient's shape for each tensor, got "
