@@ -23,7 +23,8 @@ def settled(world, taken=(), max_rounds=10):
     """The joint after settling, what it returns, and every request by name with its step before."""
     requests = searched(world, objective_of(world))
     for name in taken:
-        requests[name].concept.edit = requests[name].edit
+        if requests[name].chosen:  # what no step forgets within the bounds, no earlier run has forgotten
+            requests[name].concept.edit = requests[name].edit
     before = {name: request.chosen for name, request in requests.items()}
     joint = joint_of(requests.values(), max_rounds)
     edits = joint.settle()
