@@ -35,6 +35,7 @@ import lightning.pytorch as pl
 import pandas
 import torch
 from families import FAMILIES, Request
+from passages import QUIET
 
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
@@ -55,15 +56,6 @@ from slug_lightning.tensors.layers import Layer, find_layers
 
 LAYERS_OF_A_SAMPLE = 2
 COLUMNS = ["forget", "others", "near", "relative_step", "passes", "flops"]
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-    "max_epochs": 1,
-}
 Cell = tuple[str, str, str]
 """Layer, direction and curve."""
 log = logging.getLogger("directions")
@@ -282,7 +274,7 @@ def run(family: str, concept: str, options: argparse.Namespace) -> None:
         request, {name: known_directions[name] for name in options.directions}, curves, done, write, most, options.all_layers
     )
     callback = UnlearnCallback(method=method, runtime=Runtime(replay=request.replay), **request.bounds)
-    pl.Trainer(callbacks=[callback], **QUIET).fit(request.module, request.data)
+    pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(request.module, request.data)
     log.info("%s, %s: %.0f s", family, concept, time.perf_counter() - start)
 
 

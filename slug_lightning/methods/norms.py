@@ -21,11 +21,13 @@ def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> f
     return math.sqrt(math.fsum(squares))
 
 
-def direction_norm(layer: Layer, direction: Mapping[str, Tensor], processes: Processes) -> float:
-    """Compute the norm of a direction, and refuse one that leads nowhere; collective."""
+def direction_norm(
+    layer: Layer, direction: Mapping[str, Tensor], processes: Processes, error: type[Exception] = UnlearnError
+) -> float:
+    """Compute the norm of a direction, and raise an error if it leads nowhere; collective."""
     length = norm(layer, direction, processes)
     if not 0 < length < math.inf:
-        raise UnlearnError(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
+        raise error(f"direction: that of {layer.name} has norm {length}; it must be finite and not zero")
     return length
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Optional
@@ -17,7 +17,7 @@ from slug_lightning.objective.gradients import Gradient
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.objective.retain_cache import RetainCache
 from slug_lightning.patches.temporary import EditStep, TemporaryEdits
-from slug_lightning.tensors.layers import Layer, count_as_written
+from slug_lightning.tensors.layers import Layer, count_as_written, parameters_of
 from slug_lightning.utils.names import some_of
 
 
@@ -46,7 +46,7 @@ class Passes:
         """Differentiate the mean forget loss of a concept."""
         edited = self._on_path(concept, layers, at)
         with self.edits.applied(*at):
-            found = concept.objective.gradient("forget", _parameters(layers), edited=edited)
+            found = concept.objective.gradient("forget", parameters_of(layers), edited=edited)
         if self.offload_gradient:
             return found._replace(tensors={name: tensor.cpu() for name, tensor in found.tensors.items()})
         return found
@@ -58,12 +58,12 @@ class Passes:
         parts = [need.partition(":")[2] for need in needs if need.startswith("retain:")]
         with self.edits.applied(*at):
             if self.edits.active:
-                return self.objective.gradient("retain", _parameters(layers)).tensors
+                return self.objective.gradient("retain", parameters_of(layers)).tensors
         watch = self._watch(self.objective, watched, parts) if parts and watched else None
         if self.retain_cache is None:
-            tensors = self.objective.gradient("retain", _parameters(layers), watch).tensors
+            tensors = self.objective.gradient("retain", parameters_of(layers), watch).tensors
         else:
-            tensors = self.retain_cache.gradient(self.objective, _parameters(layers), self.notes, watch)
+            tensors = self.retain_cache.gradient(self.objective, parameters_of(layers), self.notes, watch)
         if watch is not None:
             self._statistics |= self._collected("retain", watch, backward=True)
         return tensors
@@ -119,11 +119,11 @@ class Passes:
             if not backward:
                 objective.forward_statistics(kind, watch)
             else:
-                objective.gradient(kind, _parameters(layers), watch)
+                objective.gradient(kind, parameters_of(layers), watch)
         return self._collected(kind, watch, backward)
 
     def _watch(self, objective: Objective, layers: Sequence[Layer], parts: Iterable[str]) -> Curvature:
-        return Curvature(objective.module, _parameters(layers), parts, objective.processes)
+        return Curvature(objective.module, parameters_of(layers), parts, objective.processes)
 
     def _collected(self, kind: Kind, watch: Curvature, backward: bool) -> dict[tuple[str, str, bool], Factor]:
         """What was collected; says in a note what was not."""
@@ -158,7 +158,3 @@ class Passes:
         asked = [(layer.name, layer.parameters.keys()) for layer in (layers[0], at[0].layer)]
         is_it = recorded_for is not None and all(one == (recorded_for.name, recorded_for.parameters.keys()) for one in asked)
         return layers[0].name if is_it else None
-
-
-def _parameters(layers: Sequence[Layer]) -> Mapping[str, Tensor]:
-    return {name: p for layer in layers for name, p in layer.parameters.items()}

@@ -18,7 +18,7 @@ from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.factors import Diagonal, Factor, Form, Identity, Tied
 from slug_lightning.objective.moments import DenseMoment, DiagonalMoment, Moment, moment
-from slug_lightning.objective.uses import Use, UseFinder, View
+from slug_lightning.objective.uses import Use, UseFinder, View, form_of
 from slug_lightning.tensors.dtensor import local
 from slug_lightning.utils.names import some_of
 
@@ -26,12 +26,8 @@ PARTS = {"input_covariance": "input", "output_covariance": "output", "batch_inpu
 """What can be collected, and the side of a tensor that it acts on."""
 NEEDS = frozenset({"forget:input_covariance", *(f"retain:{part}" for part in PARTS)})
 """What a direction may need to know of a layer."""
-MOST_SLICES = 16
-"""Row slices of unequal size are cut into equal ones, up to this number."""
 UNACCOUNTED = 0.1
 """Share of a tensor's first gradient that the uses found may leave open, above what 16-bit rounding leaves."""
-
-
 INSTEAD = "per-batch gradients are used instead"
 UNSEEN = "no use was found that is understood; without a backward pass, nothing is known of it"
 
@@ -365,32 +361,6 @@ class _Collected:
             assert isinstance(counts, Diagonal)
             return Tied(form, "input", held.buffers[0][0] / samples, counts.values[0])
         return factor
-
-
-def form_of(shape: tuple[int, ...], views: list[View | None]) -> tuple[Form, str] | str:
-    """Return how a tensor acts, given all its uses in a batch, and the kind of use; or why that cannot be said."""
-    if not views:
-        return "no linear layer, matrix product, convolution or embedding uses it"
-    known = [view for view in views if view is not None]
-    kinds = sorted({view.kind for view in known})
-    if len(known) < len(views):
-        return "a call uses a part or a form of it that is not understood"
-    if kinds == ["embedding"]:
-        return Form(shape, transposed=True), "embedding"
-    if kinds == ["convolution"]:
-        groups = {view.groups for view in known}
-        return (Form(shape, groups=groups.pop()), "convolution") if len(groups) == 1 else "convolutions group it differently"
-    matrices = [view for view in known if view.kind == "matrix"]
-    transposed = {view.transposed for view in matrices}
-    if len(transposed) > 1 or "convolution" in kinds:
-        return "it is used in several forms"
-    out = shape[1] if transposed == {True} else shape[0]
-    groups_of_rows = out // math.gcd(out, *(edge for view in matrices for edge in (view.start, view.stop)))
-    if groups_of_rows > MOST_SLICES:
-        return "its rows are used in unequal slices"
-    if "embedding" in kinds:
-        return (Form(shape), "tied") if transposed == {False} and groups_of_rows == 1 else "it is used in several forms"
-    return Form(shape, transposed.pop(), groups_of_rows), "matrix"
 
 
 def _is_tensor_parallel(parameter: Tensor) -> bool:

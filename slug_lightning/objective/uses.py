@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from slug_lightning.objective.factors import Form
+
 MATMULS = (torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__)
 ADDMMS = (torch.addmm, Tensor.addmm)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
@@ -19,6 +22,8 @@ CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "grou
 EMBEDDING = ("input", "weight", "padding_idx")
 ATTENTION = F.multi_head_attention_forward
 LINEAR = F.linear
+MOST_SLICES = 16
+"""Row slices of unequal size are cut into equal ones, up to this number."""
 
 
 class View(NamedTuple):
@@ -57,6 +62,32 @@ class Use:
     def inputs(self) -> Tensor:
         """Return what the tensor is applied to, as rows."""
         return self.rows_of(self.x)
+
+
+def form_of(shape: tuple[int, ...], views: list[View | None]) -> tuple[Form, str] | str:
+    """Return how a tensor acts, given all its uses in a batch, and the kind of use; or why that cannot be said."""
+    if not views:
+        return "no linear layer, matrix product, convolution or embedding uses it"
+    known = [view for view in views if view is not None]
+    kinds = sorted({view.kind for view in known})
+    if len(known) < len(views):
+        return "a call uses a part or a form of it that is not understood"
+    if kinds == ["embedding"]:
+        return Form(shape, transposed=True), "embedding"
+    if kinds == ["convolution"]:
+        groups = {view.groups for view in known}
+        return (Form(shape, groups=groups.pop()), "convolution") if len(groups) == 1 else "convolutions group it differently"
+    matrices = [view for view in known if view.kind == "matrix"]
+    transposed = {view.transposed for view in matrices}
+    if len(transposed) > 1 or "convolution" in kinds:
+        return "it is used in several forms"
+    out = shape[1] if transposed == {True} else shape[0]
+    groups_of_rows = out // math.gcd(out, *(edge for view in matrices for edge in (view.start, view.stop)))
+    if groups_of_rows > MOST_SLICES:
+        return "its rows are used in unequal slices"
+    if "embedding" in kinds:
+        return (Form(shape), "tied") if transposed == {False} and groups_of_rows == 1 else "it is used in several forms"
+    return Form(shape, transposed.pop(), groups_of_rows), "matrix"
 
 
 class UseFinder(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slug_lightning.patches.edit import Edit, edited
 from slug_lightning.tensors.dtensor import local, whole_like, write_local
-from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.layers import TOGETHER, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def merged(edits: Sequence[EditStep]) -> EditStep:
         for name, tensor in edit.direction.items():
             change = edit.step * tensor
             direction[name] = direction[name] + change if name in direction else change
-    name = " + ".join(edit.layer.name for edit in edits)
+    name = TOGETHER.join(edit.layer.name for edit in edits)
     return EditStep(Layer(name, parameters, edits[0].layer.tower, edits[0].layer.prefix), direction, 1.0)
 
 

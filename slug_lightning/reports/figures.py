@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from slug_lightning.objective.samples import Gallery
+from slug_lightning.tensors.layers import edited_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None) -> Figure:
     """Plot layers by importance and alignment, with the front of each tower and the edited layer."""
     figure, (axes,) = _figure(10, 5)
-    number = 0
+    number, edited = 0, edited_layers(layer)
     for hue, tower in enumerate(sorted({s["tower"] for s in scores})):
         own = [s for s in scores if s["tower"] == tower]
         front = sorted((s for s in own if s["on_front"]), key=lambda s: s["importance"])
@@ -41,10 +42,11 @@ def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None)
         axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
         label = f"front of the {tower} tower" if tower != "model" else "front"
         axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
-        edited = [s for s in rest if s["layer"] in (layer or "").split(" + ")]
-        for s in front + edited:  # numbers, since names are longer than the gaps between points
+        for s in front + [
+            s for s in rest if s["layer"] in edited
+        ]:  # numbers, since names are longer than the gaps between points
             number += 1
-            mark, size, note = ("*", 15, "  (edited)") if s["layer"] in (layer or "").split(" + ") else ("o", 6, "")
+            mark, size, note = ("*", 15, "  (edited)") if s["layer"] in edited else ("o", 6, "")
             at, name = (s["importance"], s["alignment"]), f"{number}  {s['layer']}{note}"
             axes.plot(*at, mark, ms=size, color=f"C{hue}", label=name)
             axes.annotate(str(number), at, (7, 5), textcoords="offset points", fontsize=9)

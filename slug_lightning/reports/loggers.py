@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 
 from slug_lightning.reports.several import JointReport
 from slug_lightning.reports.single import UnlearnReport
+from slug_lightning.tensors.layers import edited_layers
 
 STEP_SCALE = 10_000
 """Loggers take integer steps: the horizontal axis of the search is the relative step times this."""
@@ -76,7 +77,7 @@ def front_table(report: UnlearnReport) -> str:
     """Return the front as a Markdown table, most important layer first."""
     rows = ["| tower | layer | importance | alignment | edited |", "|---|---|---|---|---|"]
     for s in sorted(report.scores, key=lambda s: -s["importance"]):
-        is_edited = s["layer"] in (report.layer or "").split(" + ")
+        is_edited = s["layer"] in edited_layers(report.layer)
         if s["on_front"] or is_edited:
             mark = "" if not is_edited else "yes" if s["on_front"] else "yes, off the front"
             alignment = "–" if s["alignment"] is None else f"{s['alignment']:.3f}"

@@ -129,6 +129,25 @@ def _tower(name: str, towers: Mapping[str, str | Sequence[str]]) -> str:
     return "model"
 
 
+TOGETHER = " + "
+"""Joins the names of layers that one edit changes."""
+
+
+def edited_layers(name: str | None) -> list[str]:
+    """Return the layers that an edit's name stands for: several where one was not enough, none for None.
+
+    Example:
+        >>> edited_layers("encoder.0.weight + head.weight"), edited_layers(None)
+        (['encoder.0.weight', 'head.weight'], [])
+    """
+    return name.split(TOGETHER) if name else []
+
+
+def parameters_of(layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
+    """Return the tensors of layers by name."""
+    return {name: p for layer in layers for name, p in layer.parameters.items()}
+
+
 def count_as_written(layers: Sequence[Layer]) -> None:
     """Let the layers' tensors count as changed, though they hold the same values.
 

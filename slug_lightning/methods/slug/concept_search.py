@@ -15,7 +15,7 @@ from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measur
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve
 from slug_lightning.methods.slug.directions import Direction
-from slug_lightning.methods.slug.layer_search import FOLLOWED, LayerSearch, Way
+from slug_lightning.methods.slug.layer_search import FOLLOWED, LayerSearch, Way, layers_of
 from slug_lightning.methods.slug.precision_check import Errors, close_calls, close_scores, score_errors
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import StepSearch
@@ -216,7 +216,7 @@ class ConceptSearch:
                 self.context.retain_before(known=without)
                 self.chosen = decision.trial
                 # For the next curve, if there is one: the cheapest suffix first, and none of a direction that never turns.
-                best = search.best([way for way in ways if not getattr(way.rule, "is_fixed", False)])[:FOLLOWED]
+                best = search.best([way for way in ways if not self._ways.is_fixed(way.direction)])[:FOLLOWED]
                 pairs = [(way.layer, way.direction) for way in sorted(best, key=lambda way: -way.layer.depth)]
                 if not pairs:
                     break
@@ -234,8 +234,7 @@ class ConceptSearch:
 
     def _recorded(self, curve: str, ways: Sequence[Way]) -> AbstractContextManager[None]:
         """Keep what makes the further gradients of a curve that bends cheap."""
-        layers = list({way.layer.name: way.layer.layer for way in ways}.values())
-        return nullcontext() if curve == "line" else self.context.passes.path_recorded(self.concept, layers)
+        return nullcontext() if curve == "line" else self.context.passes.path_recorded(self.concept, layers_of(ways))
 
     def _say_choice(self, chosen: Trial, search: LayerSearch) -> None:
         """Note what was chosen and why, where more than the paper's front competed along the gradient."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from slug_lightning.methods.base import Context, RetainDetails, Trial, recorded
 from slug_lightning.methods.concept import Concept
@@ -33,8 +33,6 @@ class Way(NamedTuple):
     direction: str
     curve: str
     point: Point
-    rule: Any = None
-    """The direction itself."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -92,14 +90,14 @@ class LayerSearch:
         self._ways |= {way.key: way for way in ways}
         with (
             self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance,
-            recorded(self.objective, "forget", "val", _layers_of(ways)),
+            recorded(self.objective, "forget", "val", layers_of(ways)),
         ):
             for way in ways:
                 self._search_steps(way, advance)
         able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
-        with recorded(self.objective, "retain", "val", _layers_of(able)) as without:
+        with recorded(self.objective, "retain", "val", layers_of(able)) as without:
             before = without if self.retain_before is None else self.retain_before
             unit = rounding(self.objective.runner.precision)
             self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
@@ -261,7 +259,8 @@ class LayerSearch:
         return RetainDetails(usage, summed / total if total else None)
 
 
-def _layers_of(ways: Sequence[Way]) -> list[Layer]:
+def layers_of(ways: Sequence[Way]) -> list[Layer]:
+    """Return the layers of ways, each once."""
     return list({way.layer.name: way.layer.layer for way in ways}.values())
 
 

@@ -11,7 +11,7 @@ from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statis
 from slug_lightning.objective.gradients import NoLossError
 from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.objective import Objective
-from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.layers import Layer, parameters_of
 from slug_lightning.utils.names import some_of
 
 UNIT_ROUNDOFF = {"bf16": 2.0**-8, "16": 2.0**-11, "transformer-engine": 2.0**-8}
@@ -45,7 +45,7 @@ Errors = dict[str, tuple[float, float]]
 
 def score_errors(objective: Objective, layers: Sequence[Layer], notes: list[str]) -> Errors:
     """Score half a batch in the trainer's precision and in 32 bits; where that fails, a note says so."""
-    parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+    parameters = parameters_of(layers)
 
     def scored(exact: bool) -> list[LayerStatistics]:
         forget = {name: g.cpu() for name, g in objective.sample_gradient("forget", parameters, exact).items()}

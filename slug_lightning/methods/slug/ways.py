@@ -13,7 +13,7 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import direction_norm, norm, product_share
+from slug_lightning.methods.norms import direction_norm, product_share
 from slug_lightning.methods.slug.curves import Curve, CurveEnd, Point, Tangent
 from slug_lightning.methods.slug.directions import DIRECTIONS, Direction, ForgetGradient
 from slug_lightning.methods.slug.layer_search import Way
@@ -55,7 +55,7 @@ class Ways:
         for one, name in pairs:
             layer = informed.get(one.name, one)
             point = _once_asked(curve, layer, partial(self._tangent, layer, name))
-            ways.append(Way(layer, name, curve_name, point, self.directions[name]))
+            ways.append(Way(layer, name, curve_name, point))
         return ways
 
     def _with_factors(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
@@ -82,12 +82,9 @@ class Ways:
         rule = self.directions[name]
         direction = gradient if isinstance(rule, ForgetGradient) else self._direction(name, layer, gradient)
         processes = self.context.objective.processes
-        if at is not None or name in DIRECTIONS:  # what is wrong with somebody's own at W must be said
-            length = norm(layer.layer, direction, processes)
-            if not 0 < length < math.inf:
-                raise CurveEnd(f"direction: {name} has norm {length} there")
-            return Tangent(direction, length, loss)
-        return Tangent(direction, direction_norm(layer.layer, direction, processes), loss)
+        # Further on, a built-in one may come to nothing; what is wrong with somebody's own at W must be said.
+        error = CurveEnd if at is not None or name in DIRECTIONS else UnlearnError
+        return Tangent(direction, direction_norm(layer.layer, direction, processes, error), loss)
 
     def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
@@ -106,10 +103,14 @@ class Ways:
         processes.broadcast_tensors(made.values())
         direction = {key: local(shard_like(d, parameters[key])).to(gradient[key]) for key, d in made.items()}
         share = product_share(layer.layer, direction, gradient, processes.world_size)
-        if math.fsum(processes.all_gather_object("slope", share)) < 0 and not getattr(rule, "is_fixed", False):
+        if math.fsum(processes.all_gather_object("slope", share)) < 0 and not self.is_fixed(name):
             self.notes.append(f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed")
             direction = {key: -d for key, d in direction.items()}
         return direction
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether a direction is meant as it is, and the same wherever the layer stands."""
+        return getattr(self.directions[name], "is_fixed", False)
 
     def let_go(self, ways: Sequence[Way]) -> None:
         """Keep only what these ways need."""
