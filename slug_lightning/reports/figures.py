@@ -42,9 +42,8 @@ def pareto_figure(concept: str, scores: list[dict[str, Any]], layer: str | None)
         axes.scatter([s["importance"] for s in rest], [s["alignment"] for s in rest], s=14, alpha=0.4, color=f"C{hue}")
         label = f"front of the {tower} tower" if tower != "model" else "front"
         axes.plot([s["importance"] for s in front], [s["alignment"] for s in front], "-", color=f"C{hue}", label=label)
-        for s in front + [
-            s for s in rest if s["layer"] in edited
-        ]:  # numbers, since names are longer than the gaps between points
+        off_front = [s for s in rest if s["layer"] in edited]
+        for s in front + off_front:  # numbers, since names are longer than the gaps between points
             number += 1
             mark, size, note = ("*", 15, "  (edited)") if s["layer"] in edited else ("o", 6, "")
             at, name = (s["importance"], s["alignment"]), f"{number}  {s['layer']}{note}"
