@@ -27,7 +27,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,17 @@ from passages import QUIET
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import Method, Outcome, Runtime
-from slug_lightning.methods.base import Context, Trial, recorded
+from slug_lightning.methods.base import Context, recorded
 from slug_lightning.methods.norms import direction_norm
 from slug_lightning.methods.slug.candidates import pareto
-from slug_lightning.methods.slug.config import CURVES
-from slug_lightning.methods.slug.curves import Curve, CurveEnd, Tangent
+from slug_lightning.methods.slug.choice import LeastUsage
+from slug_lightning.methods.slug.config import CURVES, MAX_STEP
+from slug_lightning.methods.slug.curves import Curve
 from slug_lightning.methods.slug.directions import DIRECTIONS as known_directions
-from slug_lightning.methods.slug.layer_search import smallest_step
+from slug_lightning.methods.slug.layer_search import LayerSearch, Way, layers_of
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
-from slug_lightning.methods.slug.step_search import START, interpolation
+from slug_lightning.methods.slug.step_search import interpolation
+from slug_lightning.methods.slug.ways import Ways
 from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.reports.cost import flop_counter
@@ -103,7 +104,7 @@ class Grid(Method):
         self.asked, self.directions, self.curves = asked, directions, curves
         # Where a direction is the same at every point, the path is the line.
         fixed = {name for name, direction in directions.items() if getattr(direction, "is_fixed", False)}
-        self.ways = [(d, c) for d in directions for c in curves if c == "line" or d not in fixed]
+        self.kinds = [(d, c) for d in directions for c in curves if c == "line" or d not in fixed]
         self.done, self.write, self.most_layers, self.all_layers = done, write, most_layers, all_layers
 
     def request(self) -> dict[str, Any]:
@@ -119,103 +120,82 @@ class Grid(Method):
         (concept,) = context.concepts
         self.context, self.concept, self.gradient_cost, self.statistics_cost = context, concept, Counted(), Counted()
         with self.gradient_cost.on():
-            self.gradient = context.gradient("forget", context.layers, concept)
-        every = layer_statistics(context.layers, self.gradient, context.gradient("retain", context.layers))
+            gradient = context.passes.forget_gradient(concept, context.layers)
+        self.samples = gradient.samples
+        every = layer_statistics(context.layers, gradient.tensors, context.gradient("retain", context.layers))
         chosen = {candidate.layer for candidate in pareto(every)}
         candidates = [one for one in every if one.name in chosen or self.all_layers or not self.asked.front_only]
         self.candidates = len(candidates)
         if self.most_layers is not None:
             places = torch.linspace(0, len(candidates) - 1, min(self.most_layers, len(candidates))).long().tolist()
             candidates = [candidates[place] for place in places]
-        cells = [(one, d, c) for one in candidates for d, c in self.ways]
-        cells = [cell for cell in cells if (cell[0].name, *cell[1:]) not in self.done]
-        candidates = [one for one in candidates if any(cell[0] is one for cell in cells)]
+        cells = [(one, d, c) for one in candidates for d, c in self.kinds if (one.name, d, c) not in self.done]
         if cells:
-            self._try(self._with_factors(candidates), cells)
+            ways = Ways(concept, context, self.directions, front=True, notes=[])
+            ways.keep(gradient.tensors, gradient.loss, [one for one, _, _ in cells])
+            self._try(self._ways_of(cells, ways))
         return [Outcome(concept.name)]
 
-    def _with_factors(self, candidates: list[LayerStatistics]) -> dict[str, LayerStatistics]:
-        """Return the candidates by name, with what the directions need to know of them."""
-        needs = frozenset[str]().union(*(getattr(direction, "needs", ()) for direction in self.directions.values()))
-        if not needs:
-            return {one.name: one for one in candidates}
+    def _ways_of(self, cells: list[tuple[LayerStatistics, str, str]], ways: Ways) -> list[Way]:
+        """Make the ways of the cells, in their order, with what the directions need to know."""
+        made: dict[Cell, Way] = {}
         with self.statistics_cost.on():
-            found = self.context.statistics([one.layer for one in candidates], needs, concept=self.concept)
+            for name, curve in self.curves.items():
+                of_curve = [(one, direction) for one, direction, on in cells if on == name]
+                made |= {way.key: way for way in ways.along(of_curve, name, curve)}
         log.info("statistics: %.1f s", self.statistics_cost.seconds)
-        return {
-            one.name: replace(one, factors={n: {t: by[t] for t in one.layer.parameters if t in by} for n, by in found.items()})
-            for one in candidates
-        }
+        return [made[one.name, direction, curve] for one, direction, curve in cells]
 
-    def _try(self, candidates: dict[str, LayerStatistics], cells: list[tuple[LayerStatistics, str, str]]) -> None:
-        layers, objective = [one.layer for one in candidates.values()], self.concept.objective
+    def _try(self, ways: list[Way]) -> None:
+        layers, objective = layers_of(ways), self.concept.objective
         start = time.perf_counter()
         with (
             objective.replaying(layers),
             recorded(objective, "forget", "val", layers),
             recorded(objective, "forget", "test", layers) as forget,
             recorded(objective, "retain", "test", layers) as retain,
+            self.context.passes.path_recorded(self.concept, layers),
         ):
             self.before = {"forget": forget, "retain": retain, "near": self._near()}
             log.info("recorded in %.1f s", time.perf_counter() - start)
             start = time.perf_counter()
-            for number, (one, direction, curve) in enumerate(cells, 1):
-                cell = {"layer": one.name, "direction": direction, "curve": curve, "layers": self.candidates}
-                line = cell | self._search(candidates[one.name], self.directions[direction], self.curves[curve])
+            for number, way in enumerate(ways, 1):
+                cell = dict(zip(("layer", "direction", "curve"), way.key, strict=True)) | {"layers": self.candidates}
+                line = cell | self._search(way)
                 self.write(line)
-                left = (time.perf_counter() - start) / number * (len(cells) - number) / 60
+                left = (time.perf_counter() - start) / number * (len(ways) - number) / 60
                 shown = ", ".join(f"{name} {line[name]:.4g}" for name in COLUMNS if line[name] is not None)
-                say = f"{number}/{len(cells)} {' '.join(map(str, list(cell.values())[:3]))}: {shown}; {line['seconds']:.1f} s"
+                say = f"{number}/{len(ways)} {' '.join(way.key)}: {shown}; {line['seconds']:.1f} s"
                 log.info("%s; %.1f min left of the request", say, left)
 
-    def _search(self, one: LayerStatistics, direction: Callable[..., Any], curve: Curve) -> dict[str, Any]:
+    def _search(self, way: Way) -> dict[str, Any]:
         """Search one cell for the smallest step that forgets, and measure what it costs."""
-        concept, objective, cost, start = self.concept, self.concept.objective, Counted(), time.perf_counter()
-        tried: list[Trial] = []
-        edits: dict[float, EditStep] = {}
-        passes, failed = 1, None
-
-        def tangent_at(at: EditStep | None = None) -> Tangent:
-            nonlocal passes
-            if at is None:
-                gradient = {name: self.gradient[name] for name in one.layer.parameters}
-            else:
-                gradient = self.context.gradient("forget", [one.layer], concept, at=[at])
-                passes += 1
-            way = direction(one, gradient)
-            if not getattr(direction, "is_fixed", False) and sum(float((way[n] * g).sum()) for n, g in gradient.items()) < 0:
-                way = {name: -tensor for name, tensor in way.items()}
-            return Tangent(way, direction_norm(one.layer, way, self.context.objective.processes))
-
-        def evaluate(distance: float) -> Trial:
-            edits[distance] = edit = point(distance)
-            with self.context.edits.applied(edit):
-                (value,) = objective.measured("forget", "val", edited=one.name).values()
-            broken = not math.isfinite(value)
-            forgotten = broken or concept.is_forgotten(value)
-            tried.append(Trial(one.name, edit.step, distance, forgotten, None, value, None))
-            return tried[-1]
-
+        objective, cost, start = self.concept.objective, Counted(), time.perf_counter()
+        before = objective.backward_samples
+        # The same for every cell, also for lines of the gradient, as where they compete.
+        longest = objective.hooks.max_step or MAX_STEP
+        options = {"max_evaluations": self.asked.evaluations, "max_step": longest}
+        search = LayerSearch(self.concept, self.context, search=interpolation, choice=LeastUsage(), **options)
+        failed = None
         try:
             with cost.on():
-                point = curve(one, tangent_at)
-                interpolation(evaluate, concept.share, self.asked.evaluations, START)
-        except CurveEnd as end:
-            failed = f"{type(end).__name__}: {end}"
+                search.search_steps(way)
         except (UnlearnError, torch.linalg.LinAlgError) as error:  # the other cells count all the same
             failed = f"{type(error).__name__}: {error}"
-            log.warning("%s: %s", one.name, failed)
-        found, seconds = smallest_step(tried), time.perf_counter() - start
+            log.warning("%s: %s", way.layer.name, failed)
+        found, seconds = search.smallest.get(way.key), time.perf_counter() - start
+        shares = [self.concept.share(trial.forget) for trial in search.trials if math.isfinite(trial.forget)]
         line = dict.fromkeys(COLUMNS) | {
             "reached": found is not None,
-            "passes": passes,
+            "passes": 1 + (objective.backward_samples - before) // self.samples,
             "flops": self.gradient_cost.flops + cost.flops,
-            "statistics_flops": self.statistics_cost.flops if getattr(direction, "needs", ()) else 0,
-            "evaluations": len(tried),
-            "closest": max((concept.share(trial.forget) for trial in tried if math.isfinite(trial.forget)), default=None),
+            "statistics_flops": self.statistics_cost.flops if getattr(self.directions[way.direction], "needs", ()) else 0,
+            "evaluations": len(search.trials),
+            "closest": max(shares, default=None),
+            "ended": next((trial.ended for trial in search.trials if trial.ended), None),
         }
         if found is not None:
-            line |= self._measured(one, edits[found.relative_step])
+            line |= self._measured(way.layer, search.edit(found))
         return line | {"failed": failed, "search_seconds": seconds, "seconds": time.perf_counter() - start}
 
     def _measured(self, one: LayerStatistics, edit: EditStep) -> dict[str, Any]:

@@ -87,13 +87,12 @@ class LayerSearch:
             The decision over all trials so far, and the retain metrics on the validation split without a step of these layers.
         """
         begun = len(self.trials)
-        self._ways |= {way.key: way for way in ways}
         with (
             self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance,
             recorded(self.objective, "forget", "val", layers_of(ways)),
         ):
             for way in ways:
-                self._search_steps(way, advance)
+                self.search_steps(way, advance)
         able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
@@ -106,6 +105,38 @@ class LayerSearch:
         for way in ways:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
         return self.choice(self.trials), without
+
+    def search_steps(self, way: Way, advance: Callable[[], None] = lambda: None) -> None:
+        """Find the smallest step of a way that forgets, and the one with the margin; calls `advance` at each evaluation."""
+        self._ways[way.key] = way
+        layer, plain = way.layer, way.direction == "gradient" and way.curve == "line"
+        start = min(START if self._gain is None or not plain else _first_step(layer, self._gain), self.max_step)
+        tried: list[Trial] = []
+
+        def evaluate(distance: float) -> Trial:
+            is_beyond = distance > self.max_step
+            if is_beyond and tried and _distance(tried[-1]) >= self.max_step:
+                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
+            tried.append(self._forget(way, advance, min(distance, self.max_step)))
+            if is_beyond and not tried[-1].forgotten:
+                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
+            return tried[-1]
+
+        try:
+            tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
+        except CurveEnd as end:
+            if tried:
+                tried[-1] = replace(tried[-1], ended=str(end))
+        if (found := smallest_step(tried)) is not None:
+            if plain:
+                self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
+            self.smallest[way.key] = self._steps[way.key] = found
+            if self.step_margin:
+                at = _distance(found)
+                tried.append(self._forget(way, advance, at * (1 + self.step_margin), at))
+                if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
+                    self._steps[way.key] = tried[-1]
+        self.trials += tried
 
     @property
     def ways(self) -> list[Way]:
@@ -159,37 +190,6 @@ class LayerSearch:
         """The edit of a trial."""
         smallest = self.smallest.get(trial.way, trial)
         return self._ways[trial.way].point(_distance(trial), straight_after=_distance(smallest))
-
-    def _search_steps(self, way: Way, advance: Callable[[], None]) -> None:
-        """Find the smallest step of a way that forgets, and the one with the margin."""
-        layer, plain = way.layer, way.direction == "gradient" and way.curve == "line"
-        start = min(START if self._gain is None or not plain else _first_step(layer, self._gain), self.max_step)
-        tried: list[Trial] = []
-
-        def evaluate(distance: float) -> Trial:
-            is_beyond = distance > self.max_step
-            if is_beyond and tried and _distance(tried[-1]) >= self.max_step:
-                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
-            tried.append(self._forget(way, advance, min(distance, self.max_step)))
-            if is_beyond and not tried[-1].forgotten:
-                raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
-            return tried[-1]
-
-        try:
-            tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
-        except CurveEnd as end:
-            if tried:
-                tried[-1] = replace(tried[-1], ended=str(end))
-        if (found := smallest_step(tried)) is not None:
-            if plain:
-                self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
-            self.smallest[way.key] = self._steps[way.key] = found
-            if self.step_margin:
-                at = _distance(found)
-                tried.append(self._forget(way, advance, at * (1 + self.step_margin), at))
-                if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
-                    self._steps[way.key] = tried[-1]
-        self.trials += tried
 
     def _forget(self, way: Way, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
         """Measure only whether a step forgets."""
