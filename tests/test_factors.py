@@ -86,7 +86,7 @@ def test_low_rank_is_close_to_dense_where_the_spectrum_is(side, monkeypatch):
     rows = draw(1, 100, 6) @ draw(1, 6, 40)
     sketched = moments.moment(form, side, False, torch.float64, torch.device("cpu"))
     for part in rows.split(30, 1):
-        sketched.add(part)
+        sketched.add(part, range(len(part)))
     low, dense, g = sketched.factor(10), Dense(form, side, rows.mT @ rows / 10), draw(40, 40)
     assert isinstance(low, LowRank)
     torch.testing.assert_close(low.solve(g), dense.solve(g), rtol=1e-5, atol=1e-8)

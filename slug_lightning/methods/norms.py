@@ -17,8 +17,12 @@ CHUNK = 2**20
 
 def norm(layer: Layer, tensors: Mapping[str, Tensor], processes: Processes) -> float:
     """Compute the norm of a layer's weights, gradient or change, as one long vector; collective."""
-    squares = processes.all_gather_object("a norm", product_share(layer, tensors, tensors, processes.world_size))
-    return math.sqrt(math.fsum(squares))
+    return math.sqrt(product(layer, tensors, tensors, processes))
+
+
+def product(layer: Layer, one: Mapping[str, Tensor], other: Mapping[str, Tensor], processes: Processes) -> float:
+    """Compute the inner product of two of a layer's weights, gradient or change; collective."""
+    return math.fsum(processes.all_gather_object("a product", product_share(layer, one, other, processes.world_size)))
 
 
 def direction_norm(

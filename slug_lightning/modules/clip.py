@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional, Union
 
 import torch
@@ -79,10 +80,9 @@ class ClipModule(UnlearnModule):
         There may be thousands of prompts, and an edit of the vision tower changes none of them.
         """
         tokens = self.get_buffer(f"{name}_tokens")
-        parameters = [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
-        # All ranks run a sharded tower together, and its parameters have no version.
-        sharded = any(isinstance(p, DTensor) for p in parameters)
-        if sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+        parameters = self._text_parameters()
+        # Those of a sharded tower have no version.
+        if _is_sharded(parameters) or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             return encode_text(self.model, tokens)
         device = tokens.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -91,21 +91,33 @@ class ClipModule(UnlearnModule):
             self._classes[name] = state, encode_text(self.model, tokens)
         return self._classes[name][1]
 
+    def _text_parameters(self) -> list[Tensor]:
+        return [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
+
     def scores(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return whether the nearest prompt of each set is the right one, and its negative log-likelihood among the set.
 
         `<name>_accuracy` and `<name>_nll`, in nats, each `[B]`; NaN for a label of -1. The likelihood tells apart what the
-        accuracy calls equal.
+        accuracy calls equal. A set of which the batch has no labels isn't encoded: there may be thousands of prompts.
         """
         image = encode_image(self.model, batch["image"])
+        runs_together = _is_sharded(self._text_parameters())  # all ranks, whatever their batches hold
         accuracies, likelihoods = {}, {}
         for name in [name for name in self.prompts if name in batch]:
+            if not runs_together and bool((batch[name] < 0).all()):
+                nothing = torch.full((len(image),), torch.nan, device=image.device)
+                accuracies[f"{name}_accuracy"] = likelihoods[f"{name}_nll"] = nothing
+                continue
             similarity = image @ self.class_features(name).T
             right = similarity.argmax(1) == batch[name]
             accuracies[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
             logits = self.model.logit_scale.exp() * similarity.float()  # type: ignore[operator]
             likelihoods[f"{name}_nll"] = negative_log_likelihood(logits, batch[name])
         return accuracies | likelihoods
+
+
+def _is_sharded(parameters: Iterable[Tensor]) -> bool:
+    return any(isinstance(p, DTensor) for p in parameters)
 
 
 class EmbeddedClip(ClipModule):

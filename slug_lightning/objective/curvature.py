@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -211,9 +211,12 @@ class _Seen(NamedTuple):
             if self.use.padding is not None:
                 d = d * (x != self.use.padding % form.size("input"))[None, :, None]
             live = (d != 0).any(-1)
-        if view.kind != "embedding":
-            x = torch.where(live[..., None], x.to(dtype), 0)
-        return groups, x, live, d
+        if view.kind == "embedding":
+            return groups, x, live, d
+        # Few positions may be live: behind a causal mask, or where one token is read.
+        where = live.any(0).nonzero()[:, 0]
+        x, live = x[:, where].to(dtype), live[:, where]
+        return groups, x, live, None if d is None else d[:, where]
 
     def _unmasked(self, positions: int, view: View) -> Tensor:
         x = self.use.x
@@ -324,20 +327,22 @@ class _Collected:
 
     def _add_uses(self, seen: list[_Seen]) -> Tensor | None:
         """Add to the covariances; returns n_b G_b if it is needed."""
+        assert self.form is not None
         total = None
         for one in seen:
             view, groups, x, live, d = self._rows(one)
+            within = range(self.form.groups)[groups]
             if (inputs := self.moments.get("input_covariance")) is not None:
                 if view.kind == "embedding":
                     counts = self.moments.get("counts", inputs)
                     assert isinstance(counts, DiagonalMoment)
                     counts.count(x, live[0])
                 else:
-                    inputs.add(x, groups)
+                    _add_inputs(inputs, x, live, within)
             if d is None:
                 continue
             if (outputs := self.moments.get("output_covariance")) is not None:
-                outputs.add(d, groups)
+                outputs.add(d, within)
             if self.moments.keys() & {"batch_input", "batch_output"}:
                 product = self._product(view, groups, x, d)
                 total = product if total is None else total + product
@@ -347,7 +352,7 @@ class _Collected:
         rows = product / math.sqrt(samples)
         for part, transposed in (("batch_input", rows), ("batch_output", rows.mT)):
             if part in self.moments:
-                self.moments[part].add(transposed)
+                self.moments[part].add(transposed, range(len(transposed)))
 
     def factor(self, part: str, samples: int) -> Factor:
         """The factor of one part, over this number of samples on all ranks."""
@@ -361,6 +366,16 @@ class _Collected:
             assert isinstance(counts, Diagonal)
             return Tied(form, "input", held.buffers[0][0] / samples, counts.values[0])
         return factor
+
+
+def _add_inputs(moment: Moment, x: Tensor, live: Tensor, groups: Sequence[int]) -> None:
+    """Add the live rows of x, `[groups or 1, positions, in]`; slices of a packed weight mostly share them."""
+    if len(x) == len(live):
+        moment.add(torch.where(live[..., None], x, 0), groups)
+        return
+    masks, which = live.unique(dim=0, return_inverse=True)
+    for number, mask in enumerate(masks):
+        moment.add(x[:, mask], [group for group, own in zip(groups, which.tolist(), strict=True) if own == number])
 
 
 def _is_tensor_parallel(parameter: Tensor) -> bool:

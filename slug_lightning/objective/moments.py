@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from slug_lightning.objective.factors import Dense, Diagonal, Factor, Form, LowR
 WIDEST = 8192
 """A wider side gets a sketch in place of a whole matrix."""
 RANK = 512
+WIDE = 512
+"""From this width on, a square is computed in four parts, of which two are each other's transpose."""
 
 
 class Moment(ABC):
@@ -27,8 +30,12 @@ class Moment(ABC):
         self.buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
     @abstractmethod
-    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
-        """Add the rows `[groups, positions, dim]` of some groups, of the buffers' dtype."""
+    def add(self, rows: Tensor, groups: Sequence[int]) -> None:
+        """Add the rows `[groups, positions, dim]` of some groups, of the buffers' dtype; of `[1, …]` the same to each."""
+
+    def _sum(self, groups: Sequence[int], blocks: Tensor, number: int = 0) -> None:
+        buffer = self.buffers[number]
+        buffer.index_add_(0, torch.tensor(groups, device=buffer.device), blocks.expand(len(groups), *blocks.shape[1:]))
 
     @abstractmethod
     def factor(self, samples: int) -> Factor:
@@ -38,21 +45,36 @@ class Moment(ABC):
 class DenseMoment(Moment):
     """The whole matrix."""
 
-    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+    def add(self, rows: Tensor, groups: Sequence[int]) -> None:
         """Add rowsᵀ rows."""
-        self.buffers[0][groups].baddbmm_(rows.mT, rows)
+        self._sum(groups, gram(rows))
 
     def factor(self, samples: int) -> Dense:
         """Return the mean over samples."""
         return Dense(self.form, self.side, self.buffers[0] / samples)
 
 
+def gram(rows: Tensor) -> Tensor:
+    """Multiply rowsᵀ rows, `[…, positions, dim]`, and of a wide one compute what lies below the diagonal only once.
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        tensor([[ 1.,  2.],
+                [ 2., 13.]])
+    """
+    if rows.shape[-1] < WIDE:
+        return rows.mT @ rows
+    left, right = rows.chunk(2, dim=-1)
+    corner = left.mT @ right
+    return torch.cat([torch.cat([gram(left), corner], -1), torch.cat([corner.mT, gram(right)], -1)], -2)
+
+
 class DiagonalMoment(Moment):
     """Its diagonal."""
 
-    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+    def add(self, rows: Tensor, groups: Sequence[int]) -> None:
         """Add the sums of squares."""
-        self.buffers[0][groups] += rows.square().sum(1)
+        self._sum(groups, rows.square().sum(1))
 
     def count(self, ids: Tensor, weights: Tensor) -> None:
         """Add one-hot rows: the number of each id, of those with weight 1."""
@@ -72,10 +94,10 @@ class SketchedMoment(Moment):
         drawn = torch.randn(shapes[0][1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         self.omega = torch.linalg.qr(drawn)[0].to(device, dtype)
 
-    def add(self, rows: Tensor, groups: slice = slice(None)) -> None:
+    def add(self, rows: Tensor, groups: Sequence[int]) -> None:
         """Add rowsᵀ (rows Ω)."""
-        self.buffers[0][groups].baddbmm_(rows.mT, rows @ self.omega)
-        self.buffers[1][groups] += rows.square().sum((1, 2))
+        self._sum(groups, rows.mT @ (rows @ self.omega))
+        self._sum(groups, rows.square().sum((1, 2)), 1)
 
     def factor(self, samples: int) -> LowRank:
         """Return the mean over samples."""

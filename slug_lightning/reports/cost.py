@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -21,12 +22,16 @@ UNAVOIDABLE = "gradients"
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, with formulas for the fused attention and encoder layers that it does not know.
+    """Return torch's counter, with formulas for what it does not know.
 
-    Without them the same attention costs FLOPs with gradients and none without; and on a CPU it costs none before torch 2.15.
+    Without those of fused attention and encoder layers the same attention costs FLOPs with gradients and none without; and on a
+    CPU it costs none before torch 2.15. The others are of statistics and of the directions made from them.
     """
     aten = torch.ops.aten
     mapping = {
+        aten.linalg_cholesky_ex: lambda a, **_: math.prod(a) * a[-1] // 3,
+        aten.cholesky_solve: lambda b, *_, **__: 2 * math.prod(b) * b[-2],
+        aten._linalg_eigh: lambda a, *_, **__: 9 * math.prod(a) * a[-1],
         aten._native_multi_head_attention: _attention_flops,
         aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),

@@ -52,8 +52,10 @@ def measured(layers: Sequence[LayerStatistics]) -> list[Candidate]:
     """Search the layers known by their place, and the front along the raw gradient; the rest only if none of these is feasible.
 
     The known layers (`slug_lightning.methods.slug.structure.short_list`) go along all directions, as what these need came with
-    the retain gradient. The paper's front always takes part; without a retain gradient there is none.
+    the retain gradient. The paper's front always takes part; without a retain gradient there is none. Late layers come first:
+    their evaluations are cheapest, and tell about where the others need to be tried.
     """
+    layers = sorted(layers, key=lambda layer: -layer.depth)
     known = [Candidate(layer.name) for layer in layers if layer.is_known]
     names = {candidate.layer for candidate in known}
     front = pareto(layers) if all(layer.alignment is not None for layer in layers) else []

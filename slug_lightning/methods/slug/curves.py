@@ -28,11 +28,13 @@ class Tangent(NamedTuple):
         direction: by tensor name; of a sharded tensor this process's part.
         norm: its length, over all tensors and processes.
         loss: the mean forget loss at that point, if the gradient pass has told.
+        slope: by how much the forget loss rises along it, for a step of length 1; None if unknown.
     """
 
     direction: Mapping[str, Tensor]
     norm: float
     loss: Optional[float] = None
+    slope: Optional[float] = None
 
 
 class TangentAt(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
-from slug_lightning.methods.base import Context, RetainDetails, Trial, recorded
+from slug_lightning.methods.base import Context, RetainDetails, Trial
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
@@ -16,23 +17,34 @@ from slug_lightning.methods.slug.precision_check import rounding, usage_error
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, StepSearch
 from slug_lightning.objective.log_capture import LogReader
-from slug_lightning.objective.objective import LOSS
+from slug_lightning.objective.objective import LOSS, Kind
 from slug_lightning.patches.temporary import EditStep
-from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.layers import Layer, count_as_written
 
 FOLLOWED = 3
 """Layers whose path is followed where lines compete with paths, and that are looked at for a first of several edits."""
+SHORTER = 0.8
+"""Where a path is tried first, as a share of the step that was enough along the line."""
 HALVED = 5
 """How often a step is halved that costs too much."""
 
 
 class Way(NamedTuple):
-    """One way to edit a layer: along a direction, on a curve."""
+    """One way to edit a layer: along a direction, on a curve.
+
+    Attributes:
+        layer: which.
+        direction: by name.
+        curve: by name.
+        point: gives the edits.
+        slope: by how much the forget loss rises at first order, for a step as long as the weights; not above 0 if unknown.
+    """
 
     layer: LayerStatistics
     direction: str
     curve: str
     point: Point
+    slope: Callable[[], float]
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -76,32 +88,42 @@ class LayerSearch:
         self.smallest: dict[tuple[str, str, str], Trial] = {}
         """By way, the trial with the smallest step that forgets."""
         self._steps: dict[tuple[str, str, str], Trial] = {}
+        self._recorded: dict[str, tuple[set[str], dict[str, float]]] = {}
+        """Which layers' evaluations were recorded, and what was measured meanwhile, by kind."""
+        self._gains: dict[tuple[str, ...], list[float]] = {}
+        """What the forget loss gained at first order where it was enough, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
         # Of a loss, what is missing is known, and with it about where to start.
         self._gain = concept.target - concept.before if concept.metric.name == LOSS else None
 
-    def run(self, ways: Sequence[Way]) -> tuple[Decision, dict[str, float]]:
+    def run(self, ways: Sequence[Way], is_last: bool = True) -> tuple[Decision, dict[str, float]]:
         """Search these ways.
+
+        Args:
+            ways: each of another layer, direction or curve than those before.
+            is_last: whether to let go of what evaluations have recorded; else it serves the next call as well.
 
         Returns:
             The decision over all trials so far, and the retain metrics on the validation split without a step of these layers.
         """
         begun = len(self.trials)
-        with (
-            self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance,
-            recorded(self.objective, "forget", "val", layers_of(ways)),
-        ):
+        with self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance:
+            self._record("forget", ways)
             for way in ways:
                 self.search_steps(way, advance)
+        if is_last and "retain" not in self._recorded:
+            self._let_go()
         able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
-        with recorded(self.objective, "retain", "val", layers_of(able)) as without:
-            before = without if self.retain_before is None else self.retain_before
-            unit = rounding(self.objective.runner.precision)
-            self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
-            for way in self.context.progress.track(able, "search, retain metrics"):
-                self._measure_retain(way, before)
+        without = self._record("retain", able)
+        before = without if self.retain_before is None else self.retain_before
+        unit = rounding(self.objective.runner.precision)
+        self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
+        for way in self.context.progress.track(able, "search, retain metrics"):
+            self._measure_retain(way, before)
+        if is_last:
+            self._let_go()
         for way in ways:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
         return self.choice(self.trials), without
@@ -109,8 +131,6 @@ class LayerSearch:
     def search_steps(self, way: Way, advance: Callable[[], None] = lambda: None) -> None:
         """Find the smallest step of a way that forgets, and the one with the margin; calls `advance` at each evaluation."""
         self._ways[way.key] = way
-        layer, plain = way.layer, way.direction == "gradient" and way.curve == "line"
-        start = min(START if self._gain is None or not plain else _first_step(layer, self._gain), self.max_step)
         tried: list[Trial] = []
 
         def evaluate(distance: float) -> Trial:
@@ -123,13 +143,13 @@ class LayerSearch:
             return tried[-1]
 
         try:
+            start = min(self._first_step(way), self.max_step)
             tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
         except CurveEnd as end:
             if tried:
                 tried[-1] = replace(tried[-1], ended=str(end))
         if (found := smallest_step(tried)) is not None:
-            if plain:
-                self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
+            self._learn(way, found)
             self.smallest[way.key] = self._steps[way.key] = found
             if self.step_margin:
                 at = _distance(found)
@@ -137,6 +157,48 @@ class LayerSearch:
                 if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
                     self._steps[way.key] = tried[-1]
         self.trials += tried
+
+    def _record(self, kind: Kind, ways: Sequence[Way]) -> dict[str, float]:
+        """Measure before any edit of these layers, whose evaluations are then spared what they don't change."""
+        layers = layers_of(ways)
+        names = {layer.name for layer in layers}
+        known, values = self._recorded.get(kind, (set(), {}))
+        if kind not in self._recorded or not names <= known:
+            count_as_written(layers)
+            values = self.objective.measured(kind, "val", record=[layer.name for layer in layers])
+            self._recorded[kind] = names, values
+        return values
+
+    def _let_go(self) -> None:
+        self.objective.evaluator.forget()
+        self._recorded.clear()
+
+    def _first_step(self, way: Way) -> float:
+        """Where to look first.
+
+        Of one tower, steps that are just enough promise about the same gain at first order, whatever the layer; a path needs a
+        little less than the line. What only the paper's lines are searched along starts as published.
+        """
+        layer = way.layer
+        if all(way.key[1:] == ("gradient", "line") for way in self._ways.values()):
+            return START if self._gain is None else _within(self._gain / (layer.forget_norm * layer.weight_norm), 1.0)
+        line = self.smallest.get((layer.name, way.direction, "line"))
+        if way.curve != "line" and line is not None:
+            return SHORTER * line.relative_step
+        tower = str(layer.layer.tower)
+        gains = self._gains.get((tower, way.direction)) or self._gains.get((tower,)) or ([self._gain] if self._gain else [])
+        slope = way.slope() if gains else 0.0
+        return _within(median(gains) / slope, self.max_step) if slope > 0 else START
+
+    def _learn(self, way: Way, found: Trial) -> None:
+        """Remember what was enough."""
+        if way.key[1:] == ("gradient", "line") and self._gain is not None:
+            layer = way.layer
+            self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
+        if way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
+            tower = str(way.layer.layer.tower)
+            for key in ((tower,), (tower, way.direction)):
+                self._gains.setdefault(key, []).append(gain)
 
     @property
     def ways(self) -> list[Way]:
@@ -275,9 +337,9 @@ def smallest_step(trials: Sequence[Trial]) -> Trial | None:
     return min(found, key=lambda t: t.relative_step, default=None)
 
 
-def _first_step(layer: LayerStatistics, gain: float) -> float:
-    """The relative step that raises the forget loss by `gain` at first order: a step λ raises it by λ‖g_f‖²."""
-    return min(max(gain / (layer.forget_norm * layer.weight_norm), START / 100), 1.0)
+def _within(step: float, most: float) -> float:
+    """A first step, neither too small nor too large."""
+    return min(max(step, START / 100), most)
 
 
 def _line(way: Way, trials: Sequence[Trial]) -> str:

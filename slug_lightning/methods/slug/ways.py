@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
-from slug_lightning.methods.norms import direction_norm, product_share
+from slug_lightning.methods.norms import direction_norm, product
 from slug_lightning.methods.slug.curves import Curve, CurveEnd, Point, Tangent
 from slug_lightning.methods.slug.directions import DIRECTIONS, Direction, ForgetGradient
 from slug_lightning.methods.slug.layer_search import Way
@@ -54,8 +54,7 @@ class Ways:
         ways = []
         for one, name in pairs:
             layer = informed.get(one.name, one)
-            point = _once_asked(curve, layer, partial(self._tangent, layer, name))
-            ways.append(Way(layer, name, curve_name, point))
+            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, partial(self._tangent, layer, name))))
         return ways
 
     def _with_factors(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
@@ -79,12 +78,19 @@ class Ways:
         else:
             found = self.context.passes.forget_gradient(self.concept, [layer.layer], at=[at])
             gradient, loss = found.tensors, found.loss
-        rule = self.directions[name]
-        direction = gradient if isinstance(rule, ForgetGradient) else self._direction(name, layer, gradient)
         processes = self.context.objective.processes
+        is_gradient = isinstance(self.directions[name], ForgetGradient)
+        direction = gradient if is_gradient else self._direction(name, layer, gradient)
         # Further on, a built-in one may come to nothing; what is wrong with somebody's own at W must be said.
         error = CurveEnd if at is not None or name in DIRECTIONS else UnlearnError
-        return Tangent(direction, direction_norm(layer.layer, direction, processes, error), loss)
+        length = direction_norm(layer.layer, direction, processes, error)
+        slope = length
+        if not is_gradient:
+            slope = product(layer.layer, direction, gradient, processes) / length
+            if slope < 0 and not self.is_fixed(name):
+                self.notes.append(f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed")
+                direction, slope = {key: -d for key, d in direction.items()}, -slope
+        return Tangent(direction, length, loss, slope)
 
     def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
@@ -101,12 +107,7 @@ class Ways:
             )
         # Rank 0's: other ranks may round otherwise, and their weights would drift apart.
         processes.broadcast_tensors(made.values())
-        direction = {key: local(shard_like(d, parameters[key])).to(gradient[key]) for key, d in made.items()}
-        share = product_share(layer.layer, direction, gradient, processes.world_size)
-        if math.fsum(processes.all_gather_object("slope", share)) < 0 and not self.is_fixed(name):
-            self.notes.append(f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed")
-            direction = {key: -d for key, d in direction.items()}
-        return direction
+        return {key: local(shard_like(d, parameters[key])).to(gradient[key]) for key, d in made.items()}
 
     def is_fixed(self, name: str) -> bool:
         """Whether a direction is meant as it is, and the same wherever the layer stands."""
@@ -118,13 +119,11 @@ class Ways:
         self._gradient = {name: gradient for name, gradient in self._gradient.items() if name in held}
 
 
-def _once_asked(curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent]) -> Point:
-    """Make a curve when its first point is asked for: a direction takes as much memory as its layer."""
-    made: list[Point] = []
+def _once_asked(curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent]) -> tuple[Point, Callable[[], float]]:
+    """Make a curve, and its first tangent, when they are asked for: a direction takes as much memory as its layer."""
+    first, made = cache(tangent), cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at)))
 
     def point(distance: float, straight_after: float = math.inf) -> EditStep:
-        if not made:
-            made.append(curve(layer, tangent))
-        return made[0](distance, straight_after=straight_after)
+        return made()(distance, straight_after=straight_after)
 
-    return point
+    return point, lambda: layer.weight_norm * (first().slope or 0.0)
