@@ -2,6 +2,9 @@
 
     python benchmarks/several.py                    # five draws of ten, into runs/several_ten.json; goes on where it stopped
     python benchmarks/several.py --seeds 1 --later  # one draw, and the eleventh
+    python benchmarks/several.py --seeds 4 --rules sparing --margin 0 --output runs/several_sparing.json
+
+`paper` edits either tower along raw gradients; `sparing` the text tower alone, along paths of the covariance direction.
 
 The things of a draw are drawn by a fixed seed from all 234. Accuracies are those on report data. `ratio` is what the run
 cost beside the forget pass of one thing, the retain pass, and the evaluation that one thing cannot do without (search data
@@ -12,6 +15,7 @@ pass and evaluation, as the gradient of what is kept and its measurement before 
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,7 +36,21 @@ MORE = 0.03
 """How much more may be lost of what is kept for the sake of a later request."""
 
 
-def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Path, tolerance: float, **options):
+RULES = {
+    "paper": partial(SLUG.paper, max_evaluations=12),
+    "sparing": partial(
+        SLUG,
+        ["model.transformer.*", "model.text_projection"],
+        direction="covariance",
+        curve="path",
+        score="measured",
+        choice="least_damage",
+        max_evaluations=12,
+    ),
+}
+
+
+def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Path, tolerance: float, method: SLUG, **options):
     """One run; the module is as before afterwards."""
     callback = UnlearnCallback(
         forget=forget,
@@ -40,7 +58,7 @@ def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Pat
         forget_metric="thing_accuracy",
         retain_metric=["style_accuracy", "thing_accuracy"],
         retain_tolerance=tolerance,
-        method=SLUG(max_evaluations=12, step_margin=0.2),
+        method=method,
         runtime=Runtime(count_cost=True, retain_cache=str(folder / "retain")),
         output_dir=str(folder / "run"),
         **options,
@@ -67,7 +85,7 @@ def passes(module: EmbeddedClip, data: EmojiDataModule, concept: str) -> dict[st
     return flops | {"evaluation": evaluation(module, of_split)}
 
 
-def draw(seed: int, count: int, tolerance: float, later: bool) -> dict:
+def draw(seed: int, count: int, tolerance: float, method: SLUG, later: bool) -> dict:
     """One draw: the run, and what came of it."""
     names = load_drawings().thing_names
     chosen = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[: count + 1]]
@@ -77,12 +95,12 @@ def draw(seed: int, count: int, tolerance: float, later: bool) -> dict:
     module = EmbeddedClip().eval()
     needed = passes(module, data, things[0])
     with tempfile.TemporaryDirectory() as folder:
-        report = run(module, dict.fromkeys(things, data), data, Path(folder), tolerance)
+        report = run(module, dict.fromkeys(things, data), data, Path(folder), tolerance, method)
         print(report.to_text(width=180), flush=True)
         line = told(seed, report) | {"ratio": sum(report.cost["flops"].values()) / sum(needed.values())}
         line["phases"] = {phase: flops / sum(needed.values()) for phase, flops in report.cost["flops"].items()}
         if later:
-            line["later"] = one_more(module, report, things, eleventh, data, Path(folder), tolerance, needed)
+            line["later"] = one_more(module, report, things, eleventh, data, Path(folder), tolerance, method, needed)
     return line
 
 
@@ -104,7 +122,7 @@ def told(seed: int, report) -> dict:
     }
 
 
-def one_more(module, report, things, eleventh, data, folder, tolerance, needed) -> dict:
+def one_more(module, report, things, eleventh, data, folder, tolerance, method, needed) -> dict:
     """The eleventh thing beside the ten, and the same from the start."""
     another = EmojiDataModule(thing=eleventh, seed=data.seed)
     another.setup("fit")
@@ -112,8 +130,8 @@ def one_more(module, report, things, eleventh, data, folder, tolerance, needed) 
     # What was left out of the first run is not asked for again.
     beside = {name: source for name, source in forget.items() if name in report.unlearned or name == eleventh}
     # What one more costs adds to what the others have cost, which the first run was free to spend.
-    found = run(module, beside, data, folder, tolerance + MORE, earlier=str(folder / "run"))
-    whole = run(module, beside, data, folder, tolerance + MORE)
+    found = run(module, beside, data, folder, tolerance + MORE, method, earlier=str(folder / "run"))
+    whole = run(module, beside, data, folder, tolerance + MORE, method)
     same = {
         name: (found.concepts[name].layer, found.concepts[name].step_size)
         == (whole.concepts[name].layer, whole.concepts[name].step_size)
@@ -144,6 +162,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many draws (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10, help="things in a draw (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.03, help="of what is kept (default: %(default)s)")
+    parser.add_argument("--rules", default="paper", choices=list(RULES), help="(default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.2, help="beyond the smallest step (default: %(default)s)")
     parser.add_argument("--later", action="store_true", help="also forget one more thing, beside the others, in each draw")
     parser.add_argument("--output", type=Path, default=Path("runs/several_ten.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
@@ -152,7 +172,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         if any(line["seed"] == seed for line in lines):
             continue
-        lines.append(draw(seed, arguments.count, arguments.tolerance, arguments.later))
+        method = RULES[arguments.rules](step_margin=arguments.margin)
+        lines.append(draw(seed, arguments.count, arguments.tolerance, method, arguments.later))
         print(json.dumps(lines[-1]), flush=True)
         arguments.output.write_text(json.dumps(lines, indent=2) + "\n")
     table = pandas.DataFrame(lines).drop(columns=["phases", "later"], errors="ignore")
