@@ -56,7 +56,7 @@ SPARING = {
     "covariance, line, no front, six layers": SLUG(FEW, front=False, **COVARIANCE),
     "covariance, line, no front, all": SLUG(front=False, **COVARIANCE),
 }
-"""Rules whose whole runs are compared with the pass, too, for models with such layers; "all" is what they choose by themselves."""
+"""Rules whose whole runs are compared with the pass, too, for models with such layers; "all" is their own short list."""
 
 
 class Case(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -283,3 +284,30 @@ def test_a_phase_that_comes_again_adds_up_and_has_the_peak_of_the_largest():
             torch.ones(size, 2) @ torch.ones(2, 3)
     assert made.flops == {"search": 2 * 60 * 2 * 3}
     assert made.peak_bytes == {"search": (30 * 2 + 2 * 3 + 30 * 3) * FLOAT}
+
+
+def test_a_phase_within_another_is_taken_out_of_it_whether_it_ends_well_or_not():
+    made = meter()
+    with made.phase("gradients"):
+        _ = torch.ones(3, 3) @ torch.ones(3, 3)
+        for _ in range(2):
+            with made.phase("statistics"):
+                _ = torch.ones(5, 5) @ torch.ones(5, 5)
+                time.sleep(0.1)
+        with contextlib.suppress(Failure), made.phase("broken"):
+            raise Failure
+    with made.phase("search"):
+        _ = torch.ones(2, 2) @ torch.ones(2, 2)
+    report = made.report()
+    assert report["flops"] == {"statistics": 4 * 5**3, "gradients": 2 * 3**3, "search": 2 * 2**3}
+    assert report["seconds"]["statistics"] >= 0.2 > report["seconds"]["gradients"]
+    assert report["peak_bytes"].keys() == {"gradients", "search"}
+    assert report["lower_bound"]["flops"] == 2 * 3**3
+
+
+def test_a_rank_without_an_inner_phase_joins_those_that_have_one():
+    one = {"seconds": {"gradients": 2.0}, "flops": {"gradients": 5}, "peak_bytes": {"gradients": 7}}
+    other = {"seconds": {"gradients": 1.0, "statistics": 3.0}, "flops": {"gradients": 6, "statistics": 4}, "peak_bytes": {}}
+    found = joined([one, other])
+    assert found["flops"] == {"gradients": 11, "statistics": 4}
+    assert found["seconds"] == {"gradients": 2.0, "statistics": 3.0}

@@ -161,7 +161,7 @@ class Context:
     _retain_before: Optional[dict[str, float]] = None
 
     def __post_init__(self) -> None:
-        self.passes = Passes(self.objective, self.edits, self.retain_cache, self.offload_gradient, self.notes)
+        self.passes = Passes(self.objective, self.edits, self.retain_cache, self.offload_gradient, self.notes, self.phase)
 
     def gradient(
         self, kind: Kind, layers: Sequence[Layer], concept: Optional[Concept] = None, at: Sequence[EditStep] = ()

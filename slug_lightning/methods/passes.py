@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Optional
 
 from torch import Tensor
@@ -31,6 +32,7 @@ class Passes:
         retain_cache: where gradients and statistics of the retain set are kept between runs, or None.
         offload_gradient: whether forget gradients are kept in the host's memory.
         notes: of the run.
+        phase: a context manager by name, inside which the cost belongs to that phase.
     """
 
     objective: Objective
@@ -38,6 +40,7 @@ class Passes:
     retain_cache: Optional[RetainCache]
     offload_gradient: bool
     notes: list[str]
+    phase: Callable[[str], AbstractContextManager[None]]
     _statistics: dict[tuple[str, str, bool], Factor] = field(default_factory=dict)
     _paths: dict[str, tuple[list[EditStep], dict[str, Layer]]] = field(default_factory=dict)
     """By concept: the edits that were in the model when its gradient pass was recorded, and for which layers."""
@@ -123,7 +126,8 @@ class Passes:
         return self._collected(kind, watch, backward)
 
     def _watch(self, objective: Objective, layers: Sequence[Layer], parts: Iterable[str]) -> Curvature:
-        return Curvature(objective.module, parameters_of(layers), parts, objective.processes)
+        summing = partial(self.phase, "statistics")
+        return Curvature(objective.module, parameters_of(layers), parts, objective.processes, summing)
 
     def _collected(self, kind: Kind, watch: Curvature, backward: bool) -> dict[tuple[str, str, bool], Factor]:
         """What was collected; says in a note what was not."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Optional
@@ -69,13 +69,19 @@ class Curvature:
         parameters: the tensors, by name.
         needs: which of `PARTS` to collect.
         processes: the ranks that share the batches.
+        summing: entered where products are summed, which costs something beside the pass.
 
     Raises:
         UnlearnError: if a part is unknown, or a tensor is split for tensor parallelism.
     """
 
     def __init__(
-        self, module: nn.Module, parameters: Mapping[str, Tensor], needs: Iterable[str], processes: Processes | None = None
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        needs: Iterable[str],
+        processes: Processes | None = None,
+        summing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.needs = sorted(set(needs))  # in the same order in every process
         if unknown := set(self.needs) - PARTS.keys():
@@ -86,6 +92,7 @@ class Curvature:
                 "outputs; use direction='gradient', or FSDP2 alone"
             )
         self.processes = processes or Processes()
+        self.summing = summing
         self.tensors = {name: _Collected(name, p, self.needs) for name, p in parameters.items()}
         self.statistics: Optional[Statistics] = None
         self.forward_only = False
@@ -137,10 +144,11 @@ class Curvature:
             seen: dict[str, list[_Seen]] = {}
             for use, d in self._pending:
                 seen.setdefault(use.name, []).append(_Seen(use, d, weight, mask))
-            for name, collected in self.tensors.items():
-                gradient = self._gradients.get(name)
-                scaled = None if gradient is None else gradient.to(collected.dtype) * weight
-                collected.add(seen.pop(name, []), scaled, samples)
+            with self.summing():
+                for name, collected in self.tensors.items():
+                    gradient = self._gradients.get(name)
+                    scaled = None if gradient is None else gradient.to(collected.dtype) * weight
+                    collected.add(seen.pop(name, []), scaled, samples)
         self.clear()
 
     def finish(self) -> Statistics:

@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 UNAVOIDABLE = "gradients"
-"""The phase that is one forward and backward pass over forget and retain set: the lower bound of every such method."""
+"""The phase that is one forward and backward pass over forget and retain set: the lower bound of every such method.
+
+Statistics that come with the same pass are a phase of their own."""
 
 
 def flop_counter() -> FlopCounterMode:
@@ -62,21 +64,32 @@ class CostMeter:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.flops: dict[str, int] = {}
+        self._inside: list[float] | None = None
+        """Seconds and FLOPs of phases within the one that is open."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside."""
+        """Measure what happens inside. A phase within another is taken out of it, but for memory, which stays the outer one's."""
         memory = LiveTensors() if self.count else _Allocated(self.device) if self.device.type == "cuda" else _Resident()
-        with ExitStack() as stack:
-            stack.enter_context(memory)
-            flops = stack.enter_context(flop_counter()) if self.count else None
-            start = time.perf_counter()
-            yield
-        # Read after the stack has synchronised the device. A phase may come again, for another concept.
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), memory.peak)
-        if flops is not None:
-            self.flops[name] = self.flops.get(name, 0) + flops.get_total_flops()
+        is_outer, around, self._inside = self._inside is None, self._inside or [0.0, 0], [0.0, 0]
+        try:
+            with ExitStack() as stack:
+                if is_outer:
+                    stack.enter_context(memory)
+                counter = stack.enter_context(flop_counter()) if self.count else None
+                start = time.perf_counter()
+                yield
+            # Read after the stack has synchronised the device. A phase may come again, for another concept.
+            spent = time.perf_counter() - start, counter.get_total_flops() if counter else 0
+            seconds, flops = (whole - inside for whole, inside in zip(spent, self._inside, strict=True))
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if is_outer:
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), memory.peak)
+            if self.count:
+                self.flops[name] = self.flops.get(name, 0) + int(flops)
+            around = [a + b for a, b in zip(around, spent, strict=True)]
+        finally:
+            self._inside = None if is_outer else around
 
     def report(self) -> dict[str, Any]:
         """Return plain data: `seconds`, `peak_bytes` and, where counted, `flops` by phase; `lower_bound` and `ratio` to it.
@@ -91,8 +104,12 @@ class CostMeter:
 def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the costs of all ranks: operations add up; seconds and memory are the largest."""
     figures = {
-        name: {phase: (sum if name == "flops" else max)(report[name][phase] for report in reports) for phase in phases}
-        for name, phases in reports[0].items()
+        # A rank without samples has no phase within another.
+        name: {
+            phase: (sum if name == "flops" else max)(report[name].get(phase, 0) for report in reports)
+            for phase in dict.fromkeys(phase for report in reports for phase in report[name])
+        }
+        for name in reports[0]
         if name in ("seconds", "flops", "peak_bytes")
     }
     bound = {name: phases[UNAVOIDABLE] for name, phases in figures.items() if name != "peak_bytes" and phases.get(UNAVOIDABLE)}

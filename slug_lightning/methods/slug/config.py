@@ -20,6 +20,7 @@ from slug_lightning.methods.slug.directions import DIRECTIONS
 from slug_lightning.methods.slug.several import JointSearch
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.objective.curvature import NEEDS
+from slug_lightning.reports.cost import UNAVOIDABLE
 from slug_lightning.tensors.layers import Granularity, Layer, find_layers
 from slug_lightning.utils.names import some_of
 
@@ -185,7 +186,8 @@ class SLUG(Method):
         searches = [ConceptSearch(concept, context, rules) for concept in context.concepts]
         new = [search for search in searches if not search.is_taken_over]
         for search in new:
-            with context.phase("gradients"):
+            # Without the retain gradient it is less than the pass that other costs are compared with.
+            with context.phase(UNAVOIDABLE if self.front else "forget gradient"):
                 search.score(is_last=search is new[-1])
             with ExitStack() as stack:
                 replaying = search.objective.replaying(search.layers)
