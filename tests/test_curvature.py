@@ -191,6 +191,18 @@ def test_row_slices_see_inputs_of_their_own():
     torch.testing.assert_close(statistics.factors["input_covariance"]["w"].matrices, expected)
 
 
+def test_slices_of_one_call_may_be_live_at_different_positions():
+    def read(net, x):
+        packed, first = F.linear(x, net.w), F.linear(x, net.w[:2])  # the second call makes two slices of it
+        return torch.cat([packed[..., :2] + first, packed[:, :1, 2:].expand(-1, x.shape[1], -1)], -1)
+
+    net = Net(read, w=draw(4, 3))
+    statistics, _ = collect(net, BATCHES)
+    rows, read_once = X.flatten(0, 1), X[:, 0]
+    expected = torch.stack([2 * rows.T @ rows, read_once.T @ read_once]) / 5
+    torch.testing.assert_close(statistics.factors["input_covariance"]["w"].matrices, expected)
+
+
 def test_an_embedding_counts_and_a_tied_one_has_both_sides():
     ids = torch.tensor([[0, 2, 2], [1, 2, 0]])
     net = Net(lambda net, x: net.e(x), e=nn.Embedding(5, 3, padding_idx=1))

@@ -96,6 +96,13 @@ def test_low_rank_is_close_to_dense_where_the_spectrum_is(side, monkeypatch):
     torch.testing.assert_close(nothing.solve(g), g)
 
 
+@pytest.mark.parametrize("width", [1, 4, 5, 7, 12])
+def test_a_wide_square_is_the_same_computed_in_parts(width, monkeypatch):
+    monkeypatch.setattr(moments, "WIDE", 3)
+    rows = draw(2, 6, width)
+    torch.testing.assert_close(moments.gram(rows), rows.mT @ rows)
+
+
 def test_results_have_the_dtype_of_the_tensor_and_a_singular_one_needs_damping():
     g = draw(3, 4).float()
     factor = Dense(Form((3, 4)), "input", covariance(4, rank=2))

@@ -166,6 +166,19 @@ def test_a_likelihood_may_be_the_metric(knowing):
 # ---- prompts are encoded as often as they change
 
 
+def test_classes_that_a_batch_has_no_labels_of_are_not_encoded(knowing, encoded):
+    model = tiny_clip()
+    model.load_state_dict(knowing)
+    module = clip_module(model)
+    batch = next(iter(DataLoader(Pairs(range(8)), batch_size=8)))
+    batch["kind"] = torch.full((8,), -1)
+    found = module.scores(batch, 0)
+    assert {name: values.isnan().tolist() for name, values in found.items()} == dict.fromkeys(
+        ("kind_accuracy", "kind_nll"), [True] * 8
+    )
+    assert not encoded
+
+
 @pytest.fixture
 def encoded(monkeypatch):
     """The tokens that were encoded, in order."""

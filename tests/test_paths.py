@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from slug_lightning.methods.slug import SLUG
 from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
+from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
-from slug_lightning.objective.objective import Objective
+from slug_lightning.methods.slug.step_search import START
+from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.tensors.layers import Layer
 
 BENDS = [0.05, 0.1, 0.2, 0.4, 0.8]
@@ -258,6 +261,48 @@ def test_further_layers_share_one_tolerance():
     last = [t for t in report.trace if t["forgotten"] and t["constraint_usage"] is not None][-1]
     lost = (report.search_before["retain"]["val_acc"] - last["retain"]["val_acc"]) / 0.02
     assert last["constraint_usage"] == pytest.approx(max(lost, 0.0), abs=1e-6)
+
+
+class Starts:
+    """A search that goes nowhere but remembers where ways start; `enough` is the step that each of them needs."""
+
+    def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0) -> None:
+        self.enough, self.found = enough, []
+        concept = SimpleNamespace(
+            objective=None, metric=SimpleNamespace(name=metric), target=target, before=0.0, share=lambda value: value
+        )
+        self.search = LayerSearch(concept, None, search=self, choice=LeastUsage(), max_evaluations=9, max_step=2.0)  # type: ignore[arg-type]
+
+    def __call__(self, evaluate, share, most, start):
+        self.found.append(start)
+        return [] if self.enough is None else [Trial("", 1.0, self.enough, True, None, 0.0, None)]
+
+    def of(self, name, tower, slope, direction="covariance", curve="line"):
+        layer = LayerStatistics(Layer(name, {}, tower), 5.0, 2.0, 1.0, 0.0)
+        self.search.search_steps(Way(layer, direction, curve, None, lambda: slope))  # type: ignore[arg-type]
+        return self.found[-1]
+
+
+def test_a_way_starts_where_others_of_its_tower_were_enough_at_first_order():
+    starts = Starts(enough=0.3)
+    assert starts.of("a", "text", slope=2.0) == START
+    assert starts.of("b", "text", slope=3.0) == pytest.approx(0.3 * 2.0 / 3.0)
+    assert starts.of("c", "image", slope=3.0) == START
+    assert starts.of("d", "text", slope=1.0, direction="kfac") == pytest.approx(0.3 * (2.0 + 3.0) / 2)
+    assert starts.of("e", "text", slope=0.01) == 2.0  # max_step
+    assert starts.of("f", "text", slope=-1.0) == START  # downhill: nothing is promised
+    assert starts.of("a", "text", slope=2.0, curve="path") == pytest.approx(0.8 * 0.3)
+
+
+def test_the_papers_lines_start_as_published():
+    starts = Starts(enough=0.3)
+    assert [starts.of(name, "text", slope, "gradient") for name, slope in (("a", 2.0), ("b", 50.0))] == [START, START]
+
+
+def test_of_a_loss_what_is_missing_says_where_to_start():
+    starts = Starts(enough=None, metric=LOSS, target=1.5)
+    assert starts.of("a", "text", slope=3.0) == pytest.approx(1.5 / 3.0)
+    assert starts.of("b", "text", slope=10.0, direction="gradient") == pytest.approx(1.5 / 10.0)
 
 
 def test_a_direction_that_leads_nowhere_ends_its_way_and_not_the_run():
