@@ -3,6 +3,7 @@
     python benchmarks/unlearn_canvas.py                                   # three seeds; goes on where it stopped
     python benchmarks/unlearn_canvas.py --seeds 0 --concepts blob cat     # a part of it
     python benchmarks/unlearn_canvas.py --seeds 0 --granularity siblings  # with an edit of several tensors
+    python benchmarks/unlearn_canvas.py --direction covariance --curve path --layers "*.layers.0.self_attn.out_proj.weight"
 
 UA: share of the pictures of prompts of the forgotten concept that the judge does not recognise as such. IRA: accuracy on the
 prompts that are kept, of the concept's own kind (the other styles, if it is a style). CRA: of the other kind. All on report
@@ -41,6 +42,13 @@ STYLES = ["blob", "emojione", "firefox", "fluent", "noto"]
 TEN = ["airplane", "bicycle", "cat", "cherries", "crown", "elephant", "guitar", "octopus", "rocket", "strawberry"]
 IN_TURN = ["blob", "firefox", "fluent"]
 """Styles that are forgotten one after the other, each by a run on the model that the last one has left."""
+RULES = {
+    "direction": "where to go along a layer",
+    "curve": "how the way goes on",
+    "score": "which layers are searched",
+    "choice": "which of the steps is taken",
+}
+"""Options of `SLUG` that take a name."""
 OTHER = {"style": "thing", "thing": "style"}
 
 
@@ -111,7 +119,13 @@ def run(module: Watched, kind: str, concept: str, seed: int, options: argparse.N
     steps = {"search_steps": options.search_steps, "report_steps": options.report_steps}
     data = CanvasDataModule(**{kind: concept}, seed=seed, **counts, **steps)
     callback = UnlearnCallback(
-        method=SLUG(options.layers, options.granularity, max_evaluations=options.evaluations, step_margin=options.margin),
+        method=SLUG(
+            options.layers,
+            options.granularity,
+            max_evaluations=options.evaluations,
+            step_margin=options.margin,
+            **{name: getattr(options, name) for name in RULES},
+        ),
         forget_target=options.target,
         retain_tolerance=options.tolerance,
         runtime=Runtime(replay=False),  # the text encoder comes first, so that nothing that is drawn is spared
@@ -220,6 +234,8 @@ def main() -> None:
     parser.add_argument(
         "--layers", nargs="+", default="*", help="patterns of tensors to edit (default: those of the text encoder)"
     )
+    for name, words in RULES.items():
+        parser.add_argument(f"--{name}", default=getattr(SLUG.paper(), name), help=f"{words} (default: %(default)s)")
     parser.add_argument("--target", type=float, default=0.05, help="accuracy at which it is forgotten (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of what is kept (default: %(default)s)")
     parser.add_argument("--evaluations", type=int, default=10, help="for each layer (default: %(default)s)")
