@@ -172,7 +172,7 @@ def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
     return (model(pictures).argmax(1) == labels).float().mean().item()
 
 
-def digits(digit: int | None, folder: Path) -> Request:
+def digits(digit: int | None, folder: Path, draw: int = 1) -> Request:
     """A class, down to chance; or a random 5 % of the training set, down to the accuracy on pictures never seen."""
     parts = digit_parts()
     model = trained(*parts["train"], folder / "digits.safetensors")
@@ -181,7 +181,7 @@ def digits(digit: int | None, folder: Path) -> Request:
     if digit is None:
         count = len(parts["train"][1])
         gone = torch.zeros(count, dtype=torch.bool)
-        gone[torch.randperm(count, generator=torch.Generator().manual_seed(1))[: count // 20]] = True
+        gone[torch.randperm(count, generator=torch.Generator().manual_seed(draw))[: count // 20]] = True
         forget, rest = ([tensor[mask] for tensor in parts["train"]] for mask in (gone, ~gone))
         same = torch.isin(rest[1], forget[1].unique())
         near = [[tensor[same] for tensor in rest]]
