@@ -1,6 +1,6 @@
 """Compare every direction and curve on every candidate layer of a few requests, each searched for the smallest step that forgets.
 
-    python benchmarks/directions.py --sample                      # one request a family, two layers: minutes
+    python benchmarks/directions.py --sample                      # one request a family, one layer: minutes
     python benchmarks/directions.py --grid                        # all; goes on where it stopped
     python benchmarks/directions.py --grid --families clip lm --directions gradient covariance --curves line
     python benchmarks/directions.py --table                       # the tables of what is there
@@ -55,7 +55,7 @@ from slug_lightning.patches.temporary import EditStep
 from slug_lightning.reports.cost import flop_counter
 from slug_lightning.tensors.layers import Layer, find_layers
 
-LAYERS_OF_A_SAMPLE = 2
+LAYERS_OF_A_SAMPLE = 1
 COLUMNS = ["forget", "others", "near", "relative_step", "passes", "flops"]
 Cell = tuple[str, str, str]
 """Layer, direction and curve."""
@@ -282,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--grid", action="store_true", help="every request of the families")
-    what.add_argument("--sample", action="store_true", help="one request a family, two layers of it")
+    what.add_argument("--sample", action="store_true", help="one request a family, one layer of it")
     what.add_argument("--table", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), help="(default: all)")
     parser.add_argument(

@@ -19,6 +19,7 @@ from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.datamodules.demo.emoji import render
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import load_drawings
+from slug_lightning.methods import SLUG
 from slug_lightning.modules import ClassifierModule, ClipModule, EmbeddedClip, clip
 from slug_lightning.patches.temporary import EditStep, TemporaryEdits
 from slug_lightning.tensors.layers import Layer
@@ -161,6 +162,44 @@ def test_a_likelihood_may_be_the_metric(knowing):
     assert report.status == "unlearned" and not any(report.bounds["higher_is_better"].values())
     assert "a hundred times less likely" in report.bounds["forget_target_reason"]
     assert report.after["forget"]["kind_nll"] > 4 > report.before["forget"]["kind_nll"]
+
+
+class Watched:
+    """The gradient itself, of which a copy is kept."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, layer, forget_gradient):
+        self.seen |= {name: gradient.clone() for name, gradient in forget_gradient.items()}
+        return forget_gradient
+
+
+def test_an_anchored_gradient_is_that_of_the_loss_less_the_loss_of_the_mean_retain_image(knowing):
+    model, watched = tiny_clip(), Watched()
+    model.load_state_dict(knowing)
+    forget, retain = Pairs([5], 10), Pairs([0, 1, 2, 3, 4, 6, 7], 32)
+    others = {f"{kind}_{split}": part for kind, part in (("forget", forget), ("retain", retain)) for split in ("val", "test")}
+    data = UnlearnDataModule(forget, retain, **others, batch_size=7)  # the last batches are smaller
+    name = "model.transformer.resblocks.0.mlp.c_fc.weight"
+    method = SLUG(name, direction=watched, source="anchored", max_evaluations=2)
+    trainer(unlearn_callback(method=method)).fit(clip_module(model.train()), datamodule=data)
+    plain = tiny_clip()
+    plain.load_state_dict(knowing)
+    with torch.no_grad():
+        anchor = encode_image(plain, retain.image).mean(0)
+        image = encode_image(plain, forget.image)
+    text = encode_text(plain, token(forget.kind))
+    loss = (1 - (image * text).sum(1)).mean() - (1 - text @ anchor).mean()
+    (expected,) = torch.autograd.grad(loss, [plain.get_parameter(name.removeprefix("model."))])
+    torch.testing.assert_close(watched.seen[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_module_without_anchored_steps_is_told_what_is_missing():
+    data = UnlearnDataModule(blobs(40), blobs(80))
+    callback = unlearn_callback(method=SLUG(source="anchored"))
+    with pytest.raises(UnlearnError, match="source: 'anchored' needs anchor_step and anchored_step, which ClassifierModule"):
+        trainer(callback).fit(ClassifierModule(trained().net, CLASSES), datamodule=data)
 
 
 # ---- prompts are encoded as often as they change

@@ -68,6 +68,15 @@ class ClipModule(UnlearnModule):
                 self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
         self._classes: dict[str, tuple[Any, Tensor]] = {}
 
+    def anchor_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the unit image features, `[B, D]`."""
+        return encode_image(self.model, batch["image"])
+
+    def anchored_step(self, batch: dict[str, Tensor], batch_idx: int, anchor: Tensor) -> Tensor:
+        """Return `L_forget` less that of the anchor, `[D]`, in place of all images: what they share with it drops out."""
+        text = encode_text(self.model, batch["text"])
+        return ((anchor - encode_image(self.model, batch["image"])) * text).sum(-1).mean()
+
     def on_validation_start(self) -> None:
         """Drop cached prompt features: weights may have changed without a new `_version`."""
         self._classes.clear()

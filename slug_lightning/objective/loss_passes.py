@@ -146,6 +146,22 @@ class LossPasses:
         watch.finish()
         return watch.samples
 
+    def summed(self, step: Callable[[Any, int], Tensor], batches: Iterable[IndexedBatch]) -> tuple[Tensor, int]:
+        """Sum what a step gives, `[B, …]`, over the samples of all ranks, in fp32; returns their number as well; collective."""
+        sums: list[Tensor] = []
+        samples = 0
+        with torch.no_grad(), self.runner.passing(), read_logs(self.module):
+            for number, batch, is_real in batches:
+                seed_for_batch(number)
+                with self.forward():
+                    values = step(batch, number).float()
+                sums.append(values.sum(0) * is_real)
+                samples += len(values) * is_real
+        processes = self.runner.processes
+        total = torch.stack(sums).sum(0)
+        processes.all_reduce_sum([total])
+        return total, sum(processes.all_gather_object("samples of an anchor", samples, each_data_rank=True))
+
     def record(self, batches: Iterable[IndexedBatch], replay: Replay) -> int:
         """Run the batches forward, and let a replay keep what its layers don't change; returns the number of samples."""
         restore = snapshot(self.module)  # a pass more than without replay, of which nothing may stay

@@ -12,6 +12,8 @@ class ModuleHooks:
     Attributes:
         forget_step: `(batch, batch_idx) -> loss` of the forget set; `training_step` where it isn't defined.
         retain_step: likewise of the retain set.
+        anchor_step: `(batch, batch_idx) -> features [B, D]` of the retain set, whose mean is the anchor of `source="anchored"`.
+        anchored_step: `(batch, batch_idx, anchor [D]) -> loss` of the forget set, less that of the anchor in place of its inputs.
         forget_metric: name of the value, logged by `validation_step`, that forgetting must change; the loss without one.
         forget_target: value of it that counts as forgotten; see `slug_lightning.objective.metrics.Metric.default_target`.
         retain_metric: name or names of the logged values that must stay within their tolerance; the loss without one.
@@ -33,6 +35,8 @@ class ModuleHooks:
 
     forget_step: Callable[..., Any] | None
     retain_step: Callable[..., Any] | None
+    anchor_step: Callable[..., Any] | None
+    anchored_step: Callable[..., Any] | None
     forget_metric: str | None
     forget_target: float | None
     retain_metric: str | Sequence[str] | None

@@ -71,6 +71,8 @@ class Objective:
         self.replays = False
         """Whether `replaying` and `replaying_gradients` replay."""
         self.replay_budget = replay_budget
+        self.anchor: Tensor | None = None
+        """Where it is set, forget gradients are those of `ModuleHooks.anchored_step`."""
         self.replayed: list[Replay] = []
         """Every replay so far, of this objective and of those `about` other forget sets."""
         self.forward_samples = 0
@@ -146,6 +148,19 @@ class Objective:
         batches = self.progress(self._batches(kind, "train"), f"statistics, {kind}")
         self.forward_samples += self._losses(kind).observe(batches, watch)
 
+    def retain_anchor(self) -> Tensor:
+        """The mean of what `ModuleHooks.anchor_step` gives over the retain set's `train` split, `[D]`; collective."""
+        step = self.hooks.anchor_step
+        if step is None or self.hooks.anchored_step is None:
+            raise UnlearnError(
+                f"source: 'anchored' needs anchor_step and anchored_step, which {type(self.module).__name__} doesn't define "
+                "(a ClipModule does); define them, or leave source='forget'"
+            )
+        batches = self.progress(self._batches("retain", "train"), "anchor, retain")
+        total, samples = self._losses("retain").summed(step, batches)
+        self.forward_samples += samples
+        return total / samples
+
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
         first = itertools.islice(self._batches(kind, "train"), 1)
@@ -154,7 +169,9 @@ class Objective:
         return self._counted(losses.gradient(parameters, halves)).tensors
 
     def _losses(self, kind: Kind, forward: Callable[[], AbstractContextManager[None]] | None = None) -> LossPasses:
-        return LossPasses(self.module, self.runner, partial(self.loss, kind), kind, forward or self.runner.forward_context)
+        anchored = self.hooks.anchored_step if kind == "forget" and self.anchor is not None else None
+        loss = partial(anchored, anchor=self.anchor) if anchored else partial(self.loss, kind)
+        return LossPasses(self.module, self.runner, loss, kind, forward or self.runner.forward_context)
 
     def _counted(self, gradient: Gradient) -> Gradient:
         self.forward_samples += gradient.samples

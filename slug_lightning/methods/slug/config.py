@@ -47,6 +47,8 @@ class SLUG(Method):
         direction: where to go along a layer: the name of one of `slug_lightning.methods.slug.directions.DIRECTIONS`
             ("gradient", "covariance", "kfac", "batch", "engram", "retain_null_space"), a
             `slug_lightning.methods.slug.directions.Direction`, or a list of these, which then compete.
+        source: whose gradient directions are made of: "forget", the forget loss, or "anchored", that loss less the one of the
+            retain set's mean feature, so that what all inputs share counts for nothing; for modules with an `anchored_step`.
         curve: how the way goes on: "line", "path" (a new forget gradient whenever the way has doubled), "both" (lines, then the
             paths of the three layers whose line did best), or a `slug_lightning.methods.slug.curves.Curve`.
         score: which layers are searched: "pareto", the front of importance and alignment; "measured", the outer blocks,
@@ -79,6 +81,7 @@ class SLUG(Method):
     layers: Union[str, list[str]] = "*"
     granularity: Granularity = "tensor"
     direction: Union[Name, Callable[..., Any], list[Union[Name, Callable[..., Any]]]] = "gradient"
+    source: Literal["forget", "anchored"] = "forget"
     curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "line"
     score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "pareto"
     choice: Union[Literal["least_usage", "least_damage"], Callable[..., Any]] = "least_usage"
@@ -93,6 +96,8 @@ class SLUG(Method):
     def __post_init__(self) -> None:
         if self.granularity not in ("tensor", "module", "siblings"):
             raise UnlearnError(f"granularity must be 'tensor', 'module' or 'siblings', got {self.granularity!r}")
+        if self.source not in ("forget", "anchored"):
+            raise UnlearnError(f"source must be 'forget' or 'anchored', got {self.source!r}")
         for name in ("max_evaluations", "max_layers"):
             if getattr(self, name) < 1:
                 raise UnlearnError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -127,7 +132,7 @@ class SLUG(Method):
             'gradient'
         """
         rules = {"direction": "gradient", "curve": "line", "score": "pareto", "choice": "least_usage", "step_margin": 0.0}
-        return cls(**{**rules, "max_step": None, "max_layers": 1, "front": True, **options})
+        return cls(**{**rules, "source": "forget", "max_step": None, "max_layers": 1, "front": True, **options})
 
     def _directions(self) -> dict[str, Any]:
         """The directions by name."""
@@ -161,7 +166,7 @@ class SLUG(Method):
 
         Options that an earlier version didn't have are left out where they change nothing, so that its requests are recognised.
         """
-        later = {"max_step": None, "max_layers": 1, "front": True}
+        later = {"max_step": None, "max_layers": 1, "front": True, "source": "forget"}
         asked = {name: value for name, value in super().request().items() if name != "check_rounding"}
         return {name: value for name, value in asked.items() if name not in later or value != later[name]}
 
@@ -185,6 +190,11 @@ class SLUG(Method):
         )
         searches = [ConceptSearch(concept, context, rules) for concept in context.concepts]
         new = [search for search in searches if not search.is_taken_over]
+        if self.source == "anchored" and new:
+            with context.phase("anchor"):
+                anchor = context.objective.retain_anchor()
+            for search in new:
+                search.objective.anchor = anchor
         for search in new:
             # Without the retain gradient it is less than the pass that other costs are compared with.
             with context.phase(UNAVOIDABLE if self.front else "forget gradient"):
