@@ -2,7 +2,7 @@
 
     python benchmarks/several.py                    # five draws of ten, into runs/several_ten.json; goes on where it stopped
     python benchmarks/several.py --seeds 1 --later  # one draw, and the eleventh
-    python benchmarks/several.py --seeds 4 --rules sparing --margin 0 --output runs/several_sparing.json
+    python benchmarks/several.py --seeds 4 --rules sparing --margin 0
 
 `paper` edits either tower along raw gradients; `sparing` one matrix of the text tower, along paths of the covariance direction.
 The matrix was chosen on seed 4, which isn't among its draws.
@@ -168,14 +168,16 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    asked = {name: getattr(arguments, name) for name in ("rules", "margin", "count", "tolerance")}
     for seed in range(arguments.seeds):
-        if any(line["seed"] == seed for line in lines):
+        if any((asked | {"seed": seed}).items() <= line.items() for line in lines):
             continue
         method = RULES[arguments.rules](step_margin=arguments.margin)
-        lines.append(draw(seed, arguments.count, arguments.tolerance, method, arguments.later))
+        lines.append(asked | draw(seed, arguments.count, arguments.tolerance, method, arguments.later))
         print(json.dumps(lines[-1]), flush=True)
         arguments.output.write_text(json.dumps(lines, indent=2) + "\n")
-    table = pandas.DataFrame(lines).drop(columns=["phases", "later"], errors="ignore")
+    shown = pandas.DataFrame([line for line in lines if asked.items() <= line.items()])
+    table = shown.drop(columns=[*asked, "phases", "later"], errors="ignore")
     print(table.to_markdown(index=False, floatfmt=".3g"))
     print(table.drop(columns="seed").agg(["mean", "std"]).to_markdown(floatfmt=".3g"))
 

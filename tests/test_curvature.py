@@ -194,12 +194,13 @@ def test_row_slices_see_inputs_of_their_own():
 def test_slices_of_one_call_may_be_live_at_different_positions():
     def read(net, x):
         packed, first = F.linear(x, net.w), F.linear(x, net.w[:2])  # the second call makes two slices of it
-        return torch.cat([packed[..., :2] + first, packed[:, :1, 2:].expand(-1, x.shape[1], -1)], -1)
+        return torch.cat([packed[..., :2] + first, packed[:, :1, 2:].expand(-1, x.shape[1], -1)], -1) * (x[0, 0, 0] != 0)
 
     net = Net(read, w=draw(4, 3))
-    statistics, _ = collect(net, BATCHES)
+    satisfied = torch.cat([torch.zeros(1, 6, 3, **DOUBLE), draw(1, 6, 3)])  # of this batch no position is live
+    statistics, _ = collect(net, [*BATCHES, satisfied])
     rows, read_once = X.flatten(0, 1), X[:, 0]
-    expected = torch.stack([2 * rows.T @ rows, read_once.T @ read_once]) / 5
+    expected = torch.stack([2 * rows.T @ rows, read_once.T @ read_once]) / 7
     torch.testing.assert_close(statistics.factors["input_covariance"]["w"].matrices, expected)
 
 

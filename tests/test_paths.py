@@ -21,7 +21,7 @@ from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
-from slug_lightning.methods.slug.step_search import START
+from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.tensors.layers import Layer
 
@@ -266,12 +266,13 @@ def test_further_layers_share_one_tolerance():
 class Starts:
     """A search that goes nowhere but remembers where ways start; `enough` is the step that each of them needs."""
 
-    def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0) -> None:
+    def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0, learns: bool = True) -> None:
         self.enough, self.found = enough, []
         concept = SimpleNamespace(
             objective=None, metric=SimpleNamespace(name=metric), target=target, before=0.0, share=lambda value: value
         )
-        self.search = LayerSearch(concept, None, search=self, choice=LeastUsage(), max_evaluations=9, max_step=2.0)  # type: ignore[arg-type]
+        options = {"max_evaluations": 9, "max_step": 2.0, "learns_start": learns}
+        self.search = LayerSearch(concept, None, search=self, choice=LeastUsage(), **options)  # type: ignore[arg-type]
 
     def __call__(self, evaluate, share, most, start):
         self.found.append(start)
@@ -289,14 +290,36 @@ def test_a_way_starts_where_others_of_its_tower_were_enough_at_first_order():
     assert starts.of("b", "text", slope=3.0) == pytest.approx(0.3 * 2.0 / 3.0)
     assert starts.of("c", "image", slope=3.0) == START
     assert starts.of("d", "text", slope=1.0, direction="kfac") == pytest.approx(0.3 * (2.0 + 3.0) / 2)
-    assert starts.of("e", "text", slope=0.01) == 2.0  # max_step
+    assert starts.of("e", "text", slope=0.01) == 1.0
+    assert starts.of("g", "text", slope=6.0, direction="gradient") == pytest.approx((0.6 + 0.3) / 2 / 6.0)
     assert starts.of("f", "text", slope=-1.0) == START  # downhill: nothing is promised
     assert starts.of("a", "text", slope=2.0, curve="path") == pytest.approx(0.8 * 0.3)
 
 
 def test_the_papers_lines_start_as_published():
-    starts = Starts(enough=0.3)
+    starts = Starts(enough=0.3, learns=False)
     assert [starts.of(name, "text", slope, "gradient") for name, slope in (("a", 2.0), ("b", 50.0))] == [START, START]
+
+
+def test_a_path_that_begins_beyond_its_plateau_is_tried_from_the_start(monkeypatch):
+    # The line needs 1.8; the path reaches a flat top at 0.05, beyond which nothing rises.
+    hill = Hill(losses=[0.0] + [1.0] * 20)
+    concept = SimpleNamespace(objective=None, metric=SimpleNamespace(name="accuracy"), share=lambda value: value)
+    options = {"max_evaluations": 9, "max_step": 2.0, "learns_start": True}
+    search = LayerSearch(concept, None, search=interpolation, choice=LeastUsage(), **options)  # type: ignore[arg-type]
+
+    def measured(way, advance, distance, straight_after=math.inf):
+        way.point(distance)
+        share = min(distance / 0.09, 1.04) if way.curve == "path" else distance / 1.8
+        return Trial(
+            "w", 1.0, distance, share >= 1, None, share, None, direction="covariance", curve=way.curve, distance=distance
+        )
+
+    monkeypatch.setattr(search, "_forget", measured)
+    for name, curve in (("line", line), ("path", path)):
+        search.search_steps(Way(hill.layer, "covariance", name, curve(hill.layer, hill.tangent), lambda: 1.0))
+    assert search.smallest["w", "covariance", "line"].relative_step >= 1.8
+    assert 0.09 <= search.smallest["w", "covariance", "path"].relative_step <= 0.1
 
 
 def test_of_a_loss_what_is_missing_says_where_to_start():

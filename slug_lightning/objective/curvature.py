@@ -368,18 +368,18 @@ class _Collected:
         held = self.moments.get(part if self.kind not in ("vector", "fallback") else f"batch_{side}")
         if held is None or samples == 0:
             return Identity(form, side)  # type: ignore[arg-type]
-        factor = held.factor(samples)
         if "counts" in self.moments and part == "input_covariance":
             counts = self.moments["counts"].factor(samples)
-            assert isinstance(counts, Diagonal)
-            return Tied(form, "input", held.buffers[0][0] / samples, counts.values[0])
-        return factor
+            assert isinstance(counts, Diagonal) and isinstance(held, DenseMoment)
+            return Tied(form, "input", held.whole(samples)[0], counts.values[0])
+        return held.factor(samples)
 
 
 def _add_inputs(moment: Moment, x: Tensor, live: Tensor, groups: Sequence[int]) -> None:
     """Add the live rows of x, `[groups or 1, positions, in]`; slices of a packed weight mostly share them."""
     if len(x) == len(live):
         moment.add(torch.where(live[..., None], x, 0), groups)
+    if len(x) == len(live) or not live.shape[1]:  # which `unique` refuses
         return
     masks, which = live.unique(dim=0, return_inverse=True)
     for number, mask in enumerate(masks):

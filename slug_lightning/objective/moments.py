@@ -13,8 +13,8 @@ from slug_lightning.objective.factors import Dense, Diagonal, Factor, Form, LowR
 WIDEST = 8192
 """A wider side gets a sketch in place of a whole matrix."""
 RANK = 512
-WIDE = 512
-"""From this width on, a square is computed in four parts, of which two are each other's transpose."""
+BLOCK = 512
+"""Width of the blocks of a dense matrix."""
 
 
 class Moment(ABC):
@@ -33,9 +33,11 @@ class Moment(ABC):
     def add(self, rows: Tensor, groups: Sequence[int]) -> None:
         """Add the rows `[groups, positions, dim]` of some groups, of the buffers' dtype; of `[1, …]` the same to each."""
 
-    def _sum(self, groups: Sequence[int], blocks: Tensor, number: int = 0) -> None:
-        buffer = self.buffers[number]
-        buffer.index_add_(0, torch.tensor(groups, device=buffer.device), blocks.expand(len(groups), *blocks.shape[1:]))
+    def _sum(self, groups: Sequence[int], blocks: Tensor, number: int = 0, *where: slice) -> None:
+        """Add blocks to a part of a buffer."""
+        is_run = len(groups) == groups[-1] + 1 - groups[0]
+        index = slice(groups[0], groups[-1] + 1) if is_run else list(groups), *where
+        self.buffers[number][index] += blocks
 
     @abstractmethod
     def factor(self, samples: int) -> Factor:
@@ -43,30 +45,22 @@ class Moment(ABC):
 
 
 class DenseMoment(Moment):
-    """The whole matrix."""
+    """The whole matrix; until it is asked for, of a wide one only the blocks on and above the diagonal."""
 
     def add(self, rows: Tensor, groups: Sequence[int]) -> None:
         """Add rowsᵀ rows."""
-        self._sum(groups, gram(rows))
+        for start in range(0, rows.shape[-1], BLOCK):
+            block, rest = slice(start, start + BLOCK), slice(start, None)
+            self._sum(groups, rows[..., block].mT @ rows[..., rest], 0, block, rest)
+
+    def whole(self, samples: int) -> Tensor:
+        """Return the mean over samples, `[groups, dim, dim]`."""
+        upper = self.buffers[0].triu() / samples
+        return upper + upper.triu(1).mT
 
     def factor(self, samples: int) -> Dense:
         """Return the mean over samples."""
-        return Dense(self.form, self.side, self.buffers[0] / samples)
-
-
-def gram(rows: Tensor) -> Tensor:
-    """Multiply rowsᵀ rows, `[…, positions, dim]`, and of a wide one compute what lies below the diagonal only once.
-
-    Example:
-        >>> gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
-        tensor([[ 1.,  2.],
-                [ 2., 13.]])
-    """
-    if rows.shape[-1] < WIDE:
-        return rows.mT @ rows
-    left, right = rows.chunk(2, dim=-1)
-    corner = left.mT @ right
-    return torch.cat([torch.cat([gram(left), corner], -1), torch.cat([corner.mT, gram(right)], -1)], -2)
+        return Dense(self.form, self.side, self.whole(samples))
 
 
 class DiagonalMoment(Moment):

@@ -27,13 +27,14 @@ def flop_counter() -> FlopCounterMode:
     """Return torch's counter, with formulas for what it does not know.
 
     Without those of fused attention and encoder layers the same attention costs FLOPs with gradients and none without; and on a
-    CPU it costs none before torch 2.15. The others are of statistics and of the directions made from them.
+    CPU it costs none before torch 2.15. The others are of directions: leading terms (Golub and Van Loan, Matrix Computations).
     """
     aten = torch.ops.aten
     mapping = {
         aten.linalg_cholesky_ex: lambda a, **_: math.prod(a) * a[-1] // 3,
         aten.cholesky_solve: lambda b, *_, **__: 2 * math.prod(b) * b[-2],
         aten._linalg_eigh: lambda a, *_, **__: 9 * math.prod(a) * a[-1],
+        aten._linalg_svd: lambda a, *_, **__: math.prod(a) * (6 * min(a[-2:]) + 20 * min(a[-2:]) ** 2 // max(a[-2:])),
         aten._native_multi_head_attention: _attention_flops,
         aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
@@ -74,8 +75,7 @@ class CostMeter:
         is_outer, around, self._inside = self._inside is None, self._inside or [0.0, 0], [0.0, 0]
         try:
             with ExitStack() as stack:
-                if is_outer:
-                    stack.enter_context(memory)
+                stack.enter_context(memory if is_outer else self._synchronised())
                 counter = stack.enter_context(flop_counter()) if self.count else None
                 start = time.perf_counter()
                 yield
@@ -90,6 +90,14 @@ class CostMeter:
             around = [a + b for a, b in zip(around, spent, strict=True)]
         finally:
             self._inside = None if is_outer else around
+
+    @contextmanager
+    def _synchronised(self) -> Iterator[None]:
+        """Wait for the device before and after, so that seconds belong to what takes them."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda _: None
+        wait(self.device)
+        yield
+        wait(self.device)
 
     def report(self) -> dict[str, Any]:
         """Return plain data: `seconds`, `peak_bytes` and, where counted, `flops` by phase; `lower_bound` and `ratio` to it.

@@ -220,6 +220,7 @@ class ConceptSearch:
                 pairs = [(way.layer, way.direction) for way in sorted(best, key=lambda way: -way.layer.depth)]
                 if not pairs:
                     break
+            search.let_go()
             if not decision.search_more:
                 break
         return search
@@ -259,6 +260,7 @@ class ConceptSearch:
             step_margin=rules.step_margin,
             max_step=rules.max_step,
             retain_before=retain_before,
+            learns_start=(list(rules.directions), list(rules.curves)) != (["gradient"], ["line"]),
         )
 
     def _merge(self, base: Sequence[EditStep], search: LayerSearch) -> None:

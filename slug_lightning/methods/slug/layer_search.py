@@ -72,6 +72,7 @@ class LayerSearch:
         step_margin: float = 0.0,
         max_step: float = math.inf,
         retain_before: Mapping[str, float] | None = None,
+        learns_start: bool = False,
     ) -> None:
         self.concept = concept
         self.objective = concept.objective
@@ -82,6 +83,8 @@ class LayerSearch:
         self.step_margin = step_margin
         self.max_step = max_step
         self.retain_before = retain_before
+        self.learns_start = learns_start
+        """Whether a way starts where others have been enough; else as published."""
         self.trials: list[Trial] = []
         self.error = 0.0
         """How far off rounding may put the constraint usage of a trial; known after `run`."""
@@ -112,7 +115,7 @@ class LayerSearch:
             for way in ways:
                 self.search_steps(way, advance)
         if is_last and "retain" not in self._recorded:
-            self._let_go()
+            self.let_go()
         able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
@@ -123,7 +126,7 @@ class LayerSearch:
         for way in self.context.progress.track(able, "search, retain metrics"):
             self._measure_retain(way, before)
         if is_last:
-            self._let_go()
+            self.let_go()
         for way in ways:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
         return self.choice(self.trials), without
@@ -142,12 +145,16 @@ class LayerSearch:
                 raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
             return tried[-1]
 
-        try:
-            start = min(self._first_step(way), self.max_step)
-            tried = list(self.search(evaluate, self.concept.share, self.max_evaluations, start))
-        except CurveEnd as end:
-            if tried:
-                tried[-1] = replace(tried[-1], ended=str(end))
+        for start in dict.fromkeys((self._first_step(way), START)):
+            before = list(tried)
+            try:
+                tried = before + list(self.search(evaluate, self.concept.share, self.max_evaluations, min(start, self.max_step)))
+                break
+            except CurveEnd as end:
+                if tried:
+                    tried[-1] = replace(tried[-1], ended=str(end))
+            if way.curve == "line" or smallest_step(tried) is not None:
+                break  # else a path that began far along may have passed what it was sought for
         if (found := smallest_step(tried)) is not None:
             self._learn(way, found)
             self.smallest[way.key] = self._steps[way.key] = found
@@ -164,12 +171,15 @@ class LayerSearch:
         names = {layer.name for layer in layers}
         known, values = self._recorded.get(kind, (set(), {}))
         if kind not in self._recorded or not names <= known:
+            if kind in self._recorded:
+                self.let_go()  # else its memory would count twice
             count_as_written(layers)
             values = self.objective.measured(kind, "val", record=[layer.name for layer in layers])
             self._recorded[kind] = names, values
         return values
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Let go of what evaluations have recorded."""
         self.objective.evaluator.forget()
         self._recorded.clear()
 
@@ -177,18 +187,22 @@ class LayerSearch:
         """Where to look first.
 
         Of one tower, steps that are just enough promise about the same gain at first order, whatever the layer; a path needs a
-        little less than the line. What only the paper's lines are searched along starts as published.
+        little less than the line.
         """
-        layer = way.layer
-        if all(way.key[1:] == ("gradient", "line") for way in self._ways.values()):
-            return START if self._gain is None else _within(self._gain / (layer.forget_norm * layer.weight_norm), 1.0)
+        layer, is_published = way.layer, way.key[1:] == ("gradient", "line")
+        if not self.learns_start:
+            slope = layer.forget_norm * layer.weight_norm
+            return _within(self._gain / slope) if self._gain is not None and is_published else START
         line = self.smallest.get((layer.name, way.direction, "line"))
         if way.curve != "line" and line is not None:
             return SHORTER * line.relative_step
-        tower = str(layer.layer.tower)
+        tower = layer.layer.tower
         gains = self._gains.get((tower, way.direction)) or self._gains.get((tower,)) or ([self._gain] if self._gain else [])
-        slope = way.slope() if gains else 0.0
-        return _within(median(gains) / slope, self.max_step) if slope > 0 else START
+        try:
+            slope = way.slope() if gains else 0.0
+        except CurveEnd:  # which the first point says again
+            slope = 0.0
+        return _within(median(gains) / slope) if slope > 0 else START
 
     def _learn(self, way: Way, found: Trial) -> None:
         """Remember what was enough."""
@@ -196,7 +210,7 @@ class LayerSearch:
             layer = way.layer
             self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
         if way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
-            tower = str(way.layer.layer.tower)
+            tower = way.layer.layer.tower
             for key in ((tower,), (tower, way.direction)):
                 self._gains.setdefault(key, []).append(gain)
 
@@ -337,9 +351,9 @@ def smallest_step(trials: Sequence[Trial]) -> Trial | None:
     return min(found, key=lambda t: t.relative_step, default=None)
 
 
-def _within(step: float, most: float) -> float:
+def _within(step: float) -> float:
     """A first step, neither too small nor too large."""
-    return min(max(step, START / 100), most)
+    return min(max(step, START / 100), 1.0)
 
 
 def _line(way: Way, trials: Sequence[Trial]) -> str:
