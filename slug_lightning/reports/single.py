@@ -41,7 +41,7 @@ class UnlearnReport(Report):
             `[{"strength": …, "forget": {…}, "retain": {…}}, …]`.
         holds: whether both bounds hold on the test split as well; None if infeasible.
         cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
-            `ratio` to it; evaluations, samples forward and backward; what `replay` held and spared.
+            `ratio` to it, both empty if no retain gradient was computed; evaluations, samples forward and backward; what `replay` held and spared.
         notes: what was decided on the way, such as how a single set was split.
         versions: of the libraries.
         patch_digest: of the patch.
