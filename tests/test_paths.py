@@ -18,6 +18,7 @@ from slug_lightning.methods.base import RetainDetails, Trial
 from slug_lightning.methods.slug import SLUG
 from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
+from slug_lightning.methods.slug.concept_search import ConceptSearch
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
@@ -185,6 +186,18 @@ def test_every_direction_forgets_by_its_name(direction):
     module, before, report = forgetting(direction=direction, layers="net.6.weight", tolerance=1.0)
     assert report.status == "unlearned" and changed(module, before) == {"net.6.weight"}
     assert {t["direction"] for t in report.trace} == {direction}
+
+
+def test_recordings_are_let_go_where_no_direction_turns(monkeypatch):
+    held, search = [], ConceptSearch.search
+
+    def searched(self):
+        search(self)
+        held.append(self.objective.evaluator.batches)
+
+    monkeypatch.setattr(ConceptSearch, "search", searched)
+    forgetting(direction="engram", curve="both", score="measured", tolerance=1.0)
+    assert held == [{}]
 
 
 def test_a_path_is_the_same_bits_with_replay_and_without():
