@@ -4,7 +4,8 @@
 
 The classifier of scikit-learn's digits is that of `directions.py`, which takes another draw. `gap` is the accuracy on its
 training set less that on pictures never seen; `forget` the accuracy on the 5 %, which shall fall to the latter; `test lost` what
-the accuracy on the test half of the pictures never seen has lost; the search looks at the other half. All in per cent.
+the accuracy on the test half of the pictures never seen has lost; the search looks at the other half. All in per cent. `paper` is
+the published procedure, `sparing` lets lines along the covariance and K-FAC compete, on all four layers.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def run(draw: int, method: SLUG, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, nargs="+", default=[10, 11, 12, 13, 14], help="seeds (default: 10 to 14)")
+    parser.add_argument("--draws", type=int, nargs="+", default=[10, 11, 12, 13, 14], help="their seeds (default: 10 to 14)")
     parser.add_argument("--output", type=Path, default=Path("runs/random_samples"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,20 @@ def test_every_config_round_trips(config, capsys, tmp_path):
     assert "UnlearnCallback" in printed or "ICUCallback" in printed
 
 
+def test_directions_that_compete_stay_a_list_in_the_config(capsys, tmp_path):
+    object_of_ours = "{class_path: slug_lightning.methods.slug.directions.Covariance, init_args: {damping: 0.5}}"
+    given = f"--trainer.callbacks.init_args.method.init_args.direction=[{object_of_ours}, gradient]"
+    assert run("fit", "--config", next(path for path in CONFIGS if path.name == "thing.yaml"), given, "--print_config") == 0
+    printed = capsys.readouterr()
+    (tmp_path / "again.yaml").write_text(printed.out)
+    assert run("fit", "--config", tmp_path / "again.yaml", "--print_config") == 0
+    again = capsys.readouterr().out
+    assert again == printed.out and "Unable to serialize" not in printed.out + printed.err
+    (callback,) = yaml.safe_load(again)["trainer"]["callbacks"]
+    (first, second) = callback["init_args"]["method"]["init_args"]["direction"]
+    assert first["init_args"] == {"damping": 0.5} and second == "gradient"
+
+
 def small(config: Path, folder: Path, **options) -> list[str]:
     """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations, one strength."""
     made = yaml.safe_load(config.read_text())

@@ -20,10 +20,12 @@ from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
+from slug_lightning.methods.slug.directions import Covariance
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.objective.objective import LOSS, Objective
+from slug_lightning.reports.figures import trade_off_figure
 from slug_lightning.tensors.layers import Layer
 
 BENDS = [0.05, 0.1, 0.2, 0.4, 0.8]
@@ -249,8 +251,14 @@ def test_paper_is_the_default():
         ({"direction": "uphill"}, "direction must be 'gradient'"),
         ({"direction": []}, "at least one"),
         ({"direction": ["kfac", "kfac"]}, "different names"),
-        ({"max_step": 0.0}, "max_step must be > 0"),
-        ({"max_layers": 0}, "max_layers must be >= 1"),
+        ({"direction": None}, "direction must be 'gradient'"),
+        ({"direction": ["gradient", Covariance]}, "or an object, got <class"),
+        ({"max_step": 0.0}, "max_step must be a number > 0"),
+        ({"max_step": "2"}, "max_step must be a number > 0, got '2'"),
+        ({"max_layers": 0}, "max_layers must be a whole number >= 1"),
+        ({"max_layers": 1.5}, "max_layers must be a whole number >= 1, got 1.5"),
+        ({"curve": ["line", "path"]}, "curve must be 'line' or 'path' or 'both'"),
+        ({"source": "retain"}, "source must be 'forget' or 'anchored'"),
         ({"front": False}, "score='measured'"),
         ({"curve": "circle"}, "curve must be"),
     ],
@@ -339,6 +347,21 @@ def test_of_a_loss_what_is_missing_says_where_to_start():
     starts = Starts(enough=None, metric=LOSS, target=1.5)
     assert starts.of("a", "text", slope=3.0) == pytest.approx(1.5 / 3.0)
     assert starts.of("b", "text", slope=10.0, direction="gradient") == pytest.approx(1.5 / 10.0)
+
+
+def test_the_trade_off_figure_has_a_line_for_each_way_and_marks_the_one_that_was_taken():
+    ways = [("gradient", "line", 0.4), ("covariance", "line", 0.2), ("covariance", "path", 0.1)]
+    trials = [
+        Trial(
+            "w", 1.0, step, True, 0.5, 0.0, {"acc": 0.9}, direction=d, curve=c, distance=None if c == "line" else step
+        ).to_dict()
+        for d, c, step in ways
+    ]
+    metrics = {"forget": {"acc": 1.0}, "retain": {"acc": 1.0}}
+    figure = trade_off_figure(trials, metrics, metrics, ("w", 0.1), 0.25, {"acc": 0.8})
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert {"w", "w (covariance, line)", "w (covariance, path)"} <= lines.keys()
+    assert [name for name, line in lines.items() if line.get_color() == "black"] == ["w (covariance, path)"]
 
 
 def test_a_direction_that_leads_nowhere_ends_its_way_and_not_the_run():

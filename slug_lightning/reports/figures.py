@@ -73,12 +73,14 @@ def trade_off_figure(
     (forget_name, forget_before), *_ = before["forget"].items()
     retain_name = next(iter(before["retain"]))
     alone = [t for t in trace if not t.get("together")]
-    for layer in dict.fromkeys(t["layer"] for t in alone):
-        chosen = edited is not None and layer == edited[0]
+    own = {_way(t) for t in alone if edited is not None and (t["layer"], t["relative_step"]) == edited}
+    for way in dict.fromkeys(map(_way, alone)):
+        chosen = way in own if own else edited is not None and way[0] in edited_layers(edited[0])
         style: dict[str, Any] = {"color": "black", "zorder": 3, "linewidth": 2} if chosen else {"zorder": 2, "linewidth": 1}
-        trials = sorted((t for t in alone if t["layer"] == layer), key=lambda t: t["relative_step"])
+        trials = sorted((t for t in alone if _way(t) == way), key=lambda t: t["relative_step"])
         steps = [0.0, *(t["relative_step"] for t in trials)]
-        left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=layer, **style)
+        label = way[0] + (f" ({way[1]}, {way[2]})" if way[1:] != ("gradient", "line") else "")
+        left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=label, **style)
         measured = [t for t in trials if t["retain"]]
         right.plot([t["retain"][retain_name] for t in measured], [t["forget"] for t in measured], ".", markersize=9, **style)
     if after and edited is not None:
@@ -93,7 +95,7 @@ def trade_off_figure(
         axes.set_ylabel(f"forget: {forget_name}")
     left.set_xscale("symlog", linthresh=0.1)  # linear up to the first step, logarithmic beyond
     left.set_xlim(left=0)
-    left.set(xlabel="relative step λ‖g_f‖/‖θ‖", title="Validation split: forgetting over the step")
+    left.set(xlabel="relative step ‖Δ‖/‖θ‖", title="Validation split: forgetting over the step")
     right.set(xlabel=f"retain: {retain_name}", title="Validation split: what it costs")
     right.legend(fontsize=8)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -146,6 +148,11 @@ def collateral_figure(concepts: list[str], rows: list[tuple[str, Values]]) -> Fi
     axes.set(xlabel="measured on", ylabel="edit", title="Validation split: forget metric of each concept under each edit")
     figure.colorbar(shown, ax=axes, shrink=0.7)
     return figure
+
+
+def _way(trial: dict[str, Any]) -> tuple[str, str, str]:
+    """Layer, direction and curve of a trial; the paper's are not written down."""
+    return trial["layer"], trial.get("direction", "gradient"), trial.get("curve", "line")
 
 
 def forgetting_figure(trace: list[dict[str, Any]], levels: Values) -> Figure:

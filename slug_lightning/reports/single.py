@@ -27,7 +27,7 @@ class UnlearnReport(Report):
         layer: the edited layer, or None.
         tensors: names of the edited tensors.
         step_size: λ, or None.
-        relative_step: λ‖g_f‖/‖θ‖, or None.
+        relative_step: ‖Δ‖/‖θ‖ of the change Δ, over all tensors that are edited, or None.
         bounds: metrics, directions, target and tolerance, and where the target came from.
         scores: every candidate layer: tower, importance, alignment, forget_norm, weight_norm, on_front.
         trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, constraint_usage (the largest loss of
@@ -41,7 +41,8 @@ class UnlearnReport(Report):
             `[{"strength": …, "forget": {…}, "retain": {…}}, …]`.
         holds: whether both bounds hold on the test split as well; None if infeasible.
         cost: by phase `seconds`, `peak_bytes` and, if asked for, `flops`; `lower_bound`, the gradients' share, and the
-            `ratio` to it, both empty if no retain gradient was computed; evaluations, samples forward and backward; what `replay` held and spared.
+            `ratio` to it, both empty if no retain gradient was computed; evaluations, samples forward and backward; what
+            `replay` held and spared.
         notes: what was decided on the way, such as how a single set was split.
         versions: of the libraries.
         patch_digest: of the patch.
@@ -106,7 +107,9 @@ class UnlearnReport(Report):
             )
         if any(t.get("forgotten") for t in self.trace):
             return f"{verdict} Some reach the forget target, and then the model breaks or a bound fails; see the notes."
-        return f"{verdict} None reaches the forget target: raise max_evaluations, or give a forget_target that can be reached."
+        ended = any(str(t.get("ended")).startswith("max_step") for t in self.trace)
+        options = "max_step, or max_evaluations" if ended else "max_evaluations"
+        return f"{verdict} None reaches the forget target: raise {options}, or give a forget_target that can be reached."
 
     def bound(self, kind: str, name: str, before: float | None) -> str:
         """What a metric must meet, in words."""

@@ -95,6 +95,8 @@ def _editable(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parame
     embeddings = {
         id(p) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters(recurse=False)
     }
+    if not patterns:
+        raise UnlearnError("layers: give at least one pattern")
     matched = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     editable = {
         name: p

@@ -80,7 +80,7 @@ class SLUG(Method):
 
     layers: Union[str, list[str]] = "*"
     granularity: Granularity = "tensor"
-    direction: Union[Name, Callable[..., Any], list[Union[Name, Callable[..., Any]]]] = "gradient"
+    direction: Union[Name, list[Union[Name, Callable[..., Any]]], Callable[..., Any]] = "gradient"
     source: Literal["forget", "anchored"] = "forget"
     curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "line"
     score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "pareto"
@@ -99,14 +99,14 @@ class SLUG(Method):
         if self.source not in ("forget", "anchored"):
             raise UnlearnError(f"source must be 'forget' or 'anchored', got {self.source!r}")
         for name in ("max_evaluations", "max_layers"):
-            if getattr(self, name) < 1:
-                raise UnlearnError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.max_step is not None and not self.max_step > 0:
-            raise UnlearnError(f"max_step must be > 0, got {self.max_step}")
+            if not isinstance(number := getattr(self, name), int) or number < 1:
+                raise UnlearnError(f"{name} must be a whole number >= 1, got {number!r}")
+        if self.max_step is not None and not (isinstance(self.max_step, (int, float)) and self.max_step > 0):
+            raise UnlearnError(f"max_step must be a number > 0, got {self.max_step!r}")
         if self.step_margin < 0 or not math.isfinite(self.step_margin):
             raise UnlearnError(f"step_margin must be >= 0 and finite, got {self.step_margin}")
         for name, builtin in RULES.items():
-            if isinstance(rule := getattr(self, name), str) and rule not in builtin:
+            if not _is_rule(rule := getattr(self, name), builtin):
                 raise UnlearnError(f"{name} must be {' or '.join(map(repr, builtin))}, or an object, got {rule!r}")
         if not isinstance(self.choice, (str, Choice)):
             raise UnlearnError(f"choice must be an instance of {Choice.__module__}.Choice, got {self.choice!r}")
@@ -139,7 +139,7 @@ class SLUG(Method):
         given = self.direction if isinstance(self.direction, list) else [self.direction]
         if not given:
             raise UnlearnError("direction: give at least one")
-        if unknown := [rule for rule in given if isinstance(rule, str) and rule not in DIRECTIONS]:
+        if unknown := [rule for rule in given if not _is_rule(rule, DIRECTIONS)]:
             raise UnlearnError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}, or an object, got {unknown[0]!r}")
         named = {_name(rule): rule for rule in given}
         if taken := [name for name, rule in named.items() if not isinstance(rule, str) and name in DIRECTIONS]:
@@ -239,6 +239,11 @@ RULES: dict[str, dict[str, Any]] = {
 """What the options' names stand for."""
 MAX_STEP = 2.0
 """Where a way ends that is no line of the gradient, unless the module or the request says otherwise."""
+
+
+def _is_rule(rule: Any, builtin: Mapping[str, Any]) -> bool:
+    """Whether this is the name of a built-in rule, or an object that may be one; not its class."""
+    return rule in builtin if isinstance(rule, str) else callable(rule) and not isinstance(rule, type)
 
 
 def _name(rule: Any) -> str:
