@@ -174,7 +174,7 @@ class Grid(Method):
         before = objective.backward_samples
         # The same for every cell, also for lines of the gradient, as where they compete.
         longest = objective.hooks.max_step or MAX_STEP
-        options = {"max_evaluations": self.asked.evaluations, "max_step": longest}
+        options = {"max_evaluations": self.asked.evaluations, "max_step": longest, "is_contest": True}
         search = LayerSearch(self.concept, self.context, search=interpolation, choice=LeastUsage(), **options)
         failed = None
         try:

@@ -287,20 +287,20 @@ def test_further_layers_share_one_tolerance():
 class Starts:
     """A search that goes nowhere but remembers where ways start; `enough` is the step that each of them needs."""
 
-    def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0, learns: bool = True) -> None:
+    def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0, is_contest: bool = True) -> None:
         self.enough, self.found = enough, []
         concept = SimpleNamespace(
             objective=None, metric=SimpleNamespace(name=metric), target=target, before=0.0, share=lambda value: value
         )
-        options = {"max_evaluations": 9, "max_step": 2.0, "learns_start": learns}
+        options = {"max_evaluations": 9, "max_step": 2.0, "is_contest": is_contest}
         self.search = LayerSearch(concept, None, search=self, choice=LeastUsage(), **options)  # type: ignore[arg-type]
 
     def __call__(self, evaluate, share, most, start):
         self.found.append(start)
         return [] if self.enough is None else [Trial("", 1.0, self.enough, True, None, 0.0, None)]
 
-    def of(self, name, tower, slope, direction="covariance", curve="line"):
-        layer = LayerStatistics(Layer(name, {}, tower), 5.0, 2.0, 1.0, 0.0)
+    def of(self, name, tower, slope, direction="covariance", curve="line", forget_norm=2.0):
+        layer = LayerStatistics(Layer(name, {}, tower), 5.0, forget_norm, 1.0, 0.0)
         self.search.search_steps(Way(layer, direction, curve, None, lambda: slope))  # type: ignore[arg-type]
         return self.found[-1]
 
@@ -317,16 +317,17 @@ def test_a_way_starts_where_others_of_its_tower_were_enough_at_first_order():
     assert starts.of("a", "text", slope=2.0, curve="path") == pytest.approx(0.8 * 0.3)
 
 
-def test_the_papers_lines_start_as_published():
-    starts = Starts(enough=0.3, learns=False)
-    assert [starts.of(name, "text", slope, "gradient") for name, slope in (("a", 2.0), ("b", 50.0))] == [START, START]
+def test_lines_of_the_gradient_alone_start_where_the_layer_before_was_enough():
+    starts = Starts(enough=0.3, is_contest=False)
+    assert starts.of("a", "text", slope=10.0, direction="gradient") == START  # ‖θ‖ ‖g_f‖ is 5 · 2
+    assert starts.of("b", "image", slope=20.0, direction="gradient", forget_norm=4.0) == pytest.approx(0.3 * 10.0 / 20.0)
 
 
 def test_a_path_that_begins_beyond_its_plateau_is_tried_from_the_start(monkeypatch):
     # The line needs 1.8; the path reaches a flat top at 0.05, beyond which nothing rises.
     hill = Hill(losses=[0.0] + [1.0] * 20)
     concept = SimpleNamespace(objective=None, metric=SimpleNamespace(name="accuracy"), share=lambda value: value)
-    options = {"max_evaluations": 9, "max_step": 2.0, "learns_start": True}
+    options = {"max_evaluations": 9, "max_step": 2.0, "is_contest": True}
     search = LayerSearch(concept, None, search=interpolation, choice=LeastUsage(), **options)  # type: ignore[arg-type]
 
     def measured(way, advance, distance, straight_after=math.inf):

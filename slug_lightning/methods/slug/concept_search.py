@@ -260,7 +260,7 @@ class ConceptSearch:
             step_margin=rules.step_margin,
             max_step=rules.max_step,
             retain_before=retain_before,
-            learns_start=(list(rules.directions), list(rules.curves)) != (["gradient"], ["line"]),
+            is_contest=(list(rules.directions), list(rules.curves)) != (["gradient"], ["line"]),
         )
 
     def _merge(self, base: Sequence[EditStep], search: LayerSearch) -> None:

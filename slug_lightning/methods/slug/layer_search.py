@@ -72,7 +72,7 @@ class LayerSearch:
         step_margin: float = 0.0,
         max_step: float = math.inf,
         retain_before: Mapping[str, float] | None = None,
-        learns_start: bool = False,
+        is_contest: bool = False,
     ) -> None:
         self.concept = concept
         self.objective = concept.objective
@@ -83,8 +83,8 @@ class LayerSearch:
         self.step_margin = step_margin
         self.max_step = max_step
         self.retain_before = retain_before
-        self.learns_start = learns_start
-        """Whether a way starts where others have been enough; else as published."""
+        self.is_contest = is_contest
+        """Whether more than lines of the gradient are searched."""
         self.trials: list[Trial] = []
         self.error = 0.0
         """How far off rounding may put the constraint usage of a trial; known after `run`."""
@@ -184,15 +184,14 @@ class LayerSearch:
         self._recorded.clear()
 
     def _first_step(self, way: Way) -> float:
-        """Where to look first.
+        """Where to look first: steps that are just enough promise about the same gain at first order, whatever the layer.
 
-        Of one tower, steps that are just enough promise about the same gain at first order, whatever the layer; a path needs a
-        little less than the line.
+        Where ways compete, those of the same tower tell, and the same direction if it can, and a path needs a little less than
+        its line. Lines of the gradient alone start where the layer before was enough.
         """
-        layer, is_published = way.layer, way.key[1:] == ("gradient", "line")
-        if not self.learns_start:
-            slope = layer.forget_norm * layer.weight_norm
-            return _within(self._gain / slope) if self._gain is not None and is_published else START
+        layer = way.layer
+        if not self.is_contest:
+            return START if self._gain is None else _within(self._gain / (layer.forget_norm * layer.weight_norm))
         line = self.smallest.get((layer.name, way.direction, "line"))
         if way.curve != "line" and line is not None:
             return SHORTER * line.relative_step
@@ -206,12 +205,11 @@ class LayerSearch:
 
     def _learn(self, way: Way, found: Trial) -> None:
         """Remember what was enough."""
-        if way.key[1:] == ("gradient", "line") and self._gain is not None:
-            layer = way.layer
+        layer = way.layer
+        if not self.is_contest:
             self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
-        if way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
-            tower = way.layer.layer.tower
-            for key in ((tower,), (tower, way.direction)):
+        elif way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
+            for key in ((layer.layer.tower,), (layer.layer.tower, way.direction)):
                 self._gains.setdefault(key, []).append(gain)
 
     @property
