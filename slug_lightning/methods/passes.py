@@ -71,6 +71,16 @@ class Passes:
             self._statistics |= self._collected("retain", watch, backward=True)
         return tensors
 
+    def retain_anchor(self) -> Tensor:
+        """The mean of what `ModuleHooks.anchor_step` gives over the retain set, `[D]`; collective."""
+        hooks = self.objective.hooks
+        if hooks.anchor_step is None or hooks.anchored_step is None:
+            raise UnlearnError(
+                f"source: 'anchored' needs anchor_step and anchored_step, which {type(self.objective.module).__name__} doesn't "
+                "define (a ClipModule does); define them, or leave source='forget'"
+            )
+        return self.objective.mean_of("retain", hooks.anchor_step)
+
     def statistics(
         self,
         layers: Sequence[Layer],

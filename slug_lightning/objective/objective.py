@@ -148,16 +148,9 @@ class Objective:
         batches = self.progress(self._batches(kind, "train"), f"statistics, {kind}")
         self.forward_samples += self._losses(kind).observe(batches, watch)
 
-    def retain_anchor(self) -> Tensor:
-        """The mean of what `ModuleHooks.anchor_step` gives over the retain set's `train` split, `[D]`; collective."""
-        step = self.hooks.anchor_step
-        if step is None or self.hooks.anchored_step is None:
-            raise UnlearnError(
-                f"source: 'anchored' needs anchor_step and anchored_step, which {type(self.module).__name__} doesn't define "
-                "(a ClipModule does); define them, or leave source='forget'"
-            )
-        batches = self.progress(self._batches("retain", "train"), "anchor, retain")
-        total, samples = self._losses("retain").summed(step, batches)
+    def mean_of(self, kind: Kind, step: Callable[[Any, int], Tensor]) -> Tensor:
+        """The mean over samples of what a step gives, `[B, …]`, of the `train` split; collective."""
+        total, samples = self._losses(kind).summed(step, self.progress(self._batches(kind, "train"), f"means, {kind}"))
         self.forward_samples += samples
         return total / samples
 

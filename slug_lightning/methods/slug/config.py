@@ -192,7 +192,7 @@ class SLUG(Method):
         new = [search for search in searches if not search.is_taken_over]
         if self.source == "anchored" and new:
             with context.phase("anchor"):
-                anchor = context.objective.retain_anchor()
+                anchor = context.passes.retain_anchor()
             for search in new:
                 search.objective.anchor = anchor
         for search in new:

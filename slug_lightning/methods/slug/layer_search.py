@@ -44,7 +44,7 @@ class Way(NamedTuple):
     direction: str
     curve: str
     point: Point
-    slope: Callable[[], float]
+    slope: Callable[[], float] = lambda: 0.0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -145,7 +145,7 @@ class LayerSearch:
                 raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
             return tried[-1]
 
-        for start in dict.fromkeys((self._first_step(way), START)):
+        for start in dict.fromkeys((self._start(way), START)):
             before = list(tried)
             try:
                 tried = before + list(self.search(evaluate, self.concept.share, self.max_evaluations, min(start, self.max_step)))
@@ -183,7 +183,7 @@ class LayerSearch:
         self.objective.evaluator.forget()
         self._recorded.clear()
 
-    def _first_step(self, way: Way) -> float:
+    def _start(self, way: Way) -> float:
         """Where to look first: steps that are just enough promise about the same gain at first order, whatever the layer.
 
         Where ways compete, those of the same tower tell, and the same direction if it can, and a path needs a little less than
@@ -191,7 +191,7 @@ class LayerSearch:
         """
         layer = way.layer
         if not self.is_contest:
-            return START if self._gain is None else _within(self._gain / (layer.forget_norm * layer.weight_norm))
+            return START if self._gain is None else _first_step(self._gain, layer.forget_norm * layer.weight_norm)
         line = self.smallest.get((layer.name, way.direction, "line"))
         if way.curve != "line" and line is not None:
             return SHORTER * line.relative_step
@@ -201,7 +201,7 @@ class LayerSearch:
             slope = way.slope() if gains else 0.0
         except CurveEnd:  # which the first point says again
             slope = 0.0
-        return _within(median(gains) / slope) if slope > 0 else START
+        return _first_step(median(gains), slope) if slope > 0 else START
 
     def _learn(self, way: Way, found: Trial) -> None:
         """Remember what was enough."""
@@ -349,9 +349,12 @@ def smallest_step(trials: Sequence[Trial]) -> Trial | None:
     return min(found, key=lambda t: t.relative_step, default=None)
 
 
-def _within(step: float) -> float:
-    """A first step, neither too small nor too large."""
-    return min(max(step, START / 100), 1.0)
+def _first_step(gain: float, slope: float) -> float:
+    """The relative step that raises the forget loss by `gain` at first order, neither too small nor too large.
+
+    The slope is that for a step as long as the weights: along the gradient ‖g_f‖ ‖θ‖.
+    """
+    return min(max(gain / slope, START / 100), 1.0)
 
 
 def _line(way: Way, trials: Sequence[Trial]) -> str:
