@@ -343,9 +343,14 @@ def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
 @contextmanager
 def recorded(objective: Objective, kind: Kind, split: str, layers: Sequence[Layer]) -> Iterator[dict[str, float]]:
     """Measure before any edit of these layers; inside, their evaluations are spared what they don't change."""
-    count_as_written(layers)
-    before = objective.measured(kind, split, record=[layer.name for layer in layers])
+    before = record(objective, kind, split, layers)
     try:
         yield before
     finally:
         objective.evaluator.forget()
+
+
+def record(objective: Objective, kind: Kind, split: str, layers: Sequence[Layer]) -> dict[str, float]:
+    """Measure before any edit of these layers, whose evaluations are spared what they don't change until it is forgotten."""
+    count_as_written(layers)
+    return objective.measured(kind, split, record=[layer.name for layer in layers])

@@ -379,11 +379,10 @@ def _add_inputs(moment: Moment, x: Tensor, live: Tensor, groups: Sequence[int]) 
     """Add the live rows of x, `[groups or 1, positions, in]`; slices of a packed weight mostly share them."""
     if len(x) == len(live):
         moment.add(torch.where(live[..., None], x, 0), groups)
-    if len(x) == len(live) or not live.shape[1]:  # which `unique` refuses
-        return
-    masks, which = live.unique(dim=0, return_inverse=True)
-    for number, mask in enumerate(masks):
-        moment.add(x[:, mask], [group for group, own in zip(groups, which.tolist(), strict=True) if own == number])
+    elif live.shape[1]:  # `unique` refuses what has no position
+        masks, which = live.unique(dim=0, return_inverse=True)
+        for number, mask in enumerate(masks):
+            moment.add(x[:, mask], [group for group, own in zip(groups, which.tolist(), strict=True) if own == number])
 
 
 def _is_tensor_parallel(parameter: Tensor) -> bool:

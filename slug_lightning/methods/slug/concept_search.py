@@ -48,6 +48,11 @@ class Rules:
     check_rounding: bool
 
 
+def is_contest(directions: Mapping[str, Direction], curves: Mapping[str, Curve]) -> bool:
+    """Whether more than lines of the gradient are searched."""
+    return (list(directions), list(curves)) != (["gradient"], ["line"])
+
+
 class ConceptSearch:
     """Finds the edit of one concept."""
 
@@ -260,7 +265,7 @@ class ConceptSearch:
             step_margin=rules.step_margin,
             max_step=rules.max_step,
             retain_before=retain_before,
-            is_contest=(list(rules.directions), list(rules.curves)) != (["gradient"], ["line"]),
+            is_contest=is_contest(rules.directions, rules.curves),
         )
 
     def _merge(self, base: Sequence[EditStep], search: LayerSearch) -> None:

@@ -14,7 +14,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome
 from slug_lightning.methods.slug.candidates import measured, pareto
 from slug_lightning.methods.slug.choice import Choice, LeastDamage, LeastUsage
-from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules
+from slug_lightning.methods.slug.concept_search import ConceptSearch, Rules, is_contest
 from slug_lightning.methods.slug.curves import Curve, line, path
 from slug_lightning.methods.slug.directions import DIRECTIONS
 from slug_lightning.methods.slug.several import JointSearch
@@ -158,8 +158,8 @@ class SLUG(Method):
         """The longest way that is tried."""
         if self.max_step is not None:
             return self.max_step
-        plain = list(self._directions()) == ["gradient"] and self.curve == "line"
-        return math.inf if plain else context.objective.hooks.max_step or MAX_STEP
+        competes = is_contest(self._directions(), self._curves())
+        return (context.objective.hooks.max_step or MAX_STEP) if competes else math.inf
 
     def request(self) -> dict[str, Any]:
         """What is asked for, as plain data; `check_rounding` adds notes only.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
-from slug_lightning.methods.base import Context, RetainDetails, Trial
+from slug_lightning.methods.base import Context, RetainDetails, Trial, record
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
@@ -19,7 +19,7 @@ from slug_lightning.methods.slug.step_search import START, StepSearch
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import LOSS, Kind
 from slug_lightning.patches.temporary import EditStep
-from slug_lightning.tensors.layers import Layer, count_as_written
+from slug_lightning.tensors.layers import Layer
 
 FOLLOWED = 3
 """Layers whose path is followed where lines compete with paths, and that are looked at for a first of several edits."""
@@ -173,8 +173,7 @@ class LayerSearch:
         if kind not in self._recorded or not names <= known:
             if kind in self._recorded:
                 self.let_go()  # else its memory would count twice
-            count_as_written(layers)
-            values = self.objective.measured(kind, "val", record=[layer.name for layer in layers])
+            values = record(self.objective, kind, "val", layers)
             self._recorded[kind] = names, values
         return values
 
