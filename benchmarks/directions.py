@@ -184,7 +184,7 @@ class Grid(Method):
             failed = f"{type(error).__name__}: {error}"
             log.warning("%s: %s", way.layer.name, failed)
         found, seconds = search.smallest.get(way.key), time.perf_counter() - start
-        shares = [self.concept.share(trial.forget) for trial in search.trials if math.isfinite(trial.forget)]
+        shares = [self.concept.share(trial) for trial in search.trials if math.isfinite(trial.forget)]
         line = dict.fromkeys(COLUMNS) | {
             "reached": found is not None,
             "passes": 1 + (objective.backward_samples - before) // self.samples,

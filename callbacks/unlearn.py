@@ -52,10 +52,12 @@ class UnlearnCallback(OldKeywords):
             each, as if each were asked for alone; then the sum of all is measured, and searched again where it fails.
         retain: the retain set, likewise.
         method: how edits are found: `slug_lightning.methods.SLUG(…)`, or another `slug_lightning.methods.Method`.
-        forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`.
-            Default: the module's own `forget_metric`, else the loss.
-        forget_target: value at which the metric counts as forgotten: an accuracy at or below it, a loss at or above
-            it. Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
+        forget_metric: name of a value that `validation_step` logs and that forgetting must bring to `forget_target`, or names
+            of several, such as one for each wording: all must get there, and the one that has gone the smallest share of its
+            way counts. Default: the module's own `forget_metric`, else the loss.
+        forget_target: value at which a metric counts as forgotten: an accuracy at or below it, a loss at or above
+            it; for several metrics also a dict by name. One that meets its target unedited must only stay so.
+            Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
             less likely data (see `slug_lightning.objective.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must not get worse. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose, at least 0: absolute for an accuracy, relative for a loss.
@@ -89,8 +91,8 @@ class UnlearnCallback(OldKeywords):
         retain: Any = None,
         *,
         method: Method = SLUG(),  # noqa: B008 (frozen)
-        forget_metric: Optional[str] = None,
-        forget_target: Optional[float] = None,
+        forget_metric: Union[str, list[str], None] = None,
+        forget_target: Union[float, dict[str, float], None] = None,
         retain_metric: Union[str, list[str], None] = None,
         retain_tolerance: float = 0.01,
         scales: Sequence[float] = (),
@@ -105,7 +107,8 @@ class UnlearnCallback(OldKeywords):
         super().__init__(**old)  # as it stands here, jsonargparse finds the old keywords, too
         if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
             raise UnlearnError(f"retain_tolerance must be >= 0 and finite, got {retain_tolerance}")
-        if forget_target is not None and not math.isfinite(forget_target):
+        goals = forget_target.values() if isinstance(forget_target, Mapping) else [forget_target]
+        if not all(goal is None or math.isfinite(goal) for goal in goals):
             raise UnlearnError(f"forget_target must be finite, got {forget_target}")
         if on_infeasible not in ("skip", "stop"):
             raise UnlearnError(f"on_infeasible must be 'skip' or 'stop', got {on_infeasible!r}")
@@ -228,16 +231,15 @@ class UnlearnCallback(OldKeywords):
         progress.say(edited if holds else f"{edited}, but training since then has brought {undone}: forget anew")
         return True
 
-    def _undone(self, report: AnyReport, objective: Objective, loaders: UnlearnLoaders) -> str:
+    def _undone(self, earlier: AnyReport, objective: Objective, loaders: UnlearnLoaders) -> str:
         """What an earlier edit has forgotten and is there again, in words; nothing if all is still forgotten."""
-        singles = report.unlearned if isinstance(report, JointReport) else dict.fromkeys(loaders.forget, report)
+        singles = earlier.unlearned if isinstance(earlier, JointReport) else dict.fromkeys(loaders.forget, earlier)
         undone = []
         for concept, parts in loaders.forget.items():
             if concept in singles:
-                ((name, value),) = objective.about(parts).measured("forget", "val").items()
-                target = singles[concept].bounds["forget_target"]
-                if not objective.metrics[name].reaches(value, target):
-                    undone.append(f"{name} back to {value:.4g} (target {target:.4g})")
+                report, values = singles[concept], objective.about(parts).measured("forget", "val")
+                for name in report.remembered(values):
+                    undone.append(f"{name} back to {values[name]:.4g} (target {report.bound('forget', name, None)})")
         return ", ".join(undone)
 
     # ---- the edit

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
-from slug_lightning.methods.base import Context, Trial
+from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.layer_search import smallest_step
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.objective import Objective
 from slug_lightning.tensors.layers import Layer
 from slug_lightning.utils.progress import Progress

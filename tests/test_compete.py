@@ -17,13 +17,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from _tiny import PlainRunner, blobs, changed, loader, snapshot, trained
-from slug_lightning.methods.base import Trial, recorded
+from slug_lightning.methods.base import recorded
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way, _first_step
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import START, interpolation
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.evaluators import WholeForward
 from slug_lightning.objective.metrics import constraint_usage
 from slug_lightning.objective.objective import LOSS, Objective
@@ -358,7 +359,7 @@ def test_by_the_loss_the_first_layer_begins_at_first_order_and_the_next_where_th
     ways = {"a": forgets_at(0.3, 2.0), "b": forgets_at(0.01)}
     scores = [score_of("a", forget_norm=8.0), score_of("b", forget_norm=20.0)]
     made, scores = competition(World(ways, dict.fromkeys([None, *ways], rows(1.0)), by_loss=True), scores=scores)
-    assert made.concept.metric.name == LOSS
+    assert made.concept.targets[0].metric.name == LOSS
     made.run(scores)
     trials = made.trials
     found = smallest_of(trials, "a")

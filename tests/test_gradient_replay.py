@@ -47,7 +47,7 @@ def context(module, data, replay=True, budget=None, runner=None):
     loaders = {kind: dict.fromkeys(("train", "val"), data) for kind in ("forget", "retain")}
     objective = Objective(module.eval(), loaders, runner or PlainRunner(), replay_budget=budget)
     objective.replays = replay
-    return context_of(objective, 0.1, [Concept("it", objective, None, 0.0, "", 0.0)], find_layers(module))
+    return context_of(objective, 0.1, [Concept("it", objective, [])], find_layers(module))
 
 
 def edits_of(layer, count=2):

@@ -211,7 +211,8 @@ def test_a_forget_set_that_names_nothing_is_refused(options, message):
         processes=SimpleNamespace(all_gather_object=lambda what, own: [own]),
     )
     metric = SimpleNamespace(name=options.get("metric", "thing_accuracy"))
-    concept = SimpleNamespace(name="it", objective=objective, metric=metric)
+    targets = [SimpleNamespace(metric=metric)]
+    concept = SimpleNamespace(name="it", objective=objective, targets=targets)
     with pytest.raises(UnlearnError, match=message):
         name_basis(concept)
 

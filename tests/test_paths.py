@@ -14,7 +14,6 @@ from torch import nn
 
 from _tiny import accuracy, changed, fit, loader, snapshot, trained
 from slug_lightning.errors import UnlearnError
-from slug_lightning.methods.base import RetainDetails, Trial
 from slug_lightning.methods.slug import SLUG
 from slug_lightning.methods.slug.candidates import REST, measured, pareto
 from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
@@ -24,6 +23,7 @@ from slug_lightning.methods.slug.directions import Covariance
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, interpolation
+from slug_lightning.methods.trial import RetainDetails, Trial
 from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.reports.figures import trade_off_figure
 from slug_lightning.tensors.layers import Layer

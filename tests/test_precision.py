@@ -8,9 +8,9 @@ from _amounts import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slug_lightning.methods.base import Trial
 from slug_lightning.methods.slug.precision_check import close_calls, close_scores, rounding, rounding_errors, usage_error
 from slug_lightning.methods.slug.statistics import LayerStatistics
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.metrics import Metric
 from slug_lightning.tensors.layers import Layer
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slug_lightning.distributed.batch_sharding import IndexedBatch
-from slug_lightning.methods.base import Trial
 from slug_lightning.methods.slug.statistics import layer_statistics
 from slug_lightning.methods.slug.step_search import FINE, OVERSHOOT, SLACK, START, interpolation
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.gradients import mean_gradient
 from slug_lightning.patches.edit import edited
 from slug_lightning.tensors.layers import Layer
@@ -69,7 +69,7 @@ def search(way: Way, budget: int = ENOUGH, **options: float) -> list[Trial]:
         value = 0.9 - 0.5 * way(step)
         return Trial("w", step, step, not math.isfinite(value) or value <= 0.4 + 1e-12, None, value, None)
 
-    return interpolation(evaluate, share, budget, **options)
+    return interpolation(evaluate, lambda t: share(t.forget), budget, **options)
 
 
 def share(value: float) -> float:
@@ -226,7 +226,7 @@ def test_on_a_quadratic_loss_it_finds_the_step_known_in_closed_form(seed, factor
     # L(w + λg) = L + λ g·g + λ²/n |Xg|², which is the target at the positive root.
     slope, curve = gradient["w"].square().sum().item(), (x @ gradient["w"]).square().mean().item()
     exact = (-slope + math.sqrt(slope**2 + 4 * curve * (target - loss))) / (2 * curve)
-    trials = interpolation(evaluate, lambda value: (value - loss) / (target - loss), 60)
+    trials = interpolation(evaluate, lambda t: (t.forget - loss) / (target - loss), 60)
     smallest = min(t.step for t in trials if t.forgotten)
     assert smallest >= exact * (1 - 1e-9)
     assert smallest <= exact / (1 - FINE) * (1 + 1e-9) or loss_at(smallest) - target <= OVERSHOOT * (target - loss) * (1 + 1e-9)
@@ -294,7 +294,7 @@ def test_a_hairs_breadth_in_the_metric_does_not_change_the_path(power, reach, st
             share = share if share < kink else share**2 / kink
             return Trial("w", r, r, share >= 1, None, share, None)
 
-        return interpolation(evaluate, lambda value: value, 12, start)
+        return interpolation(evaluate, lambda t: t.forget, 12, start)
 
     exact, near = searched(0.0), searched(1e-9)
     # Where a step lands on the target itself, either answer is right.

@@ -6,11 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import direction_norm, norm
 from slug_lightning.methods.passes import Passes
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.factors import Factor
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
 from slug_lightning.objective.objective import Kind, Objective
@@ -28,72 +29,6 @@ from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local
 from slug_lightning.tensors.layers import Layer, count_as_written, find_layers
 from slug_lightning.utils.progress import Progress
-
-
-class RetainDetails(NamedTuple):
-    """What one pass over the retain set logged, batch by batch.
-
-    Attributes:
-        usage: by metric, then by number of the batch: constraint usage in that batch, and how many samples it counts for.
-        loss: the mean of all values logged under `…nll` on the same data, or None without any.
-    """
-
-    usage: Mapping[str, Mapping[int, tuple[float, int]]]
-    loss: Optional[float]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluation of one edit, on the validation split.
-
-    Attributes:
-        layer: name of the layer.
-        step: λ, the factor of the direction.
-        relative_step: ‖Δ‖/‖θ‖ of the change Δ; along a straight line λ‖D‖/‖θ‖.
-        forgotten: whether the forget target is met.
-        constraint_usage: the largest loss of a retain metric as a share of its tolerance: at most 1 is within bounds,
-            below 0 is a gain; None where it was not measured.
-        forget: value of the forget metric.
-        retain: values of the retain metrics by name, None where not measured.
-        dropped: whether the measurement of the retain metrics was broken off, since the trial could no longer win.
-        together: whether the edits of other concepts were in the model as well.
-        direction: name of the rule that the way begins with.
-        curve: name of the rule that says how it goes on.
-        distance: length of a way that bends, relative to ‖θ‖; None where it is the relative step.
-        ended: why the search went no further along this way, if it was given up.
-        details: what each retain batch logged, for a choice that compares trials pairwise; not in reports.
-    """
-
-    layer: str
-    step: float
-    relative_step: float
-    forgotten: bool
-    constraint_usage: Optional[float]
-    forget: float
-    retain: Optional[dict[str, float]]
-    dropped: bool = False
-    together: bool = False
-    direction: str = "gradient"
-    curve: str = "line"
-    distance: Optional[float] = None
-    ended: str = ""
-    details: Optional[RetainDetails] = field(default=None, compare=False, repr=False)
-
-    @property
-    def way(self) -> tuple[str, str, str]:
-        """Layer, direction and curve."""
-        return self.layer, self.direction, self.curve
-
-    @property
-    def feasible(self) -> bool:
-        """Whether both bounds hold."""
-        return self.forgotten and self.constraint_usage is not None and self.constraint_usage <= 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for the report; what came with later versions only where it says something."""
-        plain = asdict(replace(self, details=None))
-        silent = {"together": False, "direction": "gradient", "curve": "line", "distance": None, "ended": "", "details": None}
-        return {name: value for name, value in plain.items() if name not in silent or value != silent[name]}
 
 
 @dataclass
@@ -266,12 +201,11 @@ class Context:
         if self.edits.active != base:
             raise UnlearnError("Context.evaluator: other edits are in the model now; give them as at=…")
         with self.edits.applied(edit):
-            (forget,) = concept.objective.measured("forget", "val", edited=edit.layer.name).values()
+            values = concept.objective.measured("forget", "val", edited=edit.layer.name)
             retain = concept.objective.measured("retain", "val", edited=edit.layer.name)
-        # A model that gives NaN is broken: too large a step, whatever else.
-        forgotten = not math.isfinite(forget) or concept.is_forgotten(forget)
-        usage = self.usage(retain) if math.isfinite(forget) else math.inf
-        return Trial(edit.layer.name, edit.step, relative_step, forgotten, usage, forget, retain)
+        trial = concept.trial(edit, relative_step, values)
+        usage = math.inf if trial.is_broken else self.usage(retain)
+        return replace(trial, constraint_usage=usage, retain=retain)
 
     def usage(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.metrics import Metric, refuse_infinite
+from slug_lightning.methods.targets import Target, settle_targets, share_of
+from slug_lightning.methods.trial import Trial
+from slug_lightning.objective.metrics import Goal, Metric, refuse_infinite
 from slug_lightning.objective.objective import Objective
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.patches.temporary import EditStep
@@ -25,47 +28,39 @@ class Concept:
     Attributes:
         name: in words.
         objective: measures its forget set, and the retain set.
-        metric: the forget metric.
-        target: value at which it counts as forgotten.
-        reason: where the target came from.
-        before: the metric on the validation split, unedited.
+        targets: where each of its forget metrics must get.
         report: of the earlier run that has forgotten it, or None.
         edit: of that run, or None.
     """
 
     name: str
     objective: Objective
-    metric: Metric
-    target: float
-    reason: str
-    before: float
+    targets: list[Target]
     report: UnlearnReport | None = None
     edit: EditStep | None = None
 
     @classmethod
-    def measured(cls, name: str, objective: Objective, target: float | None) -> Concept:
-        """Measure a new request and settle its target.
+    def measured(cls, name: str, objective: Objective, given: Goal | Mapping[str, Goal] | None) -> Concept:
+        """Measure a new request and settle its targets.
 
         Raises:
-            UnlearnError: if the metric isn't finite, or meets the target already.
+            UnlearnError: if a metric isn't finite, or if all meet their target already.
         """
         values = objective.measured("forget", "val")
         refuse_infinite("forget", values)
-        ((metric_name, before),) = values.items()
-        metric, hooks, reason = objective.metrics[metric_name], objective.hooks, "given"
-        if target is None and metric_name == (hooks.forget_metric or metric_name):  # the request may name another
-            target, reason = hooks.forget_target, "the module's own"
-        if target is None:
-            target, reason = metric.default_target(before)
-        target, reason = objective.processes.broadcast("target", (target, reason))
-        if metric.reaches(before, target):
-            hint = hooks.nothing_to_forget and hooks.nothing_to_forget()
+        targets = settle_targets(objective, values, given)
+        if all(target.was_met for target in targets):
+            hint = objective.hooks.nothing_to_forget and objective.hooks.nothing_to_forget()
+            found = "; ".join(
+                f"{t.metric.name} is {t.before:.4g} on the validation split and meets the target of {t.words} "
+                f"({t.reason}) already"
+                for t in targets
+            )
             raise UnlearnError(
-                f"forget_target: nothing to forget of {name!r}, {metric_name} is {before:.4g} on the validation split and "
-                f"meets the target of {target:.4g} ({reason}) already; "
+                f"forget_target: nothing to forget of {name!r}, {found}; "
                 + (hint or "look at the forget data, or give a stricter forget_target")
             )
-        return cls(name, objective, metric, target, reason, before)
+        return cls(name, objective, targets)
 
     @classmethod
     def taken_over(cls, name: str, objective: Objective, report: UnlearnReport, patch: UnlearnPatch) -> Concept:
@@ -76,8 +71,12 @@ class Concept:
                 other metrics were watched.
         """
         bounds = report.bounds
-        for kind, earlier in (("forget", [bounds["forget_metric"]]), ("retain", bounds["retain_metrics"])):
-            if (now := objective.names[kind]) != earlier:  # type: ignore[index]
+        goals, names = report.goals, objective.names
+        for kind, now, earlier in (
+            ("forget", names["forget"], list(goals)),
+            ("retain", names["retain"], bounds["retain_metrics"]),
+        ):
+            if now != earlier:
                 raise UnlearnError(
                     f"earlier: {name!r} was forgotten by {kind}_metric {', '.join(earlier)}, not by {', '.join(now)}; give "
                     "the same"
@@ -98,38 +97,64 @@ class Concept:
             direction[prefix + short] = local(shard_like(edit.directions[short].to(parameter.device), parameter))
         # By the patch, as layers may be grouped otherwise now.
         layer = Layer(str(report.layer), parameters, prefix=prefix)
-        higher = bounds["higher_is_better"][bounds["forget_metric"]]
-        (before,) = report.search_before["forget"].values()
-        return cls(
-            name,
-            objective,
-            Metric(bounds["forget_metric"], higher),
-            bounds["forget_target"],
-            bounds["forget_target_reason"],
-            before,
-            replace(report, patch=patch),
-            EditStep(layer, direction, edit.step),
+        before = report.search_before["forget"]
+        targets = [
+            Target(Metric(metric, bounds["higher_is_better"][metric]), goal, bounds["forget_target_reason"], before[metric])
+            for metric, goal in goals.items()
+        ]
+        return cls(name, objective, targets, replace(report, patch=patch), EditStep(layer, direction, edit.step))
+
+    def is_forgotten(self, values: Mapping[str, float]) -> bool:
+        """Whether values of all forget metrics, by name, meet their targets."""
+        return all(target.is_met(values[target.metric.name]) for target in self.targets)
+
+    def trial(self, edit: EditStep, relative_step: float, values: Mapping[str, float]) -> Trial:
+        """Make the trial of an edit from the forget metrics that were measured with it.
+
+        A model that gives NaN is broken: too large a step, whatever else, so that it counts as forgotten.
+        """
+        forget = self.value_that_counts(values)
+        broken = not math.isfinite(forget)
+        return Trial(
+            edit.layer.name,
+            edit.step,
+            relative_step,
+            forgotten=broken or self.is_forgotten(values),
+            constraint_usage=math.inf if broken else None,
+            forget=forget,
+            retain=None,
+            forget_metrics=dict(values) if len(values) > 1 else None,
         )
 
-    def is_forgotten(self, value: float) -> bool:
-        """Whether a value of the forget metric meets the target."""
-        return math.isfinite(value) and self.metric.reaches(value, self.target)
+    def value_that_counts(self, values: Mapping[str, float]) -> float:
+        """The forget metric with the smallest share of its way; NaN or infinite if any is."""
+        broken = [value for value in values.values() if not math.isfinite(value)]
+        return broken[0] if broken else values[self.counting(values).metric.name]
 
-    def share(self, value: float) -> float:
-        """How much of the way from before to the target a value of the forget metric has gone.
+    def values_of(self, trial: Trial) -> dict[str, float]:
+        """The forget metrics of a trial, by name."""
+        return trial.forget_metrics or {self.targets[0].metric.name: trial.forget}
+
+    def share(self, trial: Trial) -> float:
+        """How much of the way from before to the target a trial has gone: that of the metric with the least.
 
         Infinite where that can't be known: the model is broken, or no answer is right any more, as after any larger step.
         """
-        at_the_end = self.metric.higher_is_better and value <= 0 <= self.target
-        return (value - self.before) / (self.target - self.before) if math.isfinite(value) and not at_the_end else math.inf
+        return share_of(self.targets, self.values_of(trial))
+
+    def counting(self, values: Mapping[str, float]) -> Target:
+        """The target that counts: of the metric with the smallest share of its way."""
+        return min(self.targets, key=lambda target: target.share(values[target.metric.name]))
 
     def bounds(self, retain_tolerance: float) -> dict[str, Any]:
         """The bounds as the report states them."""
         names, metrics = self.objective.names["retain"], self.objective.metrics.values()
+        first = self.targets[0]
         return {
-            "forget_metric": self.metric.name,
-            "forget_target": self.target,
-            "forget_target_reason": self.reason,
+            "forget_metric": first.metric.name,
+            "forget_target": first.goal,
+            "forget_target_reason": first.reason,
+            "forget_targets": {target.metric.name: target.goal for target in self.targets},
             "retain_metrics": names,
             "retain_tolerance": retain_tolerance,
             "higher_is_better": {m.name: m.higher_is_better for m in metrics},

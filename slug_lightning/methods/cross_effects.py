@@ -25,7 +25,7 @@ def collateral(concepts: Sequence[Concept], edits: Mapping[str, EditStep], conte
             for other in concepts:
                 with context.edits.applied(edits[other.name]):
                     values = objective.measured("forget", "val", edited=edits[other.name].layer.name)
-                (found[other.name][concept.name],) = values.values()
+                found[other.name][concept.name] = concept.value_that_counts(values)
     return found
 
 

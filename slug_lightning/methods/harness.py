@@ -15,7 +15,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome, recorded
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.cross_effects import MAX_CONCEPTS, collateral, strength_curves
-from slug_lightning.methods.reporting import Findings, build_report
+from slug_lightning.methods.reporting import Findings, Measured, build_report
 from slug_lightning.objective.data_checks import digest_of_data, refuse_different_data, rehearse
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.objective import Kind, Objective
@@ -35,8 +35,8 @@ from slug_lightning.utils.progress import Progress
 class Request:
     """What is asked for, whatever the method; the arguments of `slug_lightning.callbacks.UnlearnCallback` say what they mean."""
 
-    forget_metric: Optional[str] = None
-    forget_target: Optional[float] = None
+    forget_metric: Union[str, list[str], None] = None
+    forget_target: Union[float, dict[str, float], None] = None
     retain_metric: Union[str, list[str], None] = None
     retain_tolerance: float = 0.01
     on_infeasible: Literal["skip", "stop"] = "skip"
@@ -129,9 +129,8 @@ class Harness:
         self.objectives = {name: self.objective.about(splits) for name, splits in forget.items()}
         self.concepts: list[Concept] = []
         self.notes: list[str] = [*notes, *runner.notes()]
-        self.before: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
-        self.after: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
-        """On the test split: the forget metrics by concept, the retain metrics by name."""
+        self.before, self.after = Measured(), Measured()
+        """On the test split."""
 
     # ---- the run, in order
 
@@ -249,7 +248,7 @@ class Harness:
                 self._measure_search(context, outcomes, edits)
             after = {name: outcomes[name].search_after for name in edits}
             own = [c for c in self.concepts if c.name in edits]
-            failed = [c.name for c in own if not c.is_forgotten(*after[c.name]["forget"].values())]
+            failed = [c.name for c in own if not c.is_forgotten(after[c.name]["forget"])]
             usage = max(context.usage(found["retain"]) for found in after.values())
             if not failed and usage <= 1:
                 return edits
@@ -291,17 +290,17 @@ class Harness:
                     with recorded(objective, kind, "test", layers) as first, context.edits.applied(*edits.values()):
                         second = objective.measured(kind, "test", edited=layers[0].name) if edits else first
                     if kind == "retain":
-                        before[kind], after[kind] = first, second
+                        before.retain, after.retain = first, second
                     else:
-                        (before[kind][name],), (after[kind][name],) = first.values(), second.values()
+                        before.forget[name], after.forget[name] = first, second
             return
         for concept in self.new:
-            (before["forget"][concept.name],) = concept.objective.measured("forget", "test").values()
-        before["retain"] = self._retain_before(context)
+            before.forget[concept.name] = concept.objective.measured("forget", "test")
+        before.retain = self._retain_before(context)
         with context.edits.applied(*edits.values()):
             for concept in self.new:
-                (after["forget"][concept.name],) = concept.objective.measured("forget", "test", edited="together").values()
-            after["retain"] = self.objective.measured("retain", "test", edited="together")
+                after.forget[concept.name] = concept.objective.measured("forget", "test", edited="together")
+            after.retain = self.objective.measured("retain", "test", edited="together")
 
     def _retain_before(self, context: Context) -> dict[str, float]:
         """The retain metrics on the test split before any edit, measured or from the cache."""

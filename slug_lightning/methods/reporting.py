@@ -21,13 +21,21 @@ from slug_lightning.utils.modules import unwrap_model
 
 
 @dataclass
+class Measured:
+    """The metrics of one split: of the forget sets by concept, then by name, of the retain set by name."""
+
+    forget: dict[str, dict[str, float]] = field(default_factory=dict)
+    retain: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Findings:
-    """What a run has found. `before` and `after` are on the test split: forget metrics by concept, retain metrics by name."""
+    """What a run has found; `before` and `after` are on the test split."""
 
     outcomes: Mapping[str, Outcome]
     edits: Mapping[str, EditStep]
-    before: dict[str, dict[str, float]]
-    after: dict[str, dict[str, float]]
+    before: Measured
+    after: Measured
     collateral: dict[str, dict[str, float]]
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     forget_galleries: dict[str, Gallery] = field(default_factory=dict)
@@ -38,7 +46,7 @@ def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any
     """Make the report of a run, with its cost and sentences on that; for a sharded model, in every process."""
     before, after, edits = findings.before, findings.after, findings.edits
     metrics = context.objective.metrics_of("retain")
-    is_retained = constraint_usage(metrics, before["retain"], after["retain"], context.retain_tolerance) <= 1
+    is_retained = constraint_usage(metrics, before.retain, after.retain, context.retain_tolerance) <= 1
     reports = {concept.name: _concept_report(concept, context, findings, is_retained) for concept in context.concepts}
     versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
     galleries = {} if findings.retain_gallery is None else {"retain": findings.retain_gallery}
@@ -53,8 +61,8 @@ def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any
         reports,
         context.rounds,
         findings.collateral,
-        before,
-        after,
+        _by_concept(context, before),
+        _by_concept(context, after),
         holds=is_retained and all(reports[name].holds for name in edits if name in new) if edits else None,
         cost=cost[0],
         notes=context.notes + cost[1],
@@ -67,6 +75,12 @@ def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any
     return joint
 
 
+def _by_concept(context: Context, measured: Measured) -> dict[str, dict[str, float]]:
+    """What a report of several concepts says: of each, the forget metric that counts."""
+    forget = {c.name: c.value_that_counts(measured.forget[c.name]) for c in context.concepts if c.name in measured.forget}
+    return {"forget": forget, "retain": measured.retain}
+
+
 def _concept_report(concept: Concept, context: Context, findings: Findings, is_retained: bool) -> UnlearnReport:
     """The report of one concept, with its patch."""
     outcome, edit = findings.outcomes[concept.name], findings.edits.get(concept.name)
@@ -77,16 +91,17 @@ def _concept_report(concept: Concept, context: Context, findings: Findings, is_r
         report = replace(report, status="infeasible", holds=None, tensors=[], search_after=report.search_before)
         report.layer = report.step_size = report.relative_step = report.patch = report.patch_digest = None
         return report
-    metric = concept.metric.name
-    search_before = {"forget": {metric: concept.before}, "retain": context.retain_before()}
+    before, after = findings.before, findings.after
+    unedited = {target.metric.name: target.before for target in concept.targets}
+    search_before = {"forget": unedited, "retain": context.retain_before()}
     report = UnlearnReport(
         "infeasible",
         concept.name,
         bounds=concept.bounds(context.retain_tolerance),
         scores=outcome.layers,
         trace=[trial.to_dict() for trial in outcome.trials],
-        before={"forget": {metric: findings.before["forget"][concept.name]}, "retain": findings.before["retain"]},
-        after={"forget": {metric: findings.after["forget"][concept.name]}, "retain": findings.after["retain"]},
+        before={"forget": before.forget[concept.name], "retain": before.retain},
+        after={"forget": after.forget[concept.name], "retain": after.retain},
         search_before=search_before,
         search_after=search_before,
         strengths=findings.curves.get(concept.name, []),
@@ -95,7 +110,7 @@ def _concept_report(concept: Concept, context: Context, findings: Findings, is_r
     if edit is None:
         return report
     report.status, report.search_after = "unlearned", outcome.search_after
-    report.holds = concept.is_forgotten(findings.after["forget"][concept.name]) and is_retained
+    report.holds = concept.is_forgotten(after.forget[concept.name]) and is_retained
     report.layer, report.step_size, report.relative_step = edit.layer.name, edit.step, outcome.relative_step
     if report.relative_step is None:
         report.relative_step = edit.step / context.unit_step(edit.layer, edit.direction)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.module_hooks import ModuleHooks
@@ -17,6 +17,14 @@ TARGET_SLACK = 1e-6
 """An accuracy is a mean in fp32: one in five comes out as 0.20000000298, and is at chance all the same."""
 LIKELIHOOD_DROP = 100.0
 """By default, a loss reaches its target once the data are this many times less likely than before."""
+
+
+Goal = Union[float, Sequence[float]]
+"""A target: a number to get to or beyond, or the lower and the upper end of an interval."""
+
+
+def _slack(target: float) -> float:
+    return TARGET_SLACK * max(1.0, abs(target))
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,12 @@ class Metric:
             floors.append((self.chance, f"{self.name} of a model that knows nothing"))
         return max(floors, key=lambda floor: floor[0])
 
-    def reaches(self, value: float, target: float) -> bool:
-        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it."""
-        slack = TARGET_SLACK * max(1.0, abs(target))
-        return value <= target + slack if self.higher_is_better else value >= target - slack
+    def reaches(self, value: float, target: Goal) -> bool:
+        """Whether the metric is forgotten: an accuracy at or below the target, a loss at or above it, or within an interval."""
+        if not isinstance(target, (int, float)):
+            low, high = target
+            return low - _slack(low) <= value <= high + _slack(high)
+        return value <= target + _slack(target) if self.higher_is_better else value >= target - _slack(target)
 
     def loss_of_retain(self, before: float, after: float) -> float:
         """How much worse a retain metric became: absolute for an accuracy, relative for a loss; below 0 is a gain."""

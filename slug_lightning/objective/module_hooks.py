@@ -14,8 +14,9 @@ class ModuleHooks:
         retain_step: likewise of the retain set.
         anchor_step: `(batch, batch_idx) -> features [B, D]` of the retain set, whose mean is the anchor of `source="anchored"`.
         anchored_step: `(batch, batch_idx, anchor [D]) -> loss` of the forget set, less that of the anchor in place of its inputs.
-        forget_metric: name of the value, logged by `validation_step`, that forgetting must change; the loss without one.
-        forget_target: value of it that counts as forgotten; see `slug_lightning.objective.metrics.Metric.default_target`.
+        forget_metric: name or names of the values, logged by `validation_step`, that forgetting must change; the loss without.
+        forget_target: value of it that counts as forgotten, or one by metric name; without one,
+            `slug_lightning.objective.metrics.Metric.default_target`.
         retain_metric: name or names of the logged values that must stay within their tolerance; the loss without one.
         higher_is_better: by metric name, where the name doesn't tell.
         chance: what a model scores that knows nothing: a number, or one by metric name.
@@ -37,8 +38,8 @@ class ModuleHooks:
     retain_step: Callable[..., Any] | None
     anchor_step: Callable[..., Any] | None
     anchored_step: Callable[..., Any] | None
-    forget_metric: str | None
-    forget_target: float | None
+    forget_metric: str | Sequence[str] | None
+    forget_target: float | Mapping[str, float] | None
     retain_metric: str | Sequence[str] | None
     higher_is_better: Mapping[str, bool] | None
     chance: float | Mapping[str, float] | None

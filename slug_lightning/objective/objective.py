@@ -30,7 +30,7 @@ from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.tensors.layers import Layer
 
-Kind = Literal["forget", "retain"]
+Kind = Literal["forget", "retain", "near"]
 LOSS = "loss"
 """Name of the metric that serves where none is named: the loss of the step itself."""
 
@@ -48,7 +48,7 @@ class Objective:
         module: LightningModule,
         loaders: Mapping[Any, Mapping[Any, Iterable[Any]]],
         runner: Runner,
-        forget_metric: str | None = None,
+        forget_metric: str | Sequence[str] | None = None,
         retain_metric: str | Sequence[str] | None = None,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, _: batches,
         replay_budget: int | None = None,
@@ -59,9 +59,12 @@ class Objective:
         self.runner = runner
         self.processes = runner.processes
         self.progress = progress
-        forget = forget_metric or self.hooks.forget_metric or LOSS
-        retain = retain_metric or self.hooks.retain_metric or LOSS
-        self.names: dict[Kind, list[str]] = {"forget": [forget], "retain": [retain] if isinstance(retain, str) else list(retain)}
+        retain = _listed(retain_metric or self.hooks.retain_metric)
+        self.names: dict[Kind, list[str]] = {
+            "forget": _listed(forget_metric or self.hooks.forget_metric),
+            "retain": retain,
+            "near": retain,
+        }
         self.metrics: dict[str, Metric] = {}
         """Filled by the first measurement: only a step tells what it logs."""
         self.complete: dict[tuple[Kind, str], LogReader] = {}
@@ -335,6 +338,11 @@ class Objective:
 
     def _batches(self, kind: Kind, split: str) -> Iterator[IndexedBatch]:
         return self.runner.batches(self.loaders[kind][split])
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    names = names or LOSS
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _first_half(batch: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slug_lightning.objective.metrics import Goal
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.tensors.layers import edited_layers
 
@@ -61,16 +63,17 @@ def trade_off_figure(
     before: dict[str, Values],
     after: dict[str, Values],
     edited: tuple[str, float | None] | None,
-    forget_target: float,
+    goals: Mapping[str, Goal],
     limits: Values,
 ) -> Figure:
     """Plot the search: the forget metric over the step, and over the first retain metric.
 
     `trace` holds every trial; `before` and `after` are the metrics on the validation split, `edited` is the chosen layer with
-    its relative step, `limits` the worst allowed value of each retain metric.
+    its relative step, `goals` the target of each forget metric, of which each trial shows the one that counts, `limits` the worst
+    allowed value of each retain metric.
     """
     figure, (left, right) = _figure(11, 5.5, 2)
-    (forget_name, forget_before), *_ = before["forget"].items()
+    forget_before = next(iter(before["forget"].values()))
     retain_name = next(iter(before["retain"]))
     alone = [t for t in trace if not t.get("together")]
     own = {_way(t) for t in alone if edited is not None and (t["layer"], t["relative_step"]) == edited}
@@ -85,14 +88,14 @@ def trade_off_figure(
         right.plot([t["retain"][retain_name] for t in measured], [t["forget"] for t in measured], ".", markersize=9, **style)
     if after and edited is not None:
         star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
-        forget_after = after["forget"][forget_name]
+        chosen_trial = next((t for t in reversed(trace) if (t["layer"], t["relative_step"]) == edited), None)
+        forget_after = next(iter(after["forget"].values())) if len(goals) == 1 or chosen_trial is None else chosen_trial["forget"]
         left.plot(edited[1], forget_after, **star)
         right.plot(after["retain"][retain_name], forget_after, label="chosen", **star)
     right.plot(before["retain"][retain_name], forget_before, "s", color="grey", label="before")
     right.axvline(limits[retain_name], color="grey", linestyle=":", label="retain bound")
     for axes in (left, right):
-        axes.axhline(forget_target, color="crimson", linestyle="--", linewidth=1, label="forget target")
-        axes.set_ylabel(f"forget: {forget_name}")
+        _draw_goals(axes, goals)
     left.set_xscale("symlog", linthresh=0.1)  # linear up to the first step, logarithmic beyond
     left.set_xlim(left=0)
     left.set(xlabel="relative step ‖Δ‖/‖θ‖", title="Validation split: forgetting over the step")
@@ -102,16 +105,17 @@ def trade_off_figure(
     return figure
 
 
-def strength_figure(curves: dict[str, list[dict[str, Any]]], forget_metric: str, forget_target: float, limits: Values) -> Figure:
+def strength_figure(curves: dict[str, list[dict[str, Any]]], goals: Mapping[str, Goal], limits: Values) -> Figure:
     """Plot forget and retain metrics over the strength of each edit; `curves` holds its measurements, weakest first."""
     figure, (left, *right) = _figure(11, 5, 1 + len(limits))
     for concept, curve in curves.items():
         strengths = [point["strength"] for point in curve]
-        left.plot(strengths, [next(iter(point["forget"].values())) for point in curve], ".-", label=concept)
+        for name in goals:
+            label = concept if len(goals) == 1 else f"{concept}: {name}"
+            left.plot(strengths, [point["forget"].get(name) for point in curve], ".-", label=label)
         for axes, name in zip(right, limits, strict=True):
             axes.plot(strengths, [point["retain"][name] for point in curve], ".-")
-    left.axhline(forget_target, color="crimson", linestyle="--", linewidth=1, label="forget target")
-    left.set_ylabel(f"forget: {forget_metric}")
+    _draw_goals(left, goals)
     for axes, name in zip(right, limits, strict=True):
         axes.set_ylabel(f"retain: {name}")
         axes.axhline(limits[name], color="grey", linestyle="--", linewidth=1)
@@ -122,6 +126,17 @@ def strength_figure(curves: dict[str, list[dict[str, Any]]], forget_metric: str,
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("Validation split: more or less of an edit" + ("; the others stay" if len(curves) > 1 else ""))
     return figure
+
+
+def _draw_goals(axes: Any, goals: Mapping[str, Goal]) -> None:
+    """Draw the targets of the forget metrics, and name the axis."""
+    for number, end in enumerate(dict.fromkeys(end for goal in goals.values() for end in _ends(goal))):
+        axes.axhline(end, color="crimson", linestyle="--", linewidth=1, label="" if number else "forget target")
+    axes.set_ylabel(f"forget: {next(iter(goals))}" if len(goals) == 1 else f"forget: the one of {len(goals)} metrics that counts")
+
+
+def _ends(goal: Goal) -> Sequence[float]:
+    return [goal] if isinstance(goal, (int, float)) else goal
 
 
 def sample_figures(gallery: dict[str, Gallery], concept: str) -> dict[str, Figure]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from rich.table import Table
 
-from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.base import Report, number, table
@@ -120,7 +119,7 @@ class JointReport(Report):
                 number(report.relative_step) if edited else "",
                 number(self.before["forget"].get(name)),
                 number(self.after["forget"].get(name)),
-                report.bound("forget", report.bounds["forget_metric"], None),
+                ", ".join(report.bound("forget", metric, None) for metric in report.goals),
                 {None: "", True: "yes", False: "no"}[self._is_forgotten(name)],
             )
         return concepts
@@ -139,9 +138,8 @@ class JointReport(Report):
         report, value = self.concepts[name], self.after["forget"].get(name)
         if value is None or report.status != "unlearned":
             return None
-        bounds = report.bounds
-        metric = Metric(bounds["forget_metric"], bounds["higher_is_better"][bounds["forget_metric"]])
-        return metric.reaches(value, bounds["forget_target"])
+        goals = report.goals
+        return not report.remembered(report.after["forget"] if len(goals) > 1 else dict.fromkeys(goals, value))
 
     def _verdict(self) -> str:
         """One sentence on how it ended."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
+from slug_lightning.objective.metrics import Goal, Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.base import Report, number, table
@@ -115,10 +116,24 @@ class UnlearnReport(Report):
         """What a metric must meet, in words."""
         higher = self.bounds["higher_is_better"][name]
         if kind == "forget":
-            return f"{'≤' if higher else '≥'} {number(self.bounds['forget_target'])}"
+            goal = self.goals[name]
+            if not isinstance(goal, (int, float)):
+                return f"{number(goal[0])} to {number(goal[1])}"
+            return f"{'≤' if higher else '≥'} {number(goal)}"
         if before is None:
             return "–"
         return f"{'≥' if higher else '≤'} {number(self.limit(name, before))}"
+
+    @property
+    def goals(self) -> dict[str, Goal]:
+        """The target of each forget metric; a version before this one had a single metric."""
+        bounds = self.bounds
+        return dict(bounds.get("forget_targets") or {bounds["forget_metric"]: bounds["forget_target"]})
+
+    def remembered(self, values: Mapping[str, float]) -> list[str]:
+        """Name the forget metrics, of these values, that miss their target."""
+        higher = self.bounds["higher_is_better"]
+        return [name for name, goal in self.goals.items() if not Metric(name, higher[name]).reaches(values[name], goal)]
 
     def limit(self, name: str, before: float) -> float:
         """What a retain metric may be at worst."""
@@ -131,7 +146,7 @@ class UnlearnReport(Report):
 
     def strength_figure(self, curves: dict[str, list[dict[str, Any]]]) -> Figure:
         """Curves over the strength of edits, by concept, with the bounds of this report."""
-        return strength_figure(curves, self.bounds["forget_metric"], self.bounds["forget_target"], self.limits())
+        return strength_figure(curves, self.goals, self.limits())
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of the run: "pareto", the layers with the front, where scored; "trade_off", the search and the choice.
@@ -146,7 +161,7 @@ class UnlearnReport(Report):
             self.search_before,
             self.search_after,
             None if self.layer is None else (self.layer, self.relative_step),
-            self.bounds["forget_target"],
+            self.goals,
             self.limits(),
         )
         if self.strengths:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.methods.base import Context, Method, Outcome, Trial
+from slug_lightning.methods.base import Context, Method, Outcome
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.layer_search import smallest_step
 from slug_lightning.methods.slug.step_search import interpolation
+from slug_lightning.methods.trial import Trial
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.tensors.dtensor import local, shard_like, whole
 from slug_lightning.tensors.layers import Layer, find_layers, plain_parameters
@@ -120,12 +121,13 @@ class NullSpace(Method):
             outcome.edit = EditStep(context.layers[0], direction, found.step)
             outcome.relative_step = found.relative_step
             if len(context.concepts) == 1:
-                outcome.search_after = {"forget": {concept.metric.name: found.forget}, "retain": dict(found.retain or {})}
+                outcome.search_after = {"forget": concept.values_of(found), "retain": dict(found.retain or {})}
             return
         last = found or outcome.trials[-1]
+        target = concept.counting(concept.values_of(last))
         outcome.notes.append(
-            f"{concept.name}: at a strength of {last.step:.3g}, {concept.metric.name} is {last.forget:.4g} (target "
-            f"{concept.target:.4g}) and constraint usage is {last.constraint_usage:.2f}; give another strength, a looser bound, "
+            f"{concept.name}: at a strength of {last.step:.3g}, {target.metric.name} is {last.forget:.4g} (target "
+            f"{target.words}) and constraint usage is {last.constraint_usage:.2f}; give another strength, a looser bound, "
             "or use another method"
         )
 
@@ -167,11 +169,12 @@ def basis_of(features: Tensor, labels: list[int]) -> Tensor:
 def _prompts(concept: Concept) -> str:
     """The set of prompts that the forget metric is about."""
     sets: Any = concept.objective.module.prompts
+    first = concept.targets[0].metric.name
     for name in sets:
-        if concept.metric.name in [name + metric for metric in METRICS]:
+        if first in [name + metric for metric in METRICS]:
             return str(name)
     raise UnlearnError(
-        f"forget_metric: NullSpace takes a concept's name from the prompts of the forget metric, and {concept.metric.name!r} "
+        f"forget_metric: NullSpace takes a concept's name from the prompts of the forget metric, and {first!r} "
         f"has none; give {' or '.join(f'{name}{METRICS[0]}' for name in sets)}"
     )
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from slug_lightning.methods.base import Trial
+from slug_lightning.methods.trial import Trial
 
 NORMAL_95 = 1.96
 """Half the width of a 95 % interval, in standard errors."""
@@ -76,7 +76,7 @@ class LeastDamage(Choice):
     (`…nll`), then the smaller relative step.
 
     Example:
-        >>> from slug_lightning.methods.base import RetainDetails
+        >>> from slug_lightning.methods.trial import RetainDetails
         >>> def trial(layer, usages, loss):
         ...     batches = {number: (usage, 32) for number, usage in enumerate(usages)}
         ...     return Trial(layer, 1.0, 0.1, True, sum(usages) / 3, 0.0, {}, details=RetainDetails({"acc": batches}, loss))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.methods.base import Context, Outcome, Trial
+from slug_lightning.methods.base import Context, Outcome
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measured, pareto
@@ -21,6 +21,7 @@ from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statis
 from slug_lightning.methods.slug.step_search import StepSearch
 from slug_lightning.methods.slug.structure import short_list
 from slug_lightning.methods.slug.ways import Ways
+from slug_lightning.methods.trial import Trial
 from slug_lightning.patches.temporary import EditStep, merged
 from slug_lightning.tensors.dtensor import local
 from slug_lightning.tensors.layers import Layer, refuse_unmovable
@@ -120,7 +121,7 @@ class ConceptSearch:
                 if furthest is None or self.chosen is not None or not rest:
                     break
                 base.append(search.edit(furthest))
-                gone = self.concept.share(furthest.forget)
+                gone = self.concept.share(furthest)
                 said.append(
                     f"max_layers: no single layer meets both bounds; {furthest.layer} stays at relative step "
                     f"{furthest.relative_step:.4f}, {gone:.0%} of the way to the target, and another layer is searched"
@@ -183,9 +184,9 @@ class ConceptSearch:
 
     def _take_over(self, edit: EditStep, relative_step: float) -> None:
         assert self.concept.report is not None
-        (forget,) = self.concept.report.search_after["forget"].values()
         self._edit = edit
-        self.chosen = Trial(edit.layer.name, edit.step, relative_step, True, None, forget, None)
+        trial = self.concept.trial(edit, relative_step, self.concept.report.search_after["forget"])
+        self.chosen = replace(trial, forgotten=True)  # as that run has found
 
     def _score(self, layers: Sequence[Layer], is_last: bool) -> None:
         """Compute gradients and statistics of layers at the model as it is now, and settle the candidates."""

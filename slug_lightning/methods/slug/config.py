@@ -209,7 +209,7 @@ class SLUG(Method):
             with context.phase("together"):
                 self._settle(context, searches)
         elif (chosen := searches[0].chosen) is not None and chosen.retain is not None:  # else the harness measures
-            after = {searches[0].concept.metric.name: chosen.forget}
+            after = searches[0].concept.values_of(chosen)
             searches[0].outcome.search_after = {"forget": after, "retain": chosen.retain}
             if chosen.layer not in {layer.name for layer in searches[0].layers}:
                 context.until_report.close()  # what was recorded serves single layers only
@@ -222,11 +222,10 @@ class SLUG(Method):
             return
         joint = JointSearch(able, context, max_rounds=self.max_evaluations, step_margin=self.step_margin)
         settled = joint.settle()
-        context.rounds += [vars(found) for found in joint.rounds]
+        context.rounds += [found.to_dict() for found in joint.rounds]
         if joint.final is not None:
             for search in settled:
-                after = {search.concept.metric.name: joint.final.forget[search.name]}
-                search.outcome.search_after = {"forget": after, "retain": joint.final.retain}
+                search.outcome.search_after = {"forget": joint.final.measured[search.name], "retain": joint.final.retain}
 
 
 CURVES: dict[str, Curve] = {"line": line, "path": path}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
-from slug_lightning.methods.base import Context, RetainDetails, Trial, record
+from slug_lightning.methods.base import Context, record
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
@@ -16,6 +16,7 @@ from slug_lightning.methods.slug.curves import CurveEnd, Point
 from slug_lightning.methods.slug.precision_check import rounding, usage_error
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, StepSearch
+from slug_lightning.methods.trial import RetainDetails, Trial
 from slug_lightning.objective.log_capture import LogReader
 from slug_lightning.objective.objective import LOSS, Kind
 from slug_lightning.patches.temporary import EditStep
@@ -97,7 +98,8 @@ class LayerSearch:
         """What the forget loss gained at first order where it was enough, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
         # Of a loss, what is missing is known, and with it about where to start.
-        self._gain = concept.target - concept.before if concept.metric.name == LOSS else None
+        (first, *_) = concept.targets
+        self._gain = first.goal - first.before if first.metric.name == LOSS and isinstance(first.goal, (int, float)) else None
 
     def run(self, ways: Sequence[Way], is_last: bool = True) -> tuple[Decision, dict[str, float]]:
         """Search these ways.
@@ -222,7 +224,7 @@ class LayerSearch:
         for way in ways:
             trials = [trial for trial in self.trials if trial.way == way.key]
             usages = [t.constraint_usage for t in trials if t.feasible and t.constraint_usage is not None]
-            gone = [min(self.concept.share(trial.forget), 1.0) for trial in trials]
+            gone = [min(self.concept.share(trial), 1.0) for trial in trials]
             rank = (0, min(usages)) if usages else (1, -max(gone, default=0.0))
             name = way.layer.name
             if name not in ranked or rank < ranked[name][0]:
@@ -251,8 +253,8 @@ class LayerSearch:
                 if halving < HALVED - 1:
                     trial = self._forget(way, lambda: None, _distance(trial) / 2)
                     self.trials.append(trial)
-        able = [trial for trial in found if self.concept.share(trial.forget) > 0]
-        return max(able, key=lambda trial: self.concept.share(trial.forget), default=None)
+        able = [trial for trial in found if self.concept.share(trial) > 0]
+        return max(able, key=lambda trial: self.concept.share(trial), default=None)
 
     def _first_order_cost(self, way: Way) -> float:
         layer = way.layer
@@ -271,22 +273,10 @@ class LayerSearch:
         if way.curve != "line":
             relative = edit.step * norm(edit.layer, edit.direction, self.objective.processes) / way.layer.weight_norm
         with self.context.edits.applied(edit):
-            (value,) = self.objective.measured("forget", "val", edited=way.layer.name).values()
+            values = self.objective.measured("forget", "val", edited=way.layer.name)
         advance()
-        # A model that gives NaN is broken: too large a step, whatever else.
-        broken = not math.isfinite(value)
-        return Trial(
-            way.layer.name,
-            edit.step,
-            relative,
-            forgotten=broken or self.concept.is_forgotten(value),
-            constraint_usage=math.inf if broken else None,
-            forget=value,
-            retain=None,
-            direction=way.direction,
-            curve=way.curve,
-            distance=None if way.curve == "line" else distance,
-        )
+        trial = self.concept.trial(edit, relative, values)
+        return replace(trial, direction=way.direction, curve=way.curve, distance=None if way.curve == "line" else distance)
 
     def _measure_retain(self, way: Way, before: Mapping[str, float]) -> None:
         """Measure what the step of a way costs; if that is too much, the one without the margin."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from slug_lightning.methods.base import Trial
 from slug_lightning.methods.slug.candidates import pareto, pareto_front
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
+from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.gradients import NoLossError
 from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.objective import Objective

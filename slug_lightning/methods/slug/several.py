@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from slug_lightning.methods.base import Context, Trial
+from slug_lightning.methods.base import Context
 from slug_lightning.methods.slug.concept_search import ConceptSearch
+from slug_lightning.methods.targets import share_of
+from slug_lightning.methods.trial import Trial
 from slug_lightning.utils.names import some_of
 
 SHRINK, GROW, GENTLY = 0.85, 1.1, 0.3
@@ -24,8 +27,13 @@ AFTER_LEAVING_OUT = 6
 
 @dataclass
 class Round:
-    """One measurement of all edits together, on the validation split; `change` says what was done about what failed."""
+    """One measurement of all edits together, on the validation split.
 
+    `measured` has the forget metrics by concept, then by name, `forget` those that count; `change` says what was done about
+    what failed.
+    """
+
+    measured: dict[str, dict[str, float]]
     forget: dict[str, float]
     retain: dict[str, float]
     constraint_usage: float
@@ -36,7 +44,13 @@ class Round:
     @property
     def is_broken(self) -> bool:
         """Whether the model gives no numbers any more."""
-        return not math.isfinite(self.constraint_usage) or not all(map(math.isfinite, self.forget.values()))
+        return not math.isfinite(self.constraint_usage) or not all(
+            math.isfinite(value) for values in self.measured.values() for value in values.values()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {name: value for name, value in vars(self).items() if name != "measured"}
 
     @property
     def is_fine(self) -> bool:
@@ -99,14 +113,16 @@ class JointSearch:
 
     def _measure(self) -> Round:
         """All edits together, on the validation split."""
-        forget: dict[str, float] = {}
+        measured: dict[str, dict[str, float]] = {}
         with self.context.edits.applied(*(s.edit for s in self.searches)):
             for search in self.context.progress.track(self.searches, "together, forget metrics"):
-                (forget[search.name],) = search.objective.measured("forget", "val", edited="together").values()
+                measured[search.name] = search.objective.measured("forget", "val", edited="together")
             retain = self.context.objective.measured("retain", "val", edited="together")
         lost = self.context.usage(retain)
         steps = {s.name: s.chosen.relative_step for s in self.searches if s.chosen}
-        return Round(forget, retain, lost, steps, [s.name for s in self.searches if not s.concept.is_forgotten(forget[s.name])])
+        forget = {s.name: s.concept.value_that_counts(measured[s.name]) for s in self.searches}
+        remembered = [s.name for s in self.searches if not s.concept.is_forgotten(measured[s.name])]
+        return Round(measured, forget, retain, lost, steps, remembered)
 
     def _go_further(self, found: Round) -> Round:
         """Make all steps larger, up to the margin, while the retain metrics allow it."""
@@ -198,8 +214,8 @@ class JointSearch:
 
     def _distance(self, search: ConceptSearch, found: Round) -> float:
         """How far a concept is from its target, as a share of the whole way."""
-        target, before, value = search.concept.target, search.concept.before, found.forget[search.name]
-        return (target - value) / (target - before) if math.isfinite(value) else math.inf
+        values = found.measured[search.name]
+        return 1 - share_of(search.concept.targets, values) if all(map(math.isfinite, values.values())) else math.inf
 
 
 def _words(trial: Trial | None) -> str:

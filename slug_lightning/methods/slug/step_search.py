@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from slug_lightning.methods.base import Trial
+from slug_lightning.methods.trial import Trial
 
 START = 0.1
 """First relative step λ‖g_f‖/‖θ‖ (SLUG, arXiv 2407.11867)."""
@@ -29,14 +29,15 @@ class StepSearch(Protocol):
     """
 
     def __call__(
-        self, evaluate: Callable[[float], Trial], share: Callable[[float], float], max_evaluations: int, start: float
+        self, evaluate: Callable[[float], Trial], share: Callable[[Trial], float], max_evaluations: int, start: float
     ) -> list[Trial]:
         """Find a small distance that forgets.
 
         Args:
             evaluate: tries a distance, relative to the weight's norm.
-            share: of the way from the forget metric's value before to the target that a value has gone: 0 is before, 1 is
-                the target, infinity a value of which nobody can tell how far beyond it is.
+            share: of the way from the forget metric's value before to the target that a trial has gone: 0 is before, 1 is
+                the target, infinity a value of which nobody can tell how far beyond it is. A trial that has gone further than
+                1 and isn't forgotten went too far: its target has two sides.
             max_evaluations: how often `evaluate` may be called, at least 1.
             start: the first distance.
 
@@ -46,7 +47,7 @@ class StepSearch(Protocol):
 
 
 def interpolation(
-    evaluate: Callable[[float], Trial], share: Callable[[float], float], max_evaluations: int = 10, start: float = START
+    evaluate: Callable[[float], Trial], share: Callable[[Trial], float], max_evaluations: int = 10, start: float = START
 ) -> list[Trial]:
     """Find a step that just forgets: bracket it, then narrow the bracket by interpolation.
 
@@ -63,7 +64,7 @@ def interpolation(
     Example:
         >>> def evaluate(r):
         ...     return Trial("w", r, r, forgotten=r**2 >= 0.3, constraint_usage=None, forget=1 - r**2, retain=None)
-        >>> [round(trial.relative_step, 3) for trial in interpolation(evaluate, lambda value: (1 - value) / 0.3)]
+        >>> [round(trial.relative_step, 3) for trial in interpolation(evaluate, lambda trial: (1 - trial.forget) / 0.3)]
         [0.1, 0.2, 0.4, 0.8, 0.555]
     """
     low, high, step = (0.0, 0.0), None, start
@@ -71,9 +72,9 @@ def interpolation(
     halve = False
     while len(trials) < max_evaluations:
         trials.append(evaluate(step))
-        point = step, share(trials[-1].forget)
+        point = step, share(trials[-1])
         width = high[0] - low[0] if high else math.inf
-        if trials[-1].forgotten:
+        if trials[-1].forgotten or point[1] > 1:
             high = point
         else:
             low = point
