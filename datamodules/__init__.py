@@ -10,6 +10,7 @@ from slug_lightning.datamodules.image_text.image_text import ImageTextDataModule
 from slug_lightning.datamodules.image_text.pairs import ImageTextFolder, ImageTextShards
 from slug_lightning.datamodules.image_text.questions import VisualQuestionDataModule
 from slug_lightning.datamodules.image_text.text_to_image import TextToImageDataModule
+from slug_lightning.datamodules.samples import SampleDataModule
 from slug_lightning.datamodules.text.passages import PassageDataModule
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ImageTextShards",
     "PassageDataModule",
     "PythonDocsDataModule",
+    "SampleDataModule",
     "TextToImageDataModule",
     "UnlearnDataModule",
     "VisualQuestionDataModule",

@@ -14,7 +14,8 @@ from slug_lightning.utils.loaders import SPLITS, Split
 from slug_lightning.utils.names import by_concept, concept_of, labelled, listed
 
 
-def _shuffled(count: int, seed: int) -> list[int]:
+def shuffled(count: int, seed: int) -> list[int]:
+    """Return `range(count)` in a random order that depends on `seed` alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -22,7 +23,7 @@ def split_indices(count: int, seed: int = 0) -> dict[Split, list[int]]:
     """Split `range(count)` at random into about 1/2 train, 1/4 val and 1/4 test, none of them empty."""
     if count < 3:
         raise ValueError(f"{count} samples cannot be split in three")
-    order = _shuffled(count, seed)
+    order = shuffled(count, seed)
     part = max(1, count // 4)
     return {"train": order[2 * part :], "val": order[:part], "test": order[part : 2 * part]}
 
@@ -45,7 +46,7 @@ def make_splits(
             f"{label}: {count} samples are too few for separate train, validation and test splits; give at least 3, or "
             "validation and test sets of your own in an UnlearnDataModule"
         )
-    indices = split_indices(count, seed) if missing else {"train": _shuffled(count, seed)}
+    indices = split_indices(count, seed) if missing else {"train": shuffled(count, seed)}
     for split in SPLITS[1:]:
         if split in indices and split not in missing:  # it was given: its share stays in train
             indices["train"] += indices.pop(split)
@@ -89,6 +90,9 @@ class UnlearnDataModule(pl.LightningDataModule):
         >>> data.concepts, len(data.forget_dataloader("train", "dog").dataset)
         (['cat', 'dog'], 4)
     """
+
+    same_forget_splits = False
+    """Whether a forget set is the same samples in all splits by design. A subclass that sets it says so in `notes`."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -71,12 +71,7 @@ class ConceptDataModule(UnlearnDataModule):
             raise UnlearnError(
                 f"classes, indices, where: give exactly one, to select what to forget; given: {', '.join(given) or 'none'}"
             )
-        for name, source in (("dataset", dataset), ("test_dataset", test_dataset)):
-            if isinstance(source, IterableDataset):
-                raise UnlearnError(
-                    f"{name}: must be a map-style dataset, as a stream ({type(source).__name__}) has no indices; or pass "
-                    "forget and retain loaders of your own to the callback"
-                )
+        refuse_streams(dataset=dataset, test_dataset=test_dataset)
         if indices is not None and test_dataset is not None:
             raise UnlearnError("test_dataset: cannot be combined with indices, which belong to dataset; give classes or where")
         self.dataset = dataset
@@ -85,7 +80,7 @@ class ConceptDataModule(UnlearnDataModule):
         (self.selector,) = given
         self.selected = by_concept(self.selector, selectors[self.selector])
         if indices is not None:
-            self._check_indices(len(cast(Sized, dataset)))
+            self.selected = checked_indices(self.selected, len(cast(Sized, dataset)))
 
     def setup(self, stage: str | None = None) -> None:
         """Split the dataset into forget and retain; further calls change nothing."""
@@ -96,15 +91,6 @@ class ConceptDataModule(UnlearnDataModule):
         for concept, own in forget.items():
             self.set_parts("forget", own, test=forget_test.get(concept), concept=concept)
         self.set_parts("retain", retain, test=retain_test)
-
-    def _check_indices(self, count: int) -> None:
-        for concept, indices in self.selected.items():
-            argument, own = labelled("indices", concept), [int(i) for i in indices]
-            if beyond := [i for i in own if not 0 <= i < count]:
-                raise UnlearnError(f"{argument}: {beyond[0]} is out of range; the dataset has {count} samples, 0 to {count - 1}")
-            if repeated := sorted(i for i, times in Counter(own).items() if times > 1):
-                raise UnlearnError(f"{argument}: {repeated[0]} is given more than once; give each sample once")
-            self.selected[concept] = own
 
     def _divide(self, name: str, dataset: Any) -> tuple[dict[str | None, Subset], Subset]:
         """Return the samples of each concept, and those of none."""
@@ -121,15 +107,7 @@ class ConceptDataModule(UnlearnDataModule):
                         chosen[concept].append(i)
         else:
             chosen = self._of_classes(name, dataset)
-        for concept, own in chosen.items():
-            if not own:
-                which = f" for {concept!r}" if concept else ""
-                raise UnlearnError(f"{name}: none of the {count} samples is selected{which}; select at least one to forget")
-        anything = set().union(*chosen.values())
-        if len(anything) == count:
-            raise UnlearnError(f"{name}: all {count} samples are selected, none is left to retain; select fewer, or add others")
-        retained = [i for i in range(count) if i not in anything]
-        return {concept: Subset(dataset, own) for concept, own in chosen.items()}, Subset(dataset, retained)
+        return divided(name, dataset, chosen)
 
     def _of_classes(self, name: str, dataset: Any) -> dict[str | None, list[int]]:
         """Return the indices of each concept's classes."""
@@ -159,3 +137,40 @@ class ConceptDataModule(UnlearnDataModule):
                 raise UnlearnError(f"{which}: no sample of {name} has the class {absent[0]!r}; there are {known}")
             chosen[concept] = sorted(i for one in set(wanted) for i in found[one])
         return chosen
+
+
+def refuse_streams(**datasets: Any) -> None:
+    """Refuse datasets, given by argument, that have no indices."""
+    for argument, dataset in datasets.items():
+        if isinstance(dataset, IterableDataset):
+            raise UnlearnError(
+                f"{argument}: must be a map-style dataset, as a stream ({type(dataset).__name__}) has no indices; or pass "
+                "forget and retain loaders of your own to the callback"
+            )
+
+
+def checked_indices(selected: Mapping[str | None, Sequence[int]], count: int) -> dict[str | None, list[int]]:
+    """Return each concept's indices into `count` samples as plain numbers, in the order given."""
+    checked = {}
+    for concept, indices in selected.items():
+        argument, own = labelled("indices", concept), [int(i) for i in indices]
+        if beyond := [i for i in own if not 0 <= i < count]:
+            raise UnlearnError(f"{argument}: {beyond[0]} is out of range; the dataset has {count} samples, 0 to {count - 1}")
+        if repeated := sorted(i for i, times in Counter(own).items() if times > 1):
+            raise UnlearnError(f"{argument}: {repeated[0]} is given more than once; give each sample once")
+        checked[concept] = own
+    return checked
+
+
+def divided(name: str, dataset: Any, chosen: Mapping[str | None, list[int]]) -> tuple[dict[str | None, Subset], Subset]:
+    """Divide a dataset, which errors call `name`, into the samples of each concept and those of none."""
+    count = len(dataset)
+    for concept, own in chosen.items():
+        if not own:
+            which = f" for {concept!r}" if concept else ""
+            raise UnlearnError(f"{name}: none of the {count} samples is selected{which}; select at least one to forget")
+    anything = set().union(*chosen.values())
+    if len(anything) == count:
+        raise UnlearnError(f"{name}: all {count} samples are selected, none is left to retain; select fewer, or add others")
+    retained = [i for i in range(count) if i not in anything]
+    return {concept: Subset(dataset, own) for concept, own in chosen.items()}, Subset(dataset, retained)

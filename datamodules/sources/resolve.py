@@ -68,7 +68,9 @@ def resolve_loaders(
         label = labelled("forget", name if len(sources) > 1 else None)
         concepts[name], sentences[name] = _loaders(label, name, source, ready)
     notes = notes_on(sentences, len(sources))
-    notes += notes_on({name: told for name, loaders in concepts.items() if (told := _seen_twice(loaders))}, len(sources))
+    by_design = {name for name, source in sources.items() if getattr(source, "same_forget_splits", False)}  # its notes say so
+    twice = {name: told for name, loaders in concepts.items() if name not in by_design and (told := _seen_twice(loaders))}
+    notes += notes_on(twice, len(sources))
     if retain is None:
         retain = _of_datamodule("retain", datamodule)
     retained, sentence = _loaders("retain", None, retain, ready)
