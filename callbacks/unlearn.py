@@ -28,6 +28,7 @@ from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import plain_parameters
 from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
 from slug_lightning.trainer.limits import as_trainer_limits
+from slug_lightning.trainer.near_data import near_data, near_words
 from slug_lightning.trainer.previous_run import PreviousRun, digest_of_edited
 from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.report_transfer import ReportTransfer
@@ -61,6 +62,12 @@ class UnlearnCallback(OldKeywords):
             less likely data (see `slug_lightning.objective.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must not get worse. Default: the module's own, else the loss.
         retain_tolerance: how much each of them may lose, at least 0: absolute for an accuracy, relative for a loss.
+        near_retain: retain data that lie near what is forgotten and pay first; they are measured by themselves, too. "auto": the
+            five concepts nearest by the module's `embed`, or without labels the nearest 5 % of the retain samples, chosen from
+            gradient data; nothing if the module has no `embed`. Or names of concepts; a loader, list, dict by split or
+            datamodule of its own, which joins the retain set; a dict of any of these by concept; None for nothing.
+        near_tolerance: how much each retain metric may lose on near data, at least 0, as `retain_tolerance`. Default: the largest
+            of that, 0.02, and half the 95 % interval of the difference, which is more where near samples are few.
         scales: of the edit, at which the metrics are measured besides 1, to show what more or less of it would do.
         on_infeasible: of several concepts, whether those without an edit within all bounds are left as they are ("skip"),
             or nothing is edited then ("stop").
@@ -95,6 +102,8 @@ class UnlearnCallback(OldKeywords):
         forget_target: Union[float, dict[str, float], None] = None,
         retain_metric: Union[str, list[str], None] = None,
         retain_tolerance: float = 0.01,
+        near_retain: Any = "auto",
+        near_tolerance: Optional[float] = None,
         scales: Sequence[float] = (),
         on_infeasible: Literal["skip", "stop"] = "skip",
         earlier: Optional[str] = None,
@@ -105,8 +114,9 @@ class UnlearnCallback(OldKeywords):
     ) -> None:
         refuse_unknown(old)
         super().__init__(**old)  # as it stands here, jsonargparse finds the old keywords, too
-        if retain_tolerance < 0 or not math.isfinite(retain_tolerance):
-            raise UnlearnError(f"retain_tolerance must be >= 0 and finite, got {retain_tolerance}")
+        for name, tolerance in (("retain_tolerance", retain_tolerance), ("near_tolerance", near_tolerance)):
+            if tolerance is not None and (tolerance < 0 or not math.isfinite(tolerance)):
+                raise UnlearnError(f"{name} must be >= 0 and finite, got {tolerance}")
         goals = forget_target.values() if isinstance(forget_target, Mapping) else [forget_target]
         if not all(goal is None or math.isfinite(goal) for goal in goals):
             raise UnlearnError(f"forget_target must be finite, got {forget_target}")
@@ -120,7 +130,8 @@ class UnlearnCallback(OldKeywords):
         self.forget = forget
         self.retain = retain
         self.method = method
-        self.request = Request(forget_metric, forget_target, retain_metric, retain_tolerance, on_infeasible)
+        self.request = Request(forget_metric, forget_target, retain_metric, retain_tolerance, near_tolerance, on_infeasible)
+        self.near_retain = near_retain
         self.scales = scales
         self.earlier = earlier
         self.continue_training = continue_training
@@ -197,7 +208,8 @@ class UnlearnCallback(OldKeywords):
     def _request(self) -> dict[str, Any]:
         """What this callback was asked to do, as far as plain data can say it."""
         concepts = list(self.forget) if isinstance(self.forget, Mapping) else None
-        return {"concepts": concepts, **asdict(self.request), "method": self._method_request}
+        asked = {"concepts": concepts, **asdict(self.request), "method": self._method_request}
+        return asked if self.near_retain == "auto" else {**asked, "near_retain": near_words(self.near_retain)}
 
     def _remember(self, module: pl.LightningModule) -> None:
         """Let the next fit know what was done in this one, and to which weights it led."""
@@ -253,7 +265,10 @@ class UnlearnCallback(OldKeywords):
             self.runtime,
             module,
             runner,
-            *loaders,
+            loaders.forget,
+            loaders.retain,
+            loaders.notes,
+            lambda objectives: near_data(self.near_retain, loaders, objectives, trainer, runner.prepare),
             progress_of(trainer),
             earlier=self.earlier,
             scales=self.scales,

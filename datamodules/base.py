@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, NearBatches, Split
 from slug_lightning.utils.names import by_concept, concept_of, labelled, listed
 
 
@@ -162,6 +162,14 @@ class UnlearnDataModule(pl.LightningDataModule):
         if not self._retain:
             raise no_dataset("retain", self)
         return self._loader(self._retain[split])
+
+    def near_of(self, concept: str) -> NearBatches | None:
+        """Return what lies near a concept, if it was given; None leaves the choice to the callback."""
+        return None
+
+    def render_near(self, names: Sequence[str]) -> dict[Split, Batches] | None:
+        """Make more samples of these concepts for "val" and "test", for a datamodule that can; others give None."""
+        return None
 
     def train_dataloader(self) -> DataLoader:
         return self.retain_dataloader("train")

@@ -157,7 +157,7 @@ def test_infeasible_leaves_every_bit_and_says_so():
         (concept_search, "close_calls"),
         (concept_search, "LayerSearch"),
         (objective, "Replay"),
-        (reporting, "constraint_usage"),
+        (reporting, "combined_usage"),
         (LeastUsage, "__call__"),
         (reporting.UnlearnPatch, "active"),
         (unlearn, "publish"),

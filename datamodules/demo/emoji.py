@@ -14,10 +14,14 @@ from slug_lightning.datamodules.base import UnlearnDataModule, split_indices
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import Drawings, load_drawings
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, Split
 from slug_lightning.utils.names import labelled
 
 Names = Union[str, list[str], None]
+NEAR: dict[Split, int] = {"val": 100, "test": 500}
+"""At least so many renderings of what is near in each split."""
+NEAR_SEED = 1_000_003
+"""Renderings of what is near share no random numbers with the other sets."""
 
 
 def render(pictures: Tensor, generator: torch.Generator, amount: float = 1.0) -> Tensor:
@@ -147,6 +151,29 @@ class EmojiDataModule(UnlearnDataModule):
             self.set_parts(kind, *splits, concept=concept)
             apart = "" if concept in self.things else ", of its own drawings"
             self.notes[labelled(kind, concept)] += f"; {self.samples} in each split{apart}{self.note}"
+
+    def render_near(self, names: Sequence[str]) -> dict[Split, Batches] | None:
+        """Render things or styles of these names anew, at least 100 pictures for the search and 500 for the report.
+
+        Every drawing that is not of a style or object to forget is rendered, in both splits; each is asked for both.
+        """
+        drawings = load_drawings()
+        _, touched = self.masks(drawings)
+        kinds = {"thing": (drawings.things, drawings.thing_names), "style": (drawings.styles, drawings.style_names)}
+        mask = torch.zeros(len(drawings.things), dtype=torch.bool)
+        for labels, known in kinds.values():
+            own = torch.tensor([name in names or name.removesuffix(" style") in names for name in known])
+            mask |= own[labels]
+        rows = (mask & ~(touched["style"] | touched["thing"])).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        splits: dict[Split, Batches] = {}
+        for number, (split, least) in enumerate(NEAR.items(), 1):
+            generator = torch.Generator().manual_seed(NEAR_SEED * number + self.seed)
+            part = Part(None, rows, -(-least // len(rows)), ("thing", "style"))
+            (made,) = self._make(drawings, [part], split, generator)
+            splits[split] = self._loader(made)
+        return splits
 
     def masks(self, drawings: Drawings) -> tuple[dict[str, tuple[str, Tensor]], dict[str, Tensor]]:
         """Return the kind of each concept, "style" or "thing", with a mask of its drawings; and by kind, a mask of all."""

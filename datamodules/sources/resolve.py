@@ -36,6 +36,7 @@ class UnlearnLoaders(NamedTuple):
     forget: dict[str, dict[Split, Batches]]  # by the concept's name and by split
     retain: dict[Split, Batches]
     notes: list[str]  # sentences for the report, such as how a set was split; few, however many concepts there are
+    datamodules: dict[str, UnlearnDataModule] = {}  # by concept, where its source is one
 
 
 def resolve_loaders(
@@ -75,7 +76,19 @@ def resolve_loaders(
         retain = _of_datamodule("retain", datamodule)
     retained, sentence = _loaders("retain", None, retain, ready)
     notes += [f"retain: {told}" for told in (sentence, _seen_twice(retained)) if told]
-    return UnlearnLoaders(concepts, retained, notes + refuse_same_data(concepts, retained))
+    serving = {name: source for name, source in sources.items() if isinstance(source, UnlearnDataModule)}
+    return UnlearnLoaders(concepts, retained, notes + refuse_same_data(concepts, retained), serving)
+
+
+def resolve_near(source: Any, prepare: Prepare) -> tuple[dict[Split, Batches], str]:
+    """Turn near data that a user gave into train, val and test loaders, with a sentence on how they came about."""
+
+    def ready(datamodule: pl.LightningDataModule) -> None:
+        prepare(datamodule)
+        for stage in ("fit",) if isinstance(datamodule, UnlearnDataModule) else ("fit", "test"):
+            datamodule.setup(stage)
+
+    return _loaders("near_retain", None, source, ready)
 
 
 def _sources(forget: Mapping[str, Any] | None, datamodule: pl.LightningDataModule | None, ready: Prepare) -> dict[str, Any]:

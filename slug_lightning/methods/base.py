@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.near import combined_usage
 from slug_lightning.methods.norms import direction_norm, norm
 from slug_lightning.methods.passes import Passes
 from slug_lightning.methods.trial import Trial
@@ -194,6 +195,7 @@ class Context:
             objective.replaying(layers),
             recorded(objective, "forget", "val", layers),
             recorded(objective, "retain", "val", layers),
+            recorded(objective, "near", "val", layers) if concept.near and concept.near.binds else nullcontext(),
         ):
             yield partial(self._evaluate, concept, self.edits.active)
 
@@ -202,10 +204,11 @@ class Context:
             raise UnlearnError("Context.evaluator: other edits are in the model now; give them as at=…")
         with self.edits.applied(edit):
             values = concept.objective.measured("forget", "val", edited=edit.layer.name)
+            near = self.near([concept], edit.layer.name)
             retain = concept.objective.measured("retain", "val", edited=edit.layer.name)
         trial = concept.trial(edit, relative_step, values)
-        usage = math.inf if trial.is_broken else self.usage(retain)
-        return replace(trial, constraint_usage=usage, retain=retain)
+        usage = math.inf if trial.is_broken else self.damage(retain, near)
+        return replace(trial, constraint_usage=usage, retain=retain, near=near.get(concept.name))
 
     def usage(
         self,
@@ -216,6 +219,29 @@ class Context:
         """The largest loss of a retain metric, of these or of all, as a share of the tolerance."""
         before = self.retain_before() if before is None else before
         return constraint_usage(metrics or self.objective.metrics_of("retain"), before, retain, self.retain_tolerance)
+
+    def near(self, concepts: Sequence[Concept], edited: str) -> dict[str, dict[str, float]]:
+        """Measure what is near concepts on the validation split, by concept, where it binds; `edited` is the edited layer."""
+        binding = {c.name: c.objective for c in concepts if c.near is not None and c.near.binds}
+        return {name: objective.measured("near", "val", edited=edited) for name, objective in binding.items()}
+
+    def damage(
+        self,
+        retain: Mapping[str, float],
+        near: Mapping[str, Mapping[str, float]],
+        before: Optional[Mapping[str, float]] = None,
+    ) -> float:
+        """The largest share of a tolerance that is used: by the union of retain and near data, or by the latter alone.
+
+        Args:
+            retain: retain metrics on the validation split, some or all.
+            near: those of near data by concept, as `near` gives them.
+            before: the retain metrics without the edit; default: those of the unedited model.
+        """
+        known = {c.name: c.near for c in self.concepts if c.near is not None and c.name in near}
+        pairs = {name: (one, one.before, near[name]) for name, one in known.items()}
+        earlier = self.retain_before() if before is None else before
+        return combined_usage(self.objective, self.retain_tolerance, "val", (earlier, retain), pairs)
 
 
 class Method(ABC):
@@ -232,6 +258,9 @@ class Method(ABC):
         >>> Nothing().request()
         {'class_path': 'slug_lightning.methods.base.Nothing'}
     """
+
+    near_binds = True
+    """Whether the bound on near data decides; else they are measured and shown only."""
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
         """List the layers that may be edited; asked before anything is computed."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.methods.near import Near
 from slug_lightning.methods.targets import Target, settle_targets, share_of
 from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.metrics import Goal, Metric, refuse_infinite
@@ -31,6 +32,7 @@ class Concept:
         targets: where each of its forget metrics must get.
         report: of the earlier run that has forgotten it, or None.
         edit: of that run, or None.
+        near: what lies near it, or None.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Concept:
     targets: list[Target]
     report: UnlearnReport | None = None
     edit: EditStep | None = None
+    near: Near | None = None
 
     @classmethod
     def measured(cls, name: str, objective: Objective, given: Goal | Mapping[str, Goal] | None) -> Concept:
@@ -157,5 +160,6 @@ class Concept:
             "forget_targets": {target.metric.name: target.goal for target in self.targets},
             "retain_metrics": names,
             "retain_tolerance": retain_tolerance,
+            **({} if self.near is None else {"near_tolerance": self.near.tolerance, "near": self.near.to_dict()}),
             "higher_is_better": {m.name: m.higher_is_better for m in metrics},
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Optional, Union
@@ -15,6 +15,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome, recorded
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.cross_effects import MAX_CONCEPTS, collateral, strength_curves
+from slug_lightning.methods.near import Near
 from slug_lightning.methods.reporting import Findings, Measured, build_report
 from slug_lightning.objective.data_checks import digest_of_data, refuse_different_data, rehearse
 from slug_lightning.objective.eval_mode import preserve_state
@@ -25,7 +26,7 @@ from slug_lightning.patches.temporary import EditStep
 from slug_lightning.reports.cost import CostMeter, joined
 from slug_lightning.reports.run_files import earlier_edits
 from slug_lightning.reports.several import AnyReport
-from slug_lightning.utils.loaders import Batches, Split
+from slug_lightning.utils.loaders import Batches, NearBatches, Split
 from slug_lightning.utils.modules import patch_prefix
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.progress import Progress
@@ -39,6 +40,7 @@ class Request:
     forget_target: Union[float, dict[str, float], None] = None
     retain_metric: Union[str, list[str], None] = None
     retain_tolerance: float = 0.01
+    near_tolerance: Optional[float] = None
     on_infeasible: Literal["skip", "stop"] = "skip"
 
 
@@ -85,8 +87,8 @@ OWN_TO_A_RANK = {"retain_cache", "replay_budget"}
 class Harness:
     """What happens between the callback's hook and its report; the weights are as before when it has ended.
 
-    `forget` has batches by concept, then by split, `retain` by split; `notes` are on these data; `more_asked` is what else
-    every rank must have been given.
+    `forget` has batches by concept, then by split, `retain` by split; `find_near` gives what lies near by concept; `notes` are on
+    these data; `more_asked` is what else every rank must have been given.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Harness:
         forget: Mapping[str, Mapping[Split, Batches]],
         retain: Mapping[Split, Batches],
         notes: Sequence[str],
+        find_near: Callable[[Mapping[str, Objective]], Mapping[str, NearBatches]],
         progress: Progress,
         earlier: str | None = None,
         scales: Sequence[float] = (),
@@ -126,6 +129,8 @@ class Harness:
         )
         prefix = patch_prefix(module)
         self.layers = [replace(layer, prefix=prefix) for layer in method.layers_of(module, self.objective.hooks.towers)]
+        self.find_near = find_near
+        self.near: Mapping[str, NearBatches] = {}
         self.objectives = {name: self.objective.about(splits) for name, splits in forget.items()}
         self.concepts: list[Concept] = []
         self.notes: list[str] = [*notes, *runner.notes()]
@@ -139,6 +144,8 @@ class Harness:
         with preserve_state(self.module):
             self.runner.reshard()
             self._refuse_different()
+            with self.meter.phase("near data"):
+                self._find_near()
             with self.meter.phase("validate"):
                 self._validate()
             context = self._context()
@@ -192,6 +199,13 @@ class Harness:
         for objective in (self.objective, *self.objectives.values()):
             refuse_different_data(objective)
 
+    def _find_near(self) -> None:
+        """Settle what lies near each concept."""
+        self.near = self.find_near(self.objectives)
+        for name, near in self.near.items():
+            self.objectives[name].loaders = {**self.objectives[name].loaders, "near": near.splits}
+            refuse_different_data(self.objectives[name])
+
     def _validate(self) -> None:
         """Measure what decides, before any edit; take over what an earlier run has forgotten."""
         earlier = earlier_edits(self.earlier) if self.earlier else {}
@@ -209,11 +223,19 @@ class Harness:
             else:
                 self.concepts.append(Concept.measured(name, objective, self.request.forget_target))
             rehearse(objective, "forget")
+            if name in self.near:
+                rehearse(objective, "near")
         if not self.new:
             raise UnlearnError(f"earlier: the run in {self.earlier} has forgotten all of this; name another concept")
         rehearse(self.objective, "retain")
         if self.processes.in_step and not self.runner.is_sharded:
             self.notes.append("replay: off, as the module communicates in its steps; every evaluation was computed whole")
+        for concept in self.concepts:
+            if concept.name in self.near:
+                data, binds = self.near[concept.name], self.method.near_binds
+                tolerances = self.request.near_tolerance, self.request.retain_tolerance
+                concept.near = Near.measured(concept.objective, data, binds, *tolerances)
+                self.notes.append(concept.near.note(concept.name))
         for objective in (self.objective, *self.objectives.values()):
             objective.replays = self.runtime.replay and not self.processes.in_step
 
@@ -244,12 +266,12 @@ class Harness:
         """The edits that meet both bounds on the validation split, all together: the same rule for every method."""
         edits = {c.name: edit for c in self.concepts if (edit := outcomes[c.name].edit) is not None}
         while edits and not (context.all_or_nothing and len(edits) < len(self.concepts)):
-            if not all(outcomes[name].search_after for name in edits):
-                self._measure_search(context, outcomes, edits)
+            self._measure_search(outcomes, edits, context)
             after = {name: outcomes[name].search_after for name in edits}
             own = [c for c in self.concepts if c.name in edits]
             failed = [c.name for c in own if not c.is_forgotten(after[c.name]["forget"])]
-            usage = max(context.usage(found["retain"]) for found in after.values())
+            near = {c.name: after[c.name]["near"] for c in own if c.near is not None and c.near.binds}
+            usage = max(context.damage(found["retain"], near) for found in after.values())
             if not failed and usage <= 1:
                 return edits
             for name in failed or edits:
@@ -260,13 +282,21 @@ class Harness:
                 outcome.search_after = {}
         return {}
 
-    def _measure_search(self, context: Context, outcomes: Mapping[str, Outcome], edits: Mapping[str, EditStep]) -> None:
-        """Measure all edits together on the validation split, for a method that has not."""
+    def _measure_search(self, outcomes: Mapping[str, Outcome], edits: Mapping[str, EditStep], context: Context) -> None:
+        """Measure all edits together on the validation split, as far as the method has not."""
+        near = {c.name for c in self.concepts if c.near is not None and c.name in edits}
+        whole = all(outcomes[name].search_after for name in edits)
+        if whole and all("near" in outcomes[name].search_after for name in near):
+            return
         with context.edits.applied(*edits.values()):
-            retain = self.objective.measured("retain", "val", edited="together")
+            retain = {} if whole else self.objective.measured("retain", "val", edited="together")
             for name in edits:
-                forget = self.objectives[name].measured("forget", "val", edited="together")
-                outcomes[name].search_after = {"forget": forget, "retain": retain}
+                after = outcomes[name].search_after
+                if not whole:
+                    after = {"forget": self.objectives[name].measured("forget", "val", edited="together"), "retain": retain}
+                if name in near and "near" not in after:
+                    after = {**after, "near": self.objectives[name].measured("near", "val", edited="together")}
+                outcomes[name].search_after = after
 
     def _collateral(self, context: Context, edits: Mapping[str, EditStep]) -> dict[str, dict[str, float]]:
         """What each edit alone does to every concept; those of an earlier run were measured there."""
@@ -282,25 +312,37 @@ class Harness:
         """Measure the test split, before and after; what was taken over was measured on it by its own run."""
         before, after = self.before, self.after
         if not self.several:
-            ((name, objective),) = self.objectives.items()
-            layers = [edit.layer for edit in edits.values()]
-            kinds: tuple[Kind, ...] = ("forget", "retain")
-            with nullcontext() if objective.is_replaying else objective.replaying(layers):  # as the search may have left it
-                for kind in kinds:
-                    with recorded(objective, kind, "test", layers) as first, context.edits.applied(*edits.values()):
-                        second = objective.measured(kind, "test", edited=layers[0].name) if edits else first
-                    if kind == "retain":
-                        before.retain, after.retain = first, second
-                    else:
-                        before.forget[name], after.forget[name] = first, second
+            self._measure_single(context, edits)
             return
         for concept in self.new:
             before.forget[concept.name] = concept.objective.measured("forget", "test")
+            if concept.near is not None:
+                before.near[concept.name] = concept.objective.measured("near", "test")
+                concept.near.count("test")
         before.retain = self._retain_before(context)
         with context.edits.applied(*edits.values()):
             for concept in self.new:
                 after.forget[concept.name] = concept.objective.measured("forget", "test", edited="together")
+                if concept.near is not None:
+                    after.near[concept.name] = concept.objective.measured("near", "test", edited="together")
             after.retain = self.objective.measured("retain", "test", edited="together")
+
+    def _measure_single(self, context: Context, edits: Mapping[str, EditStep]) -> None:
+        """Measure the test split of the only concept; with replay, as the search may have left it."""
+        (concept,) = self.concepts
+        objective, name = concept.objective, concept.name
+        layers = [edit.layer for edit in edits.values()]
+        kinds: list[Kind] = ["forget", "retain"] if concept.near is None else ["forget", "near", "retain"]
+        found: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+        with nullcontext() if objective.is_replaying else objective.replaying(layers):
+            for kind in kinds:
+                with recorded(objective, kind, "test", layers) as first, context.edits.applied(*edits.values()):
+                    found[kind] = first, objective.measured(kind, "test", edited=layers[0].name) if edits else first
+        for measured, number in ((self.before, 0), (self.after, 1)):
+            measured.forget[name], measured.retain = found["forget"][number], found["retain"][number]
+            if concept.near is not None:
+                measured.near[name] = found["near"][number]
+                concept.near.count("test")
 
     def _retain_before(self, context: Context) -> dict[str, float]:
         """The retain metrics on the test split before any edit, measured or from the cache."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from slug_lightning.methods.base import Context, Outcome
 from slug_lightning.methods.concept import Concept
-from slug_lightning.objective.metrics import constraint_usage
+from slug_lightning.methods.near import combined_usage
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.edit import Edit
 from slug_lightning.patches.patch import UnlearnPatch
@@ -22,9 +22,10 @@ from slug_lightning.utils.modules import unwrap_model
 
 @dataclass
 class Measured:
-    """The metrics of one split: of the forget sets by concept, then by name, of the retain set by name."""
+    """The metrics of one split: of forget sets and near data by concept, then by name, of the retain set by name."""
 
     forget: dict[str, dict[str, float]] = field(default_factory=dict)
+    near: dict[str, dict[str, float]] = field(default_factory=dict)
     retain: dict[str, float] = field(default_factory=dict)
 
 
@@ -45,8 +46,13 @@ class Findings:
 def build_report(context: Context, findings: Findings, cost: tuple[dict[str, Any], list[str]]) -> AnyReport:
     """Make the report of a run, with its cost and sentences on that; for a sharded model, in every process."""
     before, after, edits = findings.before, findings.after, findings.edits
-    metrics = context.objective.metrics_of("retain")
-    is_retained = constraint_usage(metrics, before.retain, after.retain, context.retain_tolerance) <= 1
+    near = {
+        c.name: (c.near, before.near[c.name], after.near[c.name])
+        for c in context.concepts
+        if c.near is not None and c.near.binds and c.name in edits and c.name in after.near
+    }
+    tolerance, values = context.retain_tolerance, (before.retain, after.retain)
+    is_retained = combined_usage(context.objective, tolerance, "test", values, near) <= 1
     reports = {concept.name: _concept_report(concept, context, findings, is_retained) for concept in context.concepts}
     versions = {name: version(name) for name in ("slug-lightning", "lightning", "torch")}
     galleries = {} if findings.retain_gallery is None else {"retain": findings.retain_gallery}
@@ -81,6 +87,12 @@ def _by_concept(context: Context, measured: Measured) -> dict[str, dict[str, flo
     return {"forget": forget, "retain": measured.retain}
 
 
+def _of(concept: Concept, measured: Measured) -> dict[str, dict[str, float]]:
+    """What the report of one concept says."""
+    near = {} if concept.near is None else {"near": measured.near[concept.name]}
+    return {"forget": measured.forget[concept.name], **near, "retain": measured.retain}
+
+
 def _concept_report(concept: Concept, context: Context, findings: Findings, is_retained: bool) -> UnlearnReport:
     """The report of one concept, with its patch."""
     outcome, edit = findings.outcomes[concept.name], findings.edits.get(concept.name)
@@ -92,16 +104,17 @@ def _concept_report(concept: Concept, context: Context, findings: Findings, is_r
         report.layer = report.step_size = report.relative_step = report.patch = report.patch_digest = None
         return report
     before, after = findings.before, findings.after
-    unedited = {target.metric.name: target.before for target in concept.targets}
-    search_before = {"forget": unedited, "retain": context.retain_before()}
+    unedited: dict[str, float] = {target.metric.name: target.before for target in concept.targets}
+    near = concept.near
+    search_before = {"forget": unedited, **({} if near is None else {"near": near.before}), "retain": context.retain_before()}
     report = UnlearnReport(
         "infeasible",
         concept.name,
         bounds=concept.bounds(context.retain_tolerance),
         scores=outcome.layers,
         trace=[trial.to_dict() for trial in outcome.trials],
-        before={"forget": before.forget[concept.name], "retain": before.retain},
-        after={"forget": after.forget[concept.name], "retain": after.retain},
+        before=_of(concept, before),
+        after=_of(concept, after),
         search_before=search_before,
         search_after=search_before,
         strengths=findings.curves.get(concept.name, []),

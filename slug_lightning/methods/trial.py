@@ -29,8 +29,8 @@ class Trial:
         step: λ, the factor of the direction.
         relative_step: ‖Δ‖/‖θ‖ of the change Δ; along a straight line λ‖D‖/‖θ‖.
         forgotten: whether the forget target is met.
-        constraint_usage: the largest loss of a retain metric as a share of its tolerance: at most 1 is within bounds,
-            below 0 is a gain; None where it was not measured.
+        constraint_usage: the largest loss of a retain metric as a share of its tolerance, on the retain data with the near ones
+            or on the latter alone: at most 1 is within bounds, below 0 is a gain; None where it was not measured.
         forget: value of the forget metric; of several, the one with the smallest share of its way to the target.
         retain: values of the retain metrics by name, None where not measured.
         dropped: whether the measurement of the retain metrics was broken off, since the trial could no longer win.
@@ -39,6 +39,8 @@ class Trial:
         curve: name of the rule that says how it goes on.
         distance: length of a way that bends, relative to ‖θ‖; None where it is the relative step.
         ended: why the search went no further along this way, if it was given up.
+        near: values of the retain metrics on near data by name, where there are some and they bind.
+        margin: how much of the way from the smallest step that forgets, relative to it, the step goes beyond it.
         forget_metrics: values of all forget metrics by name, where there are several.
         details: what each retain batch logged, for a choice that compares trials pairwise; not in reports.
     """
@@ -56,6 +58,8 @@ class Trial:
     curve: str = "line"
     distance: Optional[float] = None
     ended: str = ""
+    near: Optional[dict[str, float]] = field(default=None, compare=False)
+    margin: float = 0.0
     forget_metrics: Optional[dict[str, float]] = field(default=None, compare=False)
     details: Optional[RetainDetails] = field(default=None, compare=False, repr=False)
 
@@ -78,5 +82,5 @@ class Trial:
         """Plain data for the report; what came with later versions only where it says something."""
         plain = asdict(replace(self, details=None))
         silent = {"together": False, "direction": "gradient", "curve": "line", "distance": None, "ended": ""}
-        silent |= {"forget_metrics": None, "details": None}
+        silent |= {"near": None, "margin": 0.0, "forget_metrics": None, "details": None}
         return {name: value for name, value in plain.items() if name not in silent or value != silent[name]}

@@ -70,12 +70,23 @@ class ClipModule(UnlearnModule):
 
     def anchor_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the unit image features, `[B, D]`."""
-        return encode_image(self.model, batch["image"])
+        return self.embed(batch, batch_idx)
 
     def anchored_step(self, batch: dict[str, Tensor], batch_idx: int, anchor: Tensor) -> Tensor:
         """Return `L_forget` less that of the anchor, `[D]`, in place of all images: what they share with it drops out."""
         text = encode_text(self.model, batch["text"])
         return ((anchor - encode_image(self.model, batch["image"])) * text).sum(-1).mean()
+
+    def embed(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the unit image features, `[B, D]`: concepts whose pictures have similar ones are near each other."""
+        return encode_image(self.model, batch["image"])
+
+    def labels(self, batch: dict[str, Tensor]) -> dict[str, list[Optional[str]]]:
+        """Return what the samples show by set of prompts, B names, None for a label of -1."""
+        asked = {name: classes for name, classes in self.prompts.items() if name in batch}
+        return {
+            name: [None if label < 0 else classes[label] for label in batch[name].tolist()] for name, classes in asked.items()
+        }
 
     def on_validation_start(self) -> None:
         """Drop cached prompt features: weights may have changed without a new `_version`."""

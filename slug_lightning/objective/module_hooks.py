@@ -14,6 +14,9 @@ class ModuleHooks:
         retain_step: likewise of the retain set.
         anchor_step: `(batch, batch_idx) -> features [B, D]` of the retain set, whose mean is the anchor of `source="anchored"`.
         anchored_step: `(batch, batch_idx, anchor [D]) -> loss` of the forget set, less that of the anchor in place of its inputs.
+        embed: `(batch, batch_idx) -> features [B, D]`, by which near data are found: concepts with similar ones are near.
+        labels: `(batch) -> {kind: B names, or None where a sample has none}`, the concepts that samples show, such as
+            `{"thing": ["cat", None]}`.
         forget_metric: name or names of the values, logged by `validation_step`, that forgetting must change; the loss without.
         forget_target: value of it that counts as forgotten, or one by metric name; without one,
             `slug_lightning.objective.metrics.Metric.default_target`.
@@ -38,6 +41,8 @@ class ModuleHooks:
     retain_step: Callable[..., Any] | None
     anchor_step: Callable[..., Any] | None
     anchored_step: Callable[..., Any] | None
+    embed: Callable[..., Any] | None
+    labels: Callable[[Any], Mapping[str, Sequence[str | None]]] | None
     forget_metric: str | Sequence[str] | None
     forget_target: float | Mapping[str, float] | None
     retain_metric: str | Sequence[str] | None

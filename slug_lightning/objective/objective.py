@@ -59,12 +59,9 @@ class Objective:
         self.runner = runner
         self.processes = runner.processes
         self.progress = progress
+        forget = _listed(forget_metric or self.hooks.forget_metric)
         retain = _listed(retain_metric or self.hooks.retain_metric)
-        self.names: dict[Kind, list[str]] = {
-            "forget": _listed(forget_metric or self.hooks.forget_metric),
-            "retain": retain,
-            "near": retain,
-        }
+        self.names: dict[Kind, list[str]] = {"forget": forget, "retain": retain, "near": retain}
         self.metrics: dict[str, Metric] = {}
         """Filled by the first measurement: only a step tells what it logs."""
         self.complete: dict[tuple[Kind, str], LogReader] = {}

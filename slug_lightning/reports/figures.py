@@ -86,6 +86,9 @@ def trade_off_figure(
         left.plot(steps, [forget_before, *(t["forget"] for t in trials)], ".-", label=label, **style)
         measured = [t for t in trials if t["retain"]]
         right.plot([t["retain"][retain_name] for t in measured], [t["forget"] for t in measured], ".", markersize=9, **style)
+        hollow = {**style, "fillstyle": "none", "linestyle": ""}
+        near = [t for t in trials if t.get("near")]
+        right.plot([t["near"][retain_name] for t in near], [t["forget"] for t in near], "o", markersize=6, **hollow)
     if after and edited is not None:
         star: dict[str, Any] = {"marker": "*", "color": "crimson", "markersize": 16, "zorder": 4, "linestyle": ""}
         chosen_trial = next((t for t in reversed(trace) if (t["layer"], t["relative_step"]) == edited), None)
@@ -94,6 +97,8 @@ def trade_off_figure(
         right.plot(after["retain"][retain_name], forget_after, label="chosen", **star)
     right.plot(before["retain"][retain_name], forget_before, "s", color="grey", label="before")
     right.axvline(limits[retain_name], color="grey", linestyle=":", label="retain bound")
+    if any(t.get("near") for t in alone):
+        right.plot([], [], "o", markersize=6, color="grey", fillstyle="none", label="the same edit on near data")
     for axes in (left, right):
         _draw_goals(axes, goals)
     left.set_xscale("symlog", linthresh=0.1)  # linear up to the first step, logarithmic beyond

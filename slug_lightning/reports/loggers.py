@@ -18,7 +18,8 @@ STEP_SCALE = 10_000
 def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> None:
     """Send a report to every logger of the trainer.
 
-    All get scalars: `search/forget/<layer>` and `search/retain_<metric>/<layer>` over the relative step (× 10,000),
+    All get scalars: `search/forget/<layer>`, `search/retain_<metric>/<layer>` and `search/near_<metric>/<layer>` over the
+    relative step (× 10,000),
     `strength/…` over the edit's strength (× 10,000), and `before/...`, `after/...` on the test split. TensorBoard also gets
     figures, the table of the front, the closing table, and hyperparameters with the outcome. With several concepts, the
     name of the concept comes first.
@@ -30,6 +31,9 @@ def publish(report: UnlearnReport | JointReport, loggers: Iterable[Logger]) -> N
         for when, measured in (("before", report.before), ("after", report.after)):
             flat = {f"{when}/{kind}_{name}": v for kind, values in measured.items() for name, v in values.items()}
             _log(logger, flat, 0)
+        for prefix, single in reports.items() if isinstance(report, JointReport) else ():
+            for when, values in (("before", single.before.get("near", {})), ("after", single.after.get("near", {}))):
+                _log(logger, {f"{prefix}{when}/near_{name}": v for name, v in values.items()}, 0)
         if hasattr(getattr(logger, "experiment", None), "add_figure"):
             _publish_tensorboard(report, reports, logger)
         logger.save()
@@ -40,7 +44,8 @@ def _publish_search(report: UnlearnReport, logger: Logger, prefix: str) -> None:
     for trial in sorted(report.trace, key=lambda t: t["relative_step"]):
         kind = f"{prefix}search" + ("_together" if trial.get("together") else "")
         values = {f"{kind}/forget/{trial['layer']}": trial["forget"]}
-        values |= {f"{kind}/retain_{name}/{trial['layer']}": v for name, v in (trial["retain"] or {}).items()}
+        for measured in ("near", "retain"):
+            values |= {f"{kind}/{measured}_{name}/{trial['layer']}": v for name, v in (trial.get(measured) or {}).items()}
         _log(logger, values, trial["relative_step"])
     for point in report.strengths:
         values = {f"{prefix}strength/{kind}_{name}": v for kind in ("forget", "retain") for name, v in point[kind].items()}

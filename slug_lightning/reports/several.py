@@ -94,6 +94,10 @@ class JointReport(Report):
         for name, value in self.before["retain"].items():
             bound = next(iter(self.concepts.values())).bound("retain", name, value)
             retain.add_row(f"retain: {name}", number(value), number(self.after["retain"][name]), bound)
+        for concept, report in self.concepts.items():
+            for name, value in report.before.get("near", {}).items():
+                bound = report.bound("near", name, value)
+                retain.add_row(f"near {concept}: {name}", number(value), number(report.after["near"][name]), bound)
         yield retain
         if 1 < len(self.collateral) <= SHOWN:
             title = "each concept (column) under each edit alone (row), validation split"

@@ -34,7 +34,8 @@ class UnlearnReport(Report):
         trace: every evaluation: layer, step, relative_step, forget, retain, forgotten, constraint_usage (the largest loss of
             a retain metric as a share of its tolerance); `together` where the edits of other concepts were there, too;
             `direction`, `curve` and `distance` where it isn't the line of the gradient; `ended` where a way was given up.
-        before: metrics on the test split, which the search never saw: `{"forget": {...}, "retain": {...}}`.
+        before: metrics on the test split, which the search never saw: `{"forget": {...}, "retain": {...}}`, and the retain
+            metrics on near data as "near", where there are some.
         after: the same after the edit.
         search_before: the same on the validation split.
         search_after: the same on the validation split.
@@ -80,7 +81,7 @@ class UnlearnReport(Report):
 
     def _shown(self, width: int) -> Iterator[Table | str]:
         metrics = table(f"{self.concept}: {self.status}", ("test split", "before", "after", "bound"), bold=True)
-        for kind in ("forget", "retain"):
+        for kind in ("forget", "near", "retain"):
             for name, value in self.before.get(kind, {}).items():
                 after, bound = number(self.after[kind][name]), self.bound(kind, name, value)
                 metrics.add_row(f"{kind}: {name}", number(value), after, bound)
@@ -99,12 +100,14 @@ class UnlearnReport(Report):
         if forgot:
             near = min(forgot, key=lambda t: t["constraint_usage"])
             kept = ", ".join(
-                f"{name}={number(value)} (bound {self.bound('retain', name, self.search_before['retain'][name])})"
-                for name, value in (near["retain"] or {}).items()
+                f"{'' if kind == 'retain' else 'near '}{name}={number(value)} "
+                f"(bound {self.bound(kind, name, self.search_before[kind][name])})"
+                for kind in ("near", "retain")
+                for name, value in (near.get(kind) or {}).items()
             )
             return (
                 f"{verdict} Nearest: {near['layer']} reaches the forget target at relative step {near['relative_step']:.4f}, "
-                f"but violates retain_tolerance: {kept}."
+                f"but violates {'retain_tolerance' if near['retain'] else 'near_tolerance'}: {kept}."
             )
         if any(t.get("forgotten") for t in self.trace):
             return f"{verdict} Some reach the forget target, and then the model breaks or a bound fails; see the notes."
@@ -120,9 +123,9 @@ class UnlearnReport(Report):
             if not isinstance(goal, (int, float)):
                 return f"{number(goal[0])} to {number(goal[1])}"
             return f"{'≤' if higher else '≥'} {number(goal)}"
-        if before is None:
+        if before is None or (kind == "near" and not self.bounds["near"]["binds"]):
             return "–"
-        return f"{'≥' if higher else '≤'} {number(self.limit(name, before))}"
+        return f"{'≥' if higher else '≤'} {number(self.limit(name, before, kind))}"
 
     @property
     def goals(self) -> dict[str, Goal]:
@@ -135,9 +138,9 @@ class UnlearnReport(Report):
         higher = self.bounds["higher_is_better"]
         return [name for name, goal in self.goals.items() if not Metric(name, higher[name]).reaches(values[name], goal)]
 
-    def limit(self, name: str, before: float) -> float:
-        """What a retain metric may be at worst."""
-        tolerance = self.bounds["retain_tolerance"]
+    def limit(self, name: str, before: float, kind: str = "retain") -> float:
+        """What a retain metric may be at worst, on retain data or on near ones."""
+        tolerance = self.bounds[f"{kind}_tolerance"]
         return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
 
     def limits(self) -> Values:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.data import sized_len
 
 from slug_lightning.datamodules.sources.resolve import UnlearnLoaders
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Batches, First, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, First, NearBatches, Split
 from slug_lightning.utils.names import grouped, labelled
 
 _USES: dict[Split, str] = {"train": "gradients", "val": "search", "test": "report"}
@@ -22,7 +22,7 @@ def as_trainer_limits(loaders: UnlearnLoaders, trainer: pl.Trainer) -> UnlearnLo
     `overfit_batches` and `fast_dev_run` as Lightning takes them. A limit of 0 leaves out a loop of Lightning's, but
     unlearning needs search and report: these read the whole set then.
     """
-    limited = UnlearnLoaders({name: {} for name in loaders.forget}, {}, list(loaders.notes))
+    limited = UnlearnLoaders({name: {} for name in loaders.forget}, {}, list(loaders.notes), loaders.datamodules)
     for split in SPLITS:
         name, limit = _limit(trainer, split)
         sizes = {}
@@ -41,6 +41,14 @@ def as_trainer_limits(loaders: UnlearnLoaders, trainer: pl.Trainer) -> UnlearnLo
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         limited.notes.append("fast_dev_run: results of so few batches say nothing about the model")
     return limited
+
+
+def limit_near(near: NearBatches, trainer: pl.Trainer) -> NearBatches:
+    """Limit near data that are no rows of the retain set as the trainer limits others."""
+    if near.is_part:
+        return near
+    limits = {split: _limit(trainer, split) for split in near.splits}
+    return near._replace(splits={split: _first("near", near.splits[split], *limits[split]) for split in near.splits})
 
 
 def _limit(trainer: Any, split: Split) -> tuple[str, int | float | None]:

@@ -28,7 +28,7 @@ class PreviousRun:
 
     def is_same_request(self, request: dict[str, Any]) -> bool:
         """Whether the same is asked for now; what an earlier version has not recorded was as it is by default."""
-        recorded, slug = dict(self.request), SLUG().request()
+        recorded, slug = {"near_tolerance": None, **self.request}, SLUG.paper().request()
         if "method" not in recorded:  # version 0.1, which knew SLUG only, and did not record how long it may search
             now = {name: request["method"].get(name) for name in ("max_evaluations",)}
             recorded["method"] = slug | now | {name: recorded.pop(name) for name in ("layers", "granularity")}

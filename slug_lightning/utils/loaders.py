@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from slug_lightning.errors import UnlearnError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Batches = Iterable[Any]
+
+
+class NearBatches(NamedTuple):
+    """Retain data that lie near a concept.
+
+    Attributes:
+        splits: their batches, "val" (search) and "test" (report).
+        what: in words, for the report.
+        concepts: names of the concepts that they show, if they have any.
+        is_part: whether they are rows of the retain splits, so that they count there already.
+    """
+
+    splits: dict[Split, Batches]
+    what: str
+    concepts: list[str]
+    is_part: bool
 
 
 class Chained:

@@ -131,6 +131,9 @@ class ConceptSearch:
                 search = self._search_rounds()
                 searches.append(search)
         self._statistics = all_statistics
+        if self.chosen is not None:
+            self.chosen = search.go_on(self.chosen)
+            self._say_margin(self.chosen)
         trials = self.outcome.trials = [trial for one in searches for trial in one.trials]
         self.outcome.notes += said if self.chosen is not None else []
         precision = self.objective.runner.precision
@@ -254,6 +257,14 @@ class ConceptSearch:
             f"choice: {chosen.layer} along {chosen.direction}, {chosen.curve}; {place if self.rules.front else ''}"
             f"constraint usage {chosen.constraint_usage:.2f}; {len(able)} of {len(ways)} ways met both bounds"
         )
+
+    def _say_margin(self, chosen: Trial) -> None:
+        """Note how much of the margin is within all bounds."""
+        if asked := self.rules.step_margin:
+            held = "all of it" if chosen.margin >= asked else f"{chosen.margin:.3g} of it" if chosen.margin else "none of it"
+            self.outcome.notes.append(
+                f"step_margin: {asked:.3g} beyond the smallest step that forgets; {held} is within all bounds, validation split"
+            )
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules

@@ -65,8 +65,9 @@ class SLUG(Method):
             the retain bounds that goes furthest stays, and the search goes on from there.
         front: whether the retain gradient is computed, for the front and the report. Without it, and with directions that
             need none, retain data are only passed forward.
-        step_margin: by what share of the smallest step that forgets the step goes beyond it, at least 0, so that more is
-            forgotten of data that the search hasn't seen.
+        step_margin: by what share of the smallest step that forgets the step goes beyond it, at least 0, as far as all bounds
+            hold, so that more is forgotten of data that the search hasn't seen. None: 0.5, or 0 along the raw gradient alone.
+        near_binds: whether the bound on what is near decides; else it is measured and shown only.
         check_rounding: whether a run in mixed precision also scores half a batch in 32 bits, and notes which layers might
             be on the front or off it only by rounding.
 
@@ -90,7 +91,8 @@ class SLUG(Method):
     max_step: Optional[float] = None
     max_layers: int = 1
     front: bool = True
-    step_margin: float = 0.0
+    step_margin: Optional[float] = None
+    near_binds: bool = True
     check_rounding: bool = False
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class SLUG(Method):
                 raise UnlearnError(f"{name} must be a whole number >= 1, got {number!r}")
         if self.max_step is not None and not (isinstance(self.max_step, (int, float)) and self.max_step > 0):
             raise UnlearnError(f"max_step must be a number > 0, got {self.max_step!r}")
-        if self.step_margin < 0 or not math.isfinite(self.step_margin):
+        if self.step_margin is not None and (self.step_margin < 0 or not math.isfinite(self.step_margin)):
             raise UnlearnError(f"step_margin must be >= 0 and finite, got {self.step_margin}")
         for name, builtin in RULES.items():
             if not _is_rule(rule := getattr(self, name), builtin):
@@ -132,7 +134,9 @@ class SLUG(Method):
             'gradient'
         """
         rules = {"direction": "gradient", "curve": "line", "score": "pareto", "choice": "least_usage", "step_margin": 0.0}
-        return cls(**{**rules, "source": "forget", "max_step": None, "max_layers": 1, "front": True, **options})
+        return cls(
+            **{**rules, "source": "forget", "max_step": None, "max_layers": 1, "front": True, "near_binds": False, **options}
+        )
 
     def _directions(self) -> dict[str, Any]:
         """The directions by name."""
@@ -153,6 +157,12 @@ class SLUG(Method):
         if not isinstance(self.curve, str):
             return {_name(self.curve): self.curve}
         return {name: CURVES[name] for name in (CURVES if self.curve == "both" else [self.curve])}
+
+    def _margin(self) -> float:
+        """The margin beyond the smallest step, relative to it."""
+        if self.step_margin is not None:
+            return self.step_margin
+        return 0.0 if list(self._directions()) == ["gradient"] else MARGIN
 
     def _longest(self, context: Context) -> float:
         """The longest way that is tried."""
@@ -184,7 +194,7 @@ class SLUG(Method):
             max_evaluations=self.max_evaluations,
             max_step=self._longest(context),
             max_layers=self.max_layers,
-            step_margin=self.step_margin,
+            step_margin=self._margin(),
             front=self.front,
             check_rounding=self.check_rounding,
         )
@@ -209,8 +219,8 @@ class SLUG(Method):
             with context.phase("together"):
                 self._settle(context, searches)
         elif (chosen := searches[0].chosen) is not None and chosen.retain is not None:  # else the harness measures
-            after = searches[0].concept.values_of(chosen)
-            searches[0].outcome.search_after = {"forget": after, "retain": chosen.retain}
+            found = {"forget": searches[0].concept.values_of(chosen), "near": chosen.near, "retain": chosen.retain}
+            searches[0].outcome.search_after = {kind: dict(values) for kind, values in found.items() if values is not None}
             if chosen.layer not in {layer.name for layer in searches[0].layers}:
                 context.until_report.close()  # what was recorded serves single layers only
         return [search.finished() for search in searches]
@@ -220,12 +230,14 @@ class SLUG(Method):
         able = [search for search in searches if search.chosen]
         if context.all_or_nothing and len(able) < len(searches):
             return
-        joint = JointSearch(able, context, max_rounds=self.max_evaluations, step_margin=self.step_margin)
+        joint = JointSearch(able, context, max_rounds=self.max_evaluations, step_margin=self._margin())
         settled = joint.settle()
         context.rounds += [found.to_dict() for found in joint.rounds]
         if joint.final is not None:
             for search in settled:
-                search.outcome.search_after = {"forget": joint.final.measured[search.name], "retain": joint.final.retain}
+                after = {"forget": joint.final.measured[search.name], "retain": joint.final.retain}
+                near = joint.final.near.get(search.name)
+                search.outcome.search_after = after if near is None else {**after, "near": near}
 
 
 CURVES: dict[str, Curve] = {"line": line, "path": path}
@@ -236,6 +248,8 @@ RULES: dict[str, dict[str, Any]] = {
     "search": {"interpolation": interpolation},
 }
 """What the options' names stand for."""
+MARGIN = 0.5
+"""How far beyond the smallest step least-change directions go, relative to it."""
 MAX_STEP = 2.0
 """Where a way ends that is no line of the gradient, unless the module or the request says otherwise."""
 

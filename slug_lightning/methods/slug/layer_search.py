@@ -8,17 +8,17 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
-from slug_lightning.methods.base import Context, record
+from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
 from slug_lightning.methods.slug.curves import CurveEnd, Point
+from slug_lightning.methods.slug.evaluation import Evaluation
 from slug_lightning.methods.slug.precision_check import rounding, usage_error
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, StepSearch
-from slug_lightning.methods.trial import RetainDetails, Trial
-from slug_lightning.objective.log_capture import LogReader
-from slug_lightning.objective.objective import LOSS, Kind
+from slug_lightning.methods.trial import Trial
+from slug_lightning.objective.objective import LOSS
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.tensors.layers import Layer
 
@@ -28,6 +28,8 @@ SHORTER = 0.8
 """Where a path is tried first, as a share of the step that was enough along the line."""
 HALVED = 5
 """How often a step is halved that costs too much."""
+HALVINGS = 3
+"""How often the margin is halved in search of the part that is within all bounds."""
 
 
 class Way(NamedTuple):
@@ -86,14 +88,13 @@ class LayerSearch:
         self.retain_before = retain_before
         self.is_contest = is_contest
         """Whether more than lines of the gradient are searched."""
+        self.evaluation = Evaluation(concept, context, retain_before)
         self.trials: list[Trial] = []
         self.error = 0.0
         """How far off rounding may put the constraint usage of a trial; known after `run`."""
         self.smallest: dict[tuple[str, str, str], Trial] = {}
         """By way, the trial with the smallest step that forgets."""
         self._steps: dict[tuple[str, str, str], Trial] = {}
-        self._recorded: dict[str, tuple[set[str], dict[str, float]]] = {}
-        """Which layers' evaluations were recorded, and what was measured meanwhile, by kind."""
         self._gains: dict[tuple[str, ...], list[float]] = {}
         """What the forget loss gained at first order where it was enough, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
@@ -113,25 +114,25 @@ class LayerSearch:
         """
         begun = len(self.trials)
         with self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance:
-            self._record("forget", ways)
+            self.evaluation.record("forget", layers_of(ways))
             for way in ways:
                 self.search_steps(way, advance)
-        if is_last and "retain" not in self._recorded:
+        if is_last and not self.evaluation.has_recorded("retain"):
             self.let_go()
         able = [way for way in ways if way.key in self._steps]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
-        without = self._record("retain", able)
-        before = without if self.retain_before is None else self.retain_before
+        without = self.evaluation.record_retained(layers_of(able))
+        before = self.context.retain_before(known=without) if self.retain_before is None else self.retain_before
         unit = rounding(self.objective.runner.precision)
         self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
         for way in self.context.progress.track(able, "search, retain metrics"):
-            self._measure_retain(way, before)
+            self._measure_retain(way)
         if is_last:
             self.let_go()
         for way in ways:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
-        return self.choice(self.trials), without
+        return self.choice(self._eligible()), without
 
     def search_steps(self, way: Way, advance: Callable[[], None] = lambda: None) -> None:
         """Find the smallest step of a way that forgets, and the one with the margin; calls `advance` at each evaluation."""
@@ -161,28 +162,14 @@ class LayerSearch:
             self._learn(way, found)
             self.smallest[way.key] = self._steps[way.key] = found
             if self.step_margin:
-                at = _distance(found)
-                tried.append(self._forget(way, advance, at * (1 + self.step_margin), at))
-                if tried[-1].forgotten and math.isfinite(tried[-1].forget):  # else the model breaks there
+                tried.append(self._beyond(way, found, self.step_margin, advance))
+                if tried[-1].forgotten and not tried[-1].is_broken:
                     self._steps[way.key] = tried[-1]
         self.trials += tried
 
-    def _record(self, kind: Kind, ways: Sequence[Way]) -> dict[str, float]:
-        """Measure before any edit of these layers, whose evaluations are then spared what they don't change."""
-        layers = layers_of(ways)
-        names = {layer.name for layer in layers}
-        known, values = self._recorded.get(kind, (set(), {}))
-        if kind not in self._recorded or not names <= known:
-            if kind in self._recorded:
-                self.let_go()  # else its memory would count twice
-            values = record(self.objective, kind, "val", layers)
-            self._recorded[kind] = names, values
-        return values
-
     def let_go(self) -> None:
         """Let go of what evaluations have recorded."""
-        self.objective.evaluator.forget()
-        self._recorded.clear()
+        self.evaluation.let_go()
 
     def _start(self, way: Way) -> float:
         """Where to look first: steps that are just enough promise about the same gain at first order, whatever the layer.
@@ -237,7 +224,6 @@ class LayerSearch:
         Only the ways that went furthest are looked at; where their last point costs too much, the way to
         it is halved.
         """
-        before = self.context.retain_before() if self.retain_before is None else self.retain_before
         found: list[Trial] = []
         for way in self.best(self.ways)[:FOLLOWED]:
             trials = [t for t in self.trials if t.way == way.key and math.isfinite(t.forget)]
@@ -245,7 +231,7 @@ class LayerSearch:
             for halving in range(HALVED if trial else 0):
                 assert trial is not None
                 if trial.constraint_usage is None or trial.dropped:
-                    measured = self._retain(trial, before, math.inf)
+                    measured = self.evaluation.cost(trial, self.edit(trial))
                     self.trials[self.trials.index(trial)] = trial = measured
                 if trial.constraint_usage is not None and trial.constraint_usage <= 1:
                     found.append(trial)
@@ -272,54 +258,45 @@ class LayerSearch:
         relative = distance
         if way.curve != "line":
             relative = edit.step * norm(edit.layer, edit.direction, self.objective.processes) / way.layer.weight_norm
-        with self.context.edits.applied(edit):
-            values = self.objective.measured("forget", "val", edited=way.layer.name)
+        trial = self.evaluation.forgetting(edit, relative)
         advance()
-        trial = self.concept.trial(edit, relative, values)
         return replace(trial, direction=way.direction, curve=way.curve, distance=None if way.curve == "line" else distance)
 
-    def _measure_retain(self, way: Way, before: Mapping[str, float]) -> None:
+    def _beyond(self, way: Way, smallest: Trial, margin: float, advance: Callable[[], None] = lambda: None) -> Trial:
+        """Go further than the smallest step that forgets, by a share of it."""
+        at = _distance(smallest)
+        return replace(self._forget(way, advance, at * (1 + margin), at), margin=margin)
+
+    def go_on(self, chosen: Trial) -> Trial:
+        """Go as far into the margin as all bounds hold, where the whole of it isn't within them; halving finds how far."""
+        way, smallest = self._ways[chosen.way], self.smallest.get(chosen.way)
+        held, failed = chosen, self.step_margin
+        for _ in range(HALVINGS if smallest is not None and chosen.margin < self.step_margin else 0):
+            assert smallest is not None
+            trial = self._beyond(way, smallest, (held.margin + failed) / 2)
+            if trial.forgotten and not trial.is_broken:
+                trial = self.evaluation.cost(trial, self.edit(trial))
+            self.trials.append(trial)
+            if trial.feasible:
+                held = trial
+            else:
+                failed = trial.margin
+        return held
+
+    def _eligible(self) -> list[Trial]:
+        """What the choice is among: of the feasible trials, those that hold most of the margin."""
+        most = max((trial.margin for trial in self.trials if trial.feasible), default=0.0)
+        return [trial for trial in self.trials if trial.margin >= most or not trial.feasible]
+
+    def _measure_retain(self, way: Way) -> None:
         """Measure what the step of a way costs; if that is too much, the one without the margin."""
         for trial in dict.fromkeys((self._steps[way.key], self.smallest[way.key])):
-            whole = self._retain(trial, before, self.choice.usage_limit(t for t in self.trials if t.retain is not None))
+            rivals = [t for t in self.trials if t.retain is not None and t.margin >= trial.margin]
+            whole = self.evaluation.cost(trial, self.edit(trial), self.choice.usage_limit(rivals), self.error)
             self.trials[self.trials.index(trial)] = whole
-            if whole.dropped or whole.feasible:
+            # One that is within no bound itself sets no bar for a smaller step.
+            if whole.feasible or (whole.dropped and any(rival.feasible for rival in rivals)):
                 break
-
-    def _retain(self, trial: Trial, before: Mapping[str, float], limit: float) -> Trial:
-        """Measure what a step costs, unless it can no longer win for certain."""
-        metrics = self.objective.metrics_of("retain")
-        reader: LogReader | None = None
-
-        def hopeless(so_far: LogReader) -> bool:
-            nonlocal reader
-            reader = so_far
-            bounds = self.objective.at_best("retain", "val", reader) if limit < math.inf else {}
-            known = {name: metric for name, metric in metrics.items() if name in bounds}
-            return bool(known) and self.context.usage(bounds, before, known) > limit + self.error
-
-        with self.context.edits.applied(self.edit(trial)):
-            after = self.objective.measure("retain", "val", edited=trial.layer, stop=hopeless)
-        if after is None:
-            return replace(trial, dropped=True)
-        details = None if reader is None else self._details(reader, before)
-        return replace(trial, retain=after, constraint_usage=self.context.usage(after, before), details=details)
-
-    def _details(self, reader: LogReader, before: Mapping[str, float]) -> RetainDetails | None:
-        """What the retain metrics were batch by batch; None where one isn't a mean over batches."""
-        usage: dict[str, dict[int, tuple[float, int]]] = {}
-        for name, metric in self.objective.metrics_of("retain").items():
-            usage[name] = {
-                entry.number: (self.context.usage({name: float(entry.value)}, before, {name: metric}), entry.weight)
-                for entry in reader.entries
-                if entry.name == name
-            }
-        if not all(usage.values()):
-            return None
-        losses = [reader.of(name) for name in reader.logged() if name == "nll" or name.endswith("_nll")]
-        total = sum(sum(weights) for _, weights in losses)
-        summed = math.fsum(v * w for values, weights in losses for v, w in zip(values, weights, strict=True))
-        return RetainDetails(usage, summed / total if total else None)
 
 
 def layers_of(ways: Sequence[Way]) -> list[Layer]:

@@ -29,11 +29,12 @@ AFTER_LEAVING_OUT = 6
 class Round:
     """One measurement of all edits together, on the validation split.
 
-    `measured` has the forget metrics by concept, then by name, `forget` those that count; `change` says what was done about
-    what failed.
+    `measured` has the forget metrics by concept, then by name, `near` likewise those of near data that bind, and `forget` the
+    forget metrics that count; `change` says what was done about what failed.
     """
 
     measured: dict[str, dict[str, float]]
+    near: dict[str, dict[str, float]]
     forget: dict[str, float]
     retain: dict[str, float]
     constraint_usage: float
@@ -50,7 +51,7 @@ class Round:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
-        return {name: value for name, value in vars(self).items() if name != "measured"}
+        return {name: value for name, value in vars(self).items() if name != "measured" and (name != "near" or value)}
 
     @property
     def is_fine(self) -> bool:
@@ -117,12 +118,13 @@ class JointSearch:
         with self.context.edits.applied(*(s.edit for s in self.searches)):
             for search in self.context.progress.track(self.searches, "together, forget metrics"):
                 measured[search.name] = search.objective.measured("forget", "val", edited="together")
+            near = self.context.near([s.concept for s in self.searches], "together")
             retain = self.context.objective.measured("retain", "val", edited="together")
-        lost = self.context.usage(retain)
+        lost = self.context.damage(retain, near)
         steps = {s.name: s.chosen.relative_step for s in self.searches if s.chosen}
         forget = {s.name: s.concept.value_that_counts(measured[s.name]) for s in self.searches}
         remembered = [s.name for s in self.searches if not s.concept.is_forgotten(measured[s.name])]
-        return Round(measured, forget, retain, lost, steps, remembered)
+        return Round(measured, near, forget, retain, lost, steps, remembered)
 
     def _go_further(self, found: Round) -> Round:
         """Make all steps larger, up to the margin, while the retain metrics allow it."""

@@ -1,0 +1,168 @@
+"""Find what lies near a concept, from gradient data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slug_lightning.objective.batch_utils import batch_samples, call_step
+from slug_lightning.objective.objective import Kind, Objective
+from slug_lightning.utils.loaders import NearBatches, Split
+from slug_lightning.utils.names import listed
+from slug_lightning.utils.rows import rows_of
+
+CONCEPTS = 5
+"""The nearest so many concepts are near,"""
+SAMPLES = 16
+"""each known by at most so many samples of the gradient data;"""
+SHARE = 0.05
+"""where samples have no labels, the nearest so many of them."""
+
+
+class Nearest(NamedTuple):
+    """What lies near a concept.
+
+    Attributes:
+        kind: of the labels, as `ModuleHooks.labels` names it; None where samples have none.
+        concepts: the labels that are near, nearest first.
+        centre: `[D]`, mean of the retain set's features.
+        towards: `[D]`, unit vector from there to the forget set's mean.
+        threshold: cosine with it from which on a sample without labels is near.
+    """
+
+    kind: str | None
+    concepts: list[str]
+    centre: Tensor
+    towards: Tensor
+    threshold: float
+
+    def rows(self, labels: Sequence[str | None] | None, features: Tensor | None) -> list[int]:
+        """Which samples of a batch are near, by their labels of this kind, or else by their features, `[B, D]`."""
+        if self.kind is not None:
+            return [row for row, label in enumerate(labels or ()) if label in self.concepts]
+        assert features is not None
+        return (_unit(features - self.centre) @ self.towards >= self.threshold).nonzero()[:, 0].tolist()
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.kind is not None:
+            how = "the nearest by the module's embed" if len(self.centre) else "as named"
+            return f"{how}: {listed(self.concepts, CONCEPTS)}"
+        return f"the nearest {SHARE:.0%} of the retain samples, by the module's embed"
+
+
+def find_nearest(objective: Objective) -> Nearest | None:
+    """Find what lies near a forget set; None where the module has no `embed`, or nothing in the retain set can be near.
+
+    By label, the five concepts of the retain set whose mean feature has the largest cosine with the forget set's, both less the
+    mean of all concepts; without labels, the 5 % of the samples nearest to the forget set's mean. It is collective.
+    """
+    if objective.hooks.embed is None:
+        return None
+    forget, retain = _features(objective, "forget"), _features(objective, "retain")
+    own = torch.stack([feature for feature, _ in forget]).mean(0)
+    kinds = dict.fromkeys(kind for _, labels in forget for kind in labels)
+    for kind in kinds:
+        asked = {labels.get(kind) for _, labels in forget}
+        groups: dict[str, list[Tensor]] = {}
+        for feature, labels in retain:
+            label = labels.get(kind)
+            if label is not None and label not in asked:
+                groups.setdefault(label, []).append(feature)
+        if None in asked or not groups:
+            continue
+        means = {label: torch.stack(some[:SAMPLES]).mean(0) for label, some in groups.items()}
+        centre = torch.stack(list(means.values())).mean(0)
+        towards = _unit(own - centre)
+        cosines = {label: float(_unit(mean - centre) @ towards) for label, mean in means.items()}
+        return Nearest(kind, sorted(cosines, key=lambda label: -cosines[label])[:CONCEPTS], centre, towards, 0.0)
+    features = torch.stack([feature for feature, _ in retain])
+    centre = features.mean(0)
+    towards = _unit(own - centre)
+    threshold = (_unit(features - centre) @ towards).quantile(1 - SHARE)
+    return Nearest(None, [], centre, towards, float(threshold))
+
+
+def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest | None:
+    """Take concepts by their names; None if no sample of the retain set's gradient split has one. It is collective."""
+    kinds: list[str] = []
+    if objective.hooks.labels is not None:
+        for _, _, labels, _ in _embedded(objective, "retain", "train", False):
+            kinds += [kind for kind, values in labels.items() if not set(names).isdisjoint(values)]
+    everywhere = objective.processes.all_gather_object("kinds of labels", kinds)
+    found = sorted({kind for own in everywhere for kind in own})
+    nothing = torch.zeros(0)
+    return Nearest(found[0], list(names), nothing, nothing, 0.0) if found else None
+
+
+def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
+    """Take the near rows of the retain set's validation and test split; None if one has none. It is collective."""
+    splits: dict[Split, Any] = {}
+    for split in ("val", "test"):
+        found: list[tuple[int, list[int], int]] = []
+        for number, batch, labels, features in _embedded(objective, "retain", split, nearest.kind is None):
+            own = labels.get(nearest.kind) if nearest.kind is not None else None
+            found.append((number, nearest.rows(own, features), batch_samples(batch)))
+        everywhere = objective.processes.all_gather_object("near rows", found, each_data_rank=True)
+        told = sorted(row for rows in everywhere for row in rows)
+        if not any(rows for _, rows, _ in told):
+            return None
+        loader = objective.loaders["retain"][split]
+        splits[split] = rows_of(loader, [rows for _, rows, _ in told], [size for *_, size in told])
+    return NearBatches(splits, f"{nearest.what}; of the retain data", nearest.concepts, is_part=True)
+
+
+def _features(objective: Objective, kind: Kind) -> list[tuple[Tensor, dict[str, str | None]]]:
+    """The features of the gradient samples, at most `SAMPLES` of those with the same labels, and their labels by kind.
+
+    Every process gets the same ones, in the order of the batches, whatever the world size.
+    """
+    found: list[_Sample] = []
+    for number, batch, labels, features in _embedded(objective, kind, "train", True):
+        assert features is not None
+        for row in range(batch_samples(batch)):
+            found.append(_Sample(number, row, features[row], {name: values[row] for name, values in labels.items()}))
+    everywhere = objective.processes.all_gather_object("features", _first_of_each(found), each_data_rank=True)
+    ordered = sorted((one for part in everywhere for one in part), key=lambda one: one[:2])
+    return [(one.feature, one.labels) for one in _first_of_each(ordered)]
+
+
+class _Sample(NamedTuple):
+    number: int
+    row: int
+    feature: Tensor
+    labels: dict[str, str | None]
+
+
+def _first_of_each(samples: Sequence[_Sample]) -> list[_Sample]:
+    """At most `SAMPLES` of those with the same labels; all without any."""
+    seen: dict[tuple[str | None, ...], int] = {}
+    kept = []
+    for one in samples:
+        key = tuple(one.labels.values())
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= SAMPLES or not any(key):
+            kept.append(one)
+    return kept
+
+
+def _embedded(
+    objective: Objective, kind: Kind, split: str, with_features: bool
+) -> Iterator[tuple[int, Any, Mapping[str, Sequence[str | None]], Tensor | None]]:
+    """Number, batch, labels by kind and features, `[B, D]`, of each batch of this process."""
+    hooks, runner = objective.hooks, objective.runner
+    batches = objective.progress(runner.batches(objective.loaders[kind][split]), f"near data, {kind}")
+    with torch.no_grad(), runner.passing(), runner.forward_context():
+        for number, batch, is_real in batches:
+            features = call_step(hooks.embed, batch, number).float().cpu() if with_features and hooks.embed else None
+            if is_real:
+                objective.forward_samples += batch_samples(batch) if with_features else 0
+                yield number, batch, hooks.labels(batch) if hooks.labels else {}, features
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features.double(), dim=-1)
