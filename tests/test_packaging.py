@@ -33,7 +33,8 @@ def test_the_wheel_holds_all_that_the_source_holds(wheel):
     }
     assert {n for n in names if n.endswith(".py")} == modules
     assert {f"slug_lightning/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= set(names)
-    data = {"emoji.tar", "SOURCES.md", "clip/open_clip_model.safetensors", "clip/tokenizer.json", "clip/open_clip_config.json"}
+    data = {"emoji.tar", "unseen.tar", "SOURCES.md"}
+    data |= {"clip/open_clip_model.safetensors", "clip/tokenizer.json", "clip/open_clip_config.json"}
     data |= {f"vlm/{name}" for name in ("model.safetensors", "config.json", "processor_config.json", "chat_template.jinja")}
     data |= {f"lm/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "passages.jsonl")}
     canvas = ROOT / "slug_lightning" / "embedded" / "canvas"

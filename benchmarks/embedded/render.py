@@ -1,4 +1,4 @@
-"""Render the embedded pictures: five vendors' drawings of the same things, 64 px, one webdataset shard.
+"""Render the embedded pictures: five vendors' drawings of the same things, 64 px, two webdataset shards.
 
 Needs `resvg_py` and the five npm packages, unpacked side by side:
 
@@ -7,8 +7,10 @@ Needs `resvg_py` and the five npm packages, unpacked side by side:
     done
     python benchmarks/embedded/render.py packs
 
-Which things: every name that all five packs have, less those that are abstract marks (squares, moons,
-zodiac signs, ...), less those that two vendors drew almost alike (a style could not be told there).
+Which things the CLIP was trained on (`emoji.tar`): every name that all five packs have, less those that are
+abstract marks (squares, moons, zodiac signs, ...), less those that two vendors drew almost alike (a style
+could not be told there). Of the latter, ten that look like none of the rest, and whose names share no word
+with theirs, are the things that it has never seen (`unseen.tar`): of these, nobody asks the style.
 """
 
 import argparse
@@ -17,13 +19,14 @@ import itertools
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import resvg_py
 from PIL import Image
 
-from slug_lightning.embedded import SHARD
+from slug_lightning.embedded import SHARD, UNSEEN
 
 STYLES = {
     "noto": "noto",
@@ -44,6 +47,8 @@ ABSTRACT = re.compile(
 )
 ALIKE = 0.08
 """Mean absolute difference of two drawings on white, in [0, 1], under which they count as almost alike."""
+NEVER_SEEN = ("anchor", "banana", "bell", "candle", "hammer", "headphone", "jeans", "pineapple", "rooster", "skull")
+"""Names of the things in `unseen.tar`."""
 
 
 def drawing(pack: dict, name: str) -> Image.Image:
@@ -72,6 +77,24 @@ def add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     shard.addfile(entry, io.BytesIO(content))
 
 
+def alike(drawings: Iterable[Image.Image]) -> bool:
+    """Say whether any two of the drawings are almost alike."""
+    return min(np.abs(a - b).mean() for a, b in itertools.combinations(map(on_white, drawings), 2)) < ALIKE
+
+
+def write(path: Path, drawn: dict[str, dict[str, Image.Image]]) -> None:
+    """Write a shard from drawings by style, by the name of the thing."""
+    with tarfile.open(path, "w") as shard:
+        for name, (style, picture) in ((name, one) for name, by_style in drawn.items() for one in by_style.items()):
+            png = io.BytesIO()
+            picture.save(png, "PNG", optimize=True)
+            thing = name.replace("-", " ")
+            add(shard, f"{name}_{style}.png", png.getvalue())
+            add(shard, f"{name}_{style}.txt", f"{thing} in {style} style".encode())
+            add(shard, f"{name}_{style}.json", json.dumps({"thing": thing, "style": style}).encode())
+    print(f"{len(drawn)} things x {len(STYLES)} styles -> {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packs", type=Path, help="folder with one unpacked npm package a sub-folder")
@@ -84,21 +107,12 @@ def main() -> None:
     }
     names = [n for n in sorted(icons["noto"]["icons"]) if not ABSTRACT.search(n)]
     names = [n for n in names if all(n.replace("-", "") in known for known in spelled.values())]
-    kept = 0
-    with tarfile.open(SHARD, "w") as shard:
-        for name in names:
-            drawings = {s: drawing(icons[s], spelled[s][name.replace("-", "")]) for s in STYLES}
-            if min(np.abs(a - b).mean() for a, b in itertools.combinations(map(on_white, drawings.values()), 2)) < ALIKE:
-                continue
-            kept += 1
-            for style, picture in drawings.items():
-                png = io.BytesIO()
-                picture.save(png, "PNG", optimize=True)
-                thing = name.replace("-", " ")
-                add(shard, f"{name}_{style}.png", png.getvalue())
-                add(shard, f"{name}_{style}.txt", f"{thing} in {style} style".encode())
-                add(shard, f"{name}_{style}.json", json.dumps({"thing": thing, "style": style}).encode())
-    print(f"{kept} things x {len(STYLES)} styles -> {SHARD} ({SHARD.stat().st_size / 2**20:.1f} MiB)")
+    drawn = {name: {s: drawing(icons[s], spelled[s][name.replace("-", "")]) for s in STYLES} for name in names}
+    seen = {name: by_style for name, by_style in drawn.items() if not alike(by_style.values())}
+    write(SHARD, seen)
+    known = {word for name in seen for word in name.split("-")}
+    assert not any(known & set(name.split("-")) for name in NEVER_SEEN), "the CLIP knows a word of these names"
+    write(UNSEEN, {name: drawn[name] for name in NEVER_SEEN})
 
 
 if __name__ == "__main__":

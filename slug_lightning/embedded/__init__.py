@@ -5,6 +5,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SHARD = HERE / "emoji.tar"
 """Webdataset shard: for each drawing `.png` (RGBA, 64 px), `.txt` (caption) and `.json` (thing, style)."""
+UNSEEN = HERE / "unseen.tar"
+"""The same of ten things that the embedded CLIP has never seen."""
 CLIP = HERE / "clip"
 """Folder of the embedded CLIP, in open_clip's `local-dir:` layout."""
 LM = HERE / "lm"
