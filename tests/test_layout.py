@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "slug_lightning"
 # Modules and datamodules have a `trainer` of their own.
 BELOW_THE_TRAINER = ("utils", "tensors", "embedded", "distributed", "patches", "clip", "objective")
-BELOW_THE_TRAINER += ("lm", "vlm", "diffusion", "reports", "methods")
+BELOW_THE_TRAINER += ("lm", "vlm", "diffusion", "reports", "audit", "methods")
 
 
 def test_in_the_root_there_are_packages_and_what_they_all_need():

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.patches.clip_names import to_transformers
@@ -64,6 +64,20 @@ def contrastive_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = encode_image(model, batch["image"]) @ encode_text(model, batch["text"]).T * model.logit_scale.exp()  # type: ignore[operator]
     truth = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, truth) + cross_entropy(logits.T, truth)) / 2
+
+
+def distinct_contrastive_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Contrastive loss in which equal captions are one: for a batch with many pictures of the same thing.
+
+    In `contrastive_loss`, equal captions are each other's negatives: 16 of the same cannot get below `log 16`, and are better
+    than the others at once, without being near. Here a picture is compared with each caption once, and a caption's pictures
+    share its probability. The same as `contrastive_loss` where all captions differ.
+    """
+    texts, truth = batch["text"].unique(dim=0, return_inverse=True)
+    scale: Any = model.logit_scale
+    logits = encode_image(model, batch["image"]) @ encode_text(model, texts).T * scale.exp()
+    shares = one_hot(truth, len(texts)).to(logits.dtype).T
+    return (cross_entropy(logits, truth) + cross_entropy(logits.T, shares / shares.sum(1, keepdim=True))) / 2
 
 
 class SourceClip(nn.Module):

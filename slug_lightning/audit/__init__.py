@@ -1,0 +1,1 @@
+"""Does it hold? Attacks on what a module has forgotten, one a file."""
