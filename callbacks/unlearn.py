@@ -17,6 +17,7 @@ from slug_lightning.distributed.strategy import Runner, refuse_unsupported
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods import SLUG, Method, Runtime
 from slug_lightning.methods.harness import Harness, Request
+from slug_lightning.methods.targets import AS_HOLDOUT
 from slug_lightning.objective.data_checks import fingerprint, refuse_unusable_steps
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.objective import Objective
@@ -58,6 +59,8 @@ class UnlearnCallback(OldKeywords):
             way counts. Default: the module's own `forget_metric`, else the loss.
         forget_target: value at which a metric counts as forgotten: an accuracy at or below it, a loss at or above
             it; for several metrics also a dict by name. One that meets its target unedited must only stay so.
+            "as_holdout", for training samples: within the 95 % interval of the unedited model's metric on at least 300
+            samples that it was never trained on, which a `SampleDataModule` brings.
             Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
             less likely data (see `slug_lightning.objective.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must not get worse. Default: the module's own, else the loss.
@@ -99,7 +102,7 @@ class UnlearnCallback(OldKeywords):
         *,
         method: Method = SLUG(),  # noqa: B008 (frozen)
         forget_metric: Union[str, list[str], None] = None,
-        forget_target: Union[float, dict[str, float], None] = None,
+        forget_target: Union[float, dict[str, float], Literal["as_holdout"], None] = None,
         retain_metric: Union[str, list[str], None] = None,
         retain_tolerance: float = 0.01,
         near_retain: Any = "auto",
@@ -117,8 +120,10 @@ class UnlearnCallback(OldKeywords):
         for name, tolerance in (("retain_tolerance", retain_tolerance), ("near_tolerance", near_tolerance)):
             if tolerance is not None and (tolerance < 0 or not math.isfinite(tolerance)):
                 raise UnlearnError(f"{name} must be >= 0 and finite, got {tolerance}")
+        if isinstance(forget_target, str) and forget_target != AS_HOLDOUT:
+            raise UnlearnError(f"forget_target must be numbers or {AS_HOLDOUT!r}, got {forget_target!r}")
         goals = forget_target.values() if isinstance(forget_target, Mapping) else [forget_target]
-        if not all(goal is None or math.isfinite(goal) for goal in goals):
+        if not all(goal is None or isinstance(goal, str) or math.isfinite(goal) for goal in goals):
             raise UnlearnError(f"forget_target must be finite, got {forget_target}")
         if on_infeasible not in ("skip", "stop"):
             raise UnlearnError(f"on_infeasible must be 'skip' or 'stop', got {on_infeasible!r}")
@@ -268,6 +273,7 @@ class UnlearnCallback(OldKeywords):
             loaders.forget,
             loaders.retain,
             loaders.notes,
+            loaders.holdout,
             lambda objectives: near_data(self.near_retain, loaders, objectives, trainer, runner.prepare),
             progress_of(trainer),
             earlier=self.earlier,

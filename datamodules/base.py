@@ -163,6 +163,10 @@ class UnlearnDataModule(pl.LightningDataModule):
             raise no_dataset("retain", self)
         return self._loader(self._retain[split])
 
+    def holdout_batches(self) -> Batches | None:
+        """Return samples that the model was never trained on, if there are some."""
+        return None
+
     def near_of(self, concept: str) -> NearBatches | None:
         """Return what lies near a concept, if it was given; None leaves the choice to the callback."""
         return None

@@ -11,6 +11,7 @@ from slug_lightning.datamodules.base import UnlearnDataModule, shuffled
 from slug_lightning.datamodules.concept import checked_indices, divided, refuse_streams
 from slug_lightning.datamodules.sources.resolve import samples_in
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.loaders import Batches, Chained
 from slug_lightning.utils.names import by_concept, labelled
 
 
@@ -139,6 +140,10 @@ class SampleDataModule(UnlearnDataModule):
         if split not in self._halves:
             raise UnlearnError(f"split: must be 'val' or 'test' for holdout data, got {split!r}")
         return self._loader(self._halves[split])
+
+    def holdout_batches(self) -> Batches | None:
+        """Return the whole holdout set: how the unedited model treats it is known before any search."""
+        return Chained([self.holdout_dataloader("val"), self.holdout_dataloader("test")])
 
     def _marked(self) -> list[int]:
         """Return the indices of the samples whose column is true."""

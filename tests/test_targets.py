@@ -8,9 +8,11 @@ from _callback import unlearn_callback
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
-from _tiny import CLASSES, Classifier, fit, loader, trained
+from _tiny import CLASSES, Classifier, fit, loader, trained, trainer
 from slug_lightning import UnlearnError, UnlearnReport
+from slug_lightning.datamodules import SampleDataModule
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.methods.targets import Target, share_of
 from slug_lightning.methods.trial import Trial
@@ -133,3 +135,68 @@ def test_without_a_target_each_metric_has_its_own():
     report = run(["first_accuracy", "loss"], {"first_accuracy": 1 / CLASSES})
     assert report.goals["loss"] == pytest.approx(report.search_before["forget"]["loss"] + math.log(100))
     assert torch.isfinite(torch.tensor(report.after["forget"]["loss"]))
+
+
+# ---- as samples that were never seen
+
+
+class Memory(Classifier):
+    """Knows some samples by heart: each has a feature of its own, which the first layer's weights reward."""
+
+    forget_metric = ("hit_accuracy", "hit_nll")
+    retain_metric = "hit_accuracy"
+
+    def validation_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        self.log("hit_accuracy", (logits.argmax(1) == batch[1]).double().mean())
+        self.log("hit_nll", cross_entropy(logits, batch[1]))
+
+
+def samples(count, seed):
+    """Points of which the labels are chance: what is known of them is memory."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return TensorDataset(torch.randn(count, 8, generator=generator) + torch.nn.functional.one_hot(labels, 8), labels)
+
+
+def memorising():
+    model = trained(Memory)
+    x, y = samples(120, 1).tensors
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        cross_entropy(model.net(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def test_random_samples_are_brought_into_the_interval_of_samples_never_seen():
+    model = memorising().eval()
+    x, y = samples(400, 2).tensors
+    with torch.no_grad():
+        nll = cross_entropy(model.net(x), y, reduction="none").double()
+        hit = (model.net(x).argmax(1) == y).double()
+    data = SampleDataModule(samples(120, 1), indices=list(range(24)), holdout=samples(400, 2), batch_size=32)
+    callback = unlearn_callback(forget_target="as_holdout", retain_tolerance=0.2)
+    trainer(callback).fit(model.train(), datamodule=data)
+    report = callback.report
+    for name, values in (("hit_accuracy", hit), ("hit_nll", nll)):
+        half = 1.96 * values.std() / len(values) ** 0.5
+        assert report.goals[name] == pytest.approx([float(values.mean() - half), float(values.mean() + half)], rel=1e-5)
+    assert report.status == "unlearned" and report.bounds["forget_target_reason"] == "95 % interval of the holdout samples"
+    for name, (low, high) in report.goals.items():
+        assert low - 1e-5 <= report.after["forget"][name] <= high + 1e-5
+    assert UnlearnReport.from_dict(report.to_dict()).to_text() == report.to_text()
+
+
+def test_too_few_samples_never_seen_cannot_tell():
+    data = SampleDataModule(samples(120, 1), indices=[0, 1], holdout=samples(40, 2), batch_size=32)
+    with pytest.raises(UnlearnError, match="forget_target: 40 holdout samples cannot tell .* give at least 300"):
+        trainer(unlearn_callback(forget_target="as_holdout")).fit(memorising(), datamodule=data)
+
+
+def test_without_such_samples_the_target_is_refused():
+    with pytest.raises(UnlearnError, match="forget_target: 'as_holdout' needs samples .* SampleDataModule"):
+        run(["first_accuracy"], "as_holdout")
+    with pytest.raises(UnlearnError, match="forget_target must be numbers or 'as_holdout', got 'holdout'"):
+        unlearn_callback(forget_target="holdout")

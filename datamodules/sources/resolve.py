@@ -38,6 +38,12 @@ class UnlearnLoaders(NamedTuple):
     notes: list[str]  # sentences for the report, such as how a set was split; few, however many concepts there are
     datamodules: dict[str, UnlearnDataModule] = {}  # by concept, where its source is one
 
+    @property
+    def holdout(self) -> dict[str, Batches]:
+        """Samples that the model was never trained on, by concept, where a datamodule has some."""
+        sources = {name: one.holdout_batches() for name, one in self.datamodules.items()}
+        return {name: batches for name, batches in sources.items() if batches is not None}
+
 
 def resolve_loaders(
     forget: Mapping[str, Any] | None,

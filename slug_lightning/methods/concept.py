@@ -9,7 +9,7 @@ from typing import Any
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.near import Near
-from slug_lightning.methods.targets import Target, settle_targets, share_of
+from slug_lightning.methods.targets import Target, holdout_goals, settle_targets, share_of
 from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.metrics import Goal, Metric, refuse_infinite
 from slug_lightning.objective.objective import Objective
@@ -19,6 +19,7 @@ from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.dtensor import local, shard_like
 from slug_lightning.tensors.layers import Layer, plain_parameters
+from slug_lightning.utils.loaders import Batches
 from slug_lightning.utils.modules import patch_prefix
 
 
@@ -43,15 +44,26 @@ class Concept:
     near: Near | None = None
 
     @classmethod
-    def measured(cls, name: str, objective: Objective, given: Goal | Mapping[str, Goal] | None) -> Concept:
+    def measured(
+        cls, name: str, objective: Objective, given: Goal | Mapping[str, Goal] | str | None, holdout: Batches | None = None
+    ) -> Concept:
         """Measure a new request and settle its targets.
 
         Raises:
-            UnlearnError: if a metric isn't finite, or if all meet their target already.
+            UnlearnError: if a metric isn't finite, if all meet their target already, or if `given` is "as_holdout" and the
+                holdout samples can't tell.
         """
         values = objective.measured("forget", "val")
         refuse_infinite("forget", values)
-        targets = settle_targets(objective, values, given)
+        said = "given"
+        if isinstance(given, str):
+            if holdout is None:
+                raise UnlearnError(
+                    f"forget_target: {given!r} needs samples that the model was never trained on; give the data as a "
+                    "SampleDataModule, which has a holdout set"
+                )
+            given, said = holdout_goals(objective, holdout), "95 % interval of the holdout samples"
+        targets = settle_targets(objective, values, given, said)
         if all(target.was_met for target in targets):
             hint = objective.hooks.nothing_to_forget and objective.hooks.nothing_to_forget()
             found = "; ".join(

@@ -37,7 +37,7 @@ class Request:
     """What is asked for, whatever the method; the arguments of `slug_lightning.callbacks.UnlearnCallback` say what they mean."""
 
     forget_metric: Union[str, list[str], None] = None
-    forget_target: Union[float, dict[str, float], None] = None
+    forget_target: Union[float, dict[str, float], Literal["as_holdout"], None] = None
     retain_metric: Union[str, list[str], None] = None
     retain_tolerance: float = 0.01
     near_tolerance: Optional[float] = None
@@ -87,8 +87,9 @@ OWN_TO_A_RANK = {"retain_cache", "replay_budget"}
 class Harness:
     """What happens between the callback's hook and its report; the weights are as before when it has ended.
 
-    `forget` has batches by concept, then by split, `retain` by split; `find_near` gives what lies near by concept; `notes` are on
-    these data; `more_asked` is what else every rank must have been given.
+    `forget` has batches by concept, then by split, `retain` by split, `holdout` batches by concept where there are some;
+    `find_near` gives what lies near by concept; `notes` are on these data; `more_asked` is what else every rank must have been
+    given.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Harness:
         forget: Mapping[str, Mapping[Split, Batches]],
         retain: Mapping[Split, Batches],
         notes: Sequence[str],
+        holdout: Mapping[str, Batches],
         find_near: Callable[[Mapping[str, Objective]], Mapping[str, NearBatches]],
         progress: Progress,
         earlier: str | None = None,
@@ -129,6 +131,7 @@ class Harness:
         )
         prefix = patch_prefix(module)
         self.layers = [replace(layer, prefix=prefix) for layer in method.layers_of(module, self.objective.hooks.towers)]
+        self.holdout = holdout
         self.find_near = find_near
         self.near: Mapping[str, NearBatches] = {}
         self.objectives = {name: self.objective.about(splits) for name, splits in forget.items()}
@@ -221,7 +224,8 @@ class Harness:
             if name in earlier:
                 self.concepts.append(Concept.taken_over(name, objective, *earlier[name]))
             else:
-                self.concepts.append(Concept.measured(name, objective, self.request.forget_target))
+                held = self.holdout.get(name)
+                self.concepts.append(Concept.measured(name, objective, self.request.forget_target, held))
             rehearse(objective, "forget")
             if name in self.near:
                 rehearse(objective, "near")

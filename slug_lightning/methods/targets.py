@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.batch_utils import batch_samples
 from slug_lightning.objective.metrics import Goal, Metric
 from slug_lightning.objective.objective import Objective
+from slug_lightning.utils.loaders import Batches
+from slug_lightning.utils.rows import take
+
+AS_HOLDOUT = "as_holdout"
+"""A target: to be like samples that the model was never trained on."""
+HOLDOUT = 300
+"""Holdout samples below which an interval is too wide to tell."""
+NORMAL_95 = 1.96
+"""Half the width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +84,16 @@ class Target:
         return f"{self.goal:.4g}" if isinstance(self.goal, (int, float)) else "{:.4g} to {:.4g}".format(*self.goal)
 
 
-def settle_targets(objective: Objective, values: Mapping[str, float], given: Goal | Mapping[str, Goal] | None) -> list[Target]:
+def settle_targets(
+    objective: Objective, values: Mapping[str, float], given: Goal | Mapping[str, Goal] | None, said: str = "given"
+) -> list[Target]:
     """Make the target of each forget metric, from what was given, else from the module, else by default; the same on all ranks.
 
     Args:
         objective: whose metrics.
         values: the forget metrics unedited, by name.
         given: one goal for all, or a dict that may leave metrics out.
+        said: where these came from.
 
     Raises:
         UnlearnError: if a goal is given for a metric that isn't a forget metric.
@@ -91,7 +105,7 @@ def settle_targets(objective: Objective, values: Mapping[str, float], given: Goa
     targets = []
     for name, before in values.items():
         metric = objective.metrics[name]
-        goal, reason = _of(given, name), "given"
+        goal, reason = _of(given, name), said
         if goal is None and (hooks.forget_metric is None or name in own_metrics):  # the request may name another
             goal, reason = _of(hooks.forget_target, name), "the module's own"
         if goal is None:
@@ -103,6 +117,48 @@ def settle_targets(objective: Objective, values: Mapping[str, float], given: Goa
 
 def _of(goals: Goal | Mapping[str, Goal] | None, name: str) -> Goal | None:
     return goals.get(name) if isinstance(goals, Mapping) else goals
+
+
+class Singles:
+    """The samples of a loader, each as a batch of its own."""
+
+    def __init__(self, loader: Batches) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            count = batch_samples(batch)
+            yield from (take(batch, [row], count) for row in range(count))
+
+
+def holdout_goals(objective: Objective, holdout: Batches) -> dict[str, Goal]:
+    """The 95 % interval of each forget metric's mean on samples that the model was never trained on.
+
+    Args:
+        objective: whose forget metrics, at the unedited weights.
+        holdout: batches of at least 300 samples.
+
+    Raises:
+        UnlearnError: if there are fewer, which cannot tell, or if a metric is no mean over samples.
+    """
+    objective.about({"val": Singles(holdout)}).measured("forget", "val")
+    reader = objective.complete["forget", "val"]
+    goals: dict[str, Goal] = {}
+    for name in objective.names["forget"]:
+        values, weights = reader.of(name)
+        count = sum(weights)
+        if not count:
+            raise UnlearnError(f"forget_target: 'as_holdout' needs means over samples, and {name!r} is none; give numbers")
+        if count < HOLDOUT:
+            raise UnlearnError(
+                f"forget_target: {count} holdout samples cannot tell what a sample that was never seen is like; give at least "
+                f"{HOLDOUT}, or a number"
+            )
+        mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / count
+        square = math.fsum(w * (v - mean) ** 2 for v, w in zip(values, weights, strict=True)) / (count - 1)
+        half = NORMAL_95 * math.sqrt(square / count)
+        goals[name] = (mean - half, mean + half)
+    return goals
 
 
 def share_of(targets: Sequence[Target], values: Mapping[str, float]) -> float:
