@@ -59,7 +59,8 @@ def render(pictures: Tensor, generator: torch.Generator, amount: float = 1.0) ->
 def emoji_pairs(drawings: Drawings, rows: Tensor, generator: torch.Generator, *, thing: bool, style: bool) -> Dataset:
     """Render some drawings, captioned by object, by style, or by both, as `ClipModule` expects its samples.
 
-    A sample is a dict: "image", `[3, 64, 64]`; "text", tokens `[T]`; "thing" and "style", the index, or -1 if not asked.
+    A sample is a dict: "image", `[3, 64, 64]`; "text", tokens `[T]`; "thing" and "style", the index, or -1 if not asked;
+    "shown_thing" and "shown_style", the index in any case, of which other wordings are made.
     A row that is listed twice is rendered twice.
     """
     import open_clip
@@ -71,6 +72,8 @@ def emoji_pairs(drawings: Drawings, rows: Tensor, generator: torch.Generator, *,
         "text": open_clip.get_tokenizer(f"local-dir:{CLIP}")(captions),
         "thing": drawings.things[rows] if thing else none,
         "style": drawings.styles[rows] if style else none,
+        "shown_thing": drawings.things[rows],
+        "shown_style": drawings.styles[rows],
     }
     return StackDataset(**columns)
 
@@ -153,17 +156,15 @@ class EmojiDataModule(UnlearnDataModule):
             self.notes[labelled(kind, concept)] += f"; {self.samples} in each split{apart}{self.note}"
 
     def render_near(self, names: Sequence[str]) -> dict[Split, Batches] | None:
-        """Render things or styles of these names anew, at least 100 pictures for the search and 500 for the report.
+        """Render things, and styles such as "blob style", anew: at least 100 pictures for the search and 500 for the report.
 
         Every drawing that is not of a style or object to forget is rendered, in both splits; each is asked for both.
         """
         drawings = load_drawings()
         _, touched = self.masks(drawings)
-        kinds = {"thing": (drawings.things, drawings.thing_names), "style": (drawings.styles, drawings.style_names)}
-        mask = torch.zeros(len(drawings.things), dtype=torch.bool)
-        for labels, known in kinds.values():
-            own = torch.tensor([name in names or name.removesuffix(" style") in names for name in known])
-            mask |= own[labels]
+        things = torch.tensor([name in names for name in drawings.thing_names])
+        styles = torch.tensor([f"{name} style" in names for name in drawings.style_names])
+        mask = things[drawings.things] | styles[drawings.styles]
         rows = (mask & ~(touched["style"] | touched["thing"])).nonzero()[:, 0]
         if not len(rows):
             return None

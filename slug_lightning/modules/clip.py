@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slug_lightning.clip.models import Tokenizer, contrastive_loss, encode_image, encode_text, load_clip, matching_loss
+from slug_lightning.clip.wordings import Wording, Wordings
 from slug_lightning.embedded import CLIP
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.errors import UnlearnError
@@ -32,6 +34,10 @@ class ClipModule(UnlearnModule):
         prompts: class prompts by the name of a set, for zero-shot accuracy: `{"identity": ["a photo of …", …]}` logs
             `identity_accuracy`, which is the metric, and `identity_nll`. Without prompts the losses are the metrics, and a
             forget loss of 1 counts as forgotten: the mean cosine of pictures and captions is then 0.
+        wordings: further ways of asking for a set: `{"style": {"combined": "{thing} in {style}"}}` logs
+            `style_combined_accuracy`, among prompts that have the sample's own thing and each style in turn. What a sample
+            shows of the other sets is `batch["shown_thing"]`, `[B]`; without it the wording isn't asked. Name these metrics in
+            `forget_metric`, too: what is forgotten by one wording may still be known by another.
         tokenizer: makes tokens `[N, T]` of texts; needed only where `model` is an object and there are prompts.
         learning_rate: of AdamW, used only by a callback with `then="continue"`.
 
@@ -42,6 +48,7 @@ class ClipModule(UnlearnModule):
     """
 
     towers = {"vision": "model.vis*", "text": "*"}
+    wanted_metrics: Optional[Sequence[str]] = None
     methods = ("encode_image", "encode_text", "get_image_features", "get_text_features")
 
     def __init__(
@@ -50,6 +57,7 @@ class ClipModule(UnlearnModule):
         pretrained: Optional[str] = None,
         prompts: Optional[dict[str, list[str]]] = None,
         *,
+        wordings: Optional[dict[str, dict[str, str]]] = None,
         tokenizer: Optional[Tokenizer] = None,
         learning_rate: float = 1e-5,
     ) -> None:
@@ -57,16 +65,19 @@ class ClipModule(UnlearnModule):
             model, tokenizer = load_clip(model, pretrained)
         super().__init__(model, contrastive_loss, forget_loss=matching_loss, learning_rate=learning_rate)
         self.prompts = {name: list(classes) for name, classes in (prompts or {}).items()}
+        self.wordings = Wordings(self.prompts, wordings or {})
         self.chance = {f"{name}_accuracy": 1 / len(classes) for name, classes in self.prompts.items()}
+        names = list(self.chance)
+        self.chance |= {metric: 1 / len(self.prompts[one.name]) for metric, one in self.wordings.by_metric.items()}
         self.forget_target = None if self.prompts else 1.0
         if self.prompts:
             if tokenizer is None:
                 raise UnlearnError("tokenizer: a model object with prompts needs a tokenizer; pass tokenizer=…")
-            names = list(self.chance)
             self.forget_metric, self.retain_metric = names[0], names if len(names) > 1 else names[0]  # type: ignore[assignment]
             for name, classes in self.prompts.items():
                 self.register_buffer(f"{name}_tokens", tokenizer(classes), persistent=False)
-        self._classes: dict[str, tuple[Any, Tensor]] = {}
+        self.tokenizer = tokenizer
+        self._classes: dict[Any, tuple[Any, Tensor]] = {}
 
     def anchor_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the unit image features, `[B, D]`."""
@@ -99,17 +110,20 @@ class ClipModule(UnlearnModule):
 
         There may be thousands of prompts, and an edit of the vision tower changes none of them.
         """
-        tokens = self.get_buffer(f"{name}_tokens")
+        return self._encoded(name, lambda: self.get_buffer(f"{name}_tokens"))
+
+    def _encoded(self, key: Any, tokens: Callable[[], Tensor]) -> Tensor:
+        """Return the unit features of tokens, cached under a key until the text tower is written to."""
         parameters = self._text_parameters()
         # Those of a sharded tower have no version.
         if _is_sharded(parameters) or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-            return encode_text(self.model, tokens)
-        device = tokens.device.type
+            return encode_text(self.model, tokens())
+        device = self.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         state = precision, torch.is_inference_mode_enabled(), [(p.data_ptr(), p._version) for p in parameters]
-        if name not in self._classes or self._classes[name][0] != state:
-            self._classes[name] = state, encode_text(self.model, tokens)
-        return self._classes[name][1]
+        if key not in self._classes or self._classes[key][0] != state:
+            self._classes[key] = state, encode_text(self.model, tokens())
+        return self._classes[key][1]
 
     def _text_parameters(self) -> list[Tensor]:
         return [p for key, p in self.model.named_parameters() if not key.startswith("vis")]
@@ -133,7 +147,24 @@ class ClipModule(UnlearnModule):
             accuracies[f"{name}_accuracy"] = right.float().masked_fill(batch[name] < 0, torch.nan)
             logits = self.model.logit_scale.exp() * similarity.float()  # type: ignore[operator]
             likelihoods[f"{name}_nll"] = negative_log_likelihood(logits, batch[name])
-        return accuracies | likelihoods
+        return accuracies | likelihoods | self._worded(image, batch)
+
+    def _worded(self, image: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return whether the right prompt of a further wording is the nearest, `[B]`, by metric, of those that are wanted."""
+        found = {}
+        for metric, wording in self.wordings.by_metric.items():
+            if (self.wanted_metrics is not None and metric not in self.wanted_metrics) or not wording.is_asked(batch):
+                continue
+            found[metric] = torch.full((len(image),), torch.nan, device=image.device)
+            for key, rows in wording.groups(batch).items():
+                features = self._encoded((metric, key), partial(self._tokens_of, wording, key))
+                nearest = (image[rows] @ features.T).argmax(1)
+                found[metric][rows] = (nearest == batch[wording.name][rows]).to(image.dtype)
+        return found
+
+    def _tokens_of(self, wording: Wording, key: tuple[int, ...]) -> Tensor:
+        assert self.tokenizer is not None
+        return self.tokenizer(wording.prompts(key)).to(self.device)
 
 
 def _is_sharded(parameters: Iterable[Tensor]) -> bool:
@@ -146,10 +177,11 @@ class EmbeddedClip(ClipModule):
     Example:
         >>> module = EmbeddedClip()
         >>> sorted(module.chance)
-        ['style_accuracy', 'thing_accuracy']
+        ['style_accuracy', 'style_combined_accuracy', 'thing_accuracy', 'thing_combined_accuracy']
     """
 
     def __init__(self, *, learning_rate: float = 1e-5) -> None:
         drawings = load_drawings()
         prompts = {"style": [f"{style} style" for style in drawings.style_names], "thing": drawings.thing_names}
-        super().__init__(f"local-dir:{CLIP}", prompts=prompts, learning_rate=learning_rate)
+        wordings = {name: {"combined": "{thing} in {style}"} for name in prompts}
+        super().__init__(f"local-dir:{CLIP}", prompts=prompts, wordings=wordings, learning_rate=learning_rate)

@@ -127,19 +127,27 @@ def _computed(metric: torchmetrics.Metric, processes: Processes) -> float:
 
 
 @contextmanager
-def read_logs(module: nn.Module, processes: Processes | None = None) -> Iterator[LogReader]:
-    """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops; reset metric objects."""
+def read_logs(module: nn.Module, processes: Processes | None = None, wanted: Sequence[str] | None = None) -> Iterator[LogReader]:
+    """Let `module.log` reach a reader instead of the trainer, which refuses logging outside its loops; reset metric objects.
+
+    Meanwhile a module that has `wanted_metrics` finds there which values are wanted, if that is known.
+    """
     metrics = list(metrics_in(module))
     for metric in metrics:
         metric.reset()
     reader = LogReader(metrics, processes)
     # On the instance, so that the class and every other instance stay as they are.
     own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-    vars(module).update(log=reader.log, log_dict=reader.log_dict)
+    added: dict[str, Any] = {"log": reader.log, "log_dict": reader.log_dict}
+    if hasattr(module, "wanted_metrics"):
+        own |= {name: value for name, value in vars(module).items() if name == "wanted_metrics"}
+        added["wanted_metrics"] = wanted
+    vars(module).update(added)
     try:
         yield reader
     finally:
-        del vars(module)["log"], vars(module)["log_dict"]
+        for name in added:
+            del vars(module)[name]
         vars(module).update(own)
 
 

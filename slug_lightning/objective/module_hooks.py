@@ -21,6 +21,7 @@ class ModuleHooks:
         forget_target: value of it that counts as forgotten, or one by metric name; without one,
             `slug_lightning.objective.metrics.Metric.default_target`.
         retain_metric: name or names of the logged values that must stay within their tolerance; the loss without one.
+        wanted_metrics: set while something is measured: names of the values that count, so that a step may leave out others.
         higher_is_better: by metric name, where the name doesn't tell.
         chance: what a model scores that knows nothing: a number, or one by metric name.
         num_classes: gives `chance` where that isn't defined.
@@ -46,6 +47,7 @@ class ModuleHooks:
     forget_metric: str | Sequence[str] | None
     forget_target: float | Mapping[str, float] | None
     retain_metric: str | Sequence[str] | None
+    wanted_metrics: Sequence[str] | None
     higher_is_better: Mapping[str, bool] | None
     chance: float | Mapping[str, float] | None
     num_classes: int | None

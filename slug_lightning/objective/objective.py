@@ -207,7 +207,7 @@ class Objective:
             torch.no_grad(),
             self.runner.passing(),
             self.runner.validating(),
-            read_logs(self.module, self.processes) as reader,
+            read_logs(self.module, self.processes, self.names[kind]) as reader,
         ):
             samples, stopped = self._run_batches(kind, split, reader, record, edited, stop)
             reader.share()
