@@ -6,7 +6,8 @@
 
 Both checkouts run with the packages that are installed here. Of each case the exit code, the report
 without its costs, versions and notes, the patch's tensors and digest, the edited weights and the checkpoint's
-state are compared. This code also reads what the other has written: its patches load, a request is
+state are compared. Configs of SLUG run with the published procedure, without margin and near data, which is to stay as it
+was; `--as-configured` leaves them as they are. This code also reads what the other has written: its patches load, a request is
 added to its run, and a fit resumed from its checkpoint edits nothing. The exit code is 1 if anything
 differs.
 """
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from slug_lightning import UnlearnPatch
+from slug_lightning.methods import SLUG
 from slug_lightning.tensors.bits import bitwise_equal
 
 HERE = Path(__file__).parent.parent
@@ -47,16 +50,38 @@ CASES: dict[str, list[str]] = {
     "cluster": ["fit", "--config", "{configs}/cluster.yaml", *HOST],
     "another": ["forget-another", "--run", "{runs}/several", "--forget", ANOTHER],
 }
-UNLIKE = {"cost", "versions", "notes"}
-"""Parts of a report that no two runs have in common, and its prose."""
+KEPT = {"layers", "granularity", "max_evaluations"}
+"""Options of SLUG that a config keeps."""
+UNLIKE = {"cost", "versions", "notes", "forget_targets"}
+"""Parts of a report that no two runs have in common, its prose, and what earlier code did not write."""
 NOTHING = "nothing"
 
 
-def site_of(checkout: Path, folder: Path) -> Path:
+def as_published(configs: Path, knows_presets: bool) -> None:
+    """Let every config of SLUG ask for the published procedure; earlier code has no other, but for the margin."""
+    for path in configs.glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        for callback in config.get("trainer", {}).get("callbacks", []):
+            if not callback["class_path"].endswith(".UnlearnCallback"):
+                continue
+            options = callback["init_args"]
+            own = options.get("method", {}).get("init_args", {})
+            rules: dict[str, Any] = {"step_margin": 0.0}
+            if knows_presets:
+                rules = {name: value for name, value in vars(SLUG.paper()).items() if name not in KEPT}
+                options["near_retain"] = None
+            options["method"] = {"class_path": "slug_lightning.methods.SLUG", "init_args": {**own, **rules}}
+        path.write_text(yaml.safe_dump(config))
+
+
+def site_of(checkout: Path, folder: Path, published: bool = True) -> Path:
     """The packages of a checkout as they are installed, without what `pip install --editable` adds to the path."""
     shutil.copytree(checkout / "slug_lightning", folder / "slug_lightning")
     for name in ("callbacks", "datamodules", "configs"):
         shutil.copytree(checkout / name, folder / "slug_lightning" / name)
+    if published:
+        knows = "near_binds" in (folder / "slug_lightning/methods/slug/config.py").read_text()
+        as_published(folder / "slug_lightning" / "configs", knows)
     command = [sys.executable, "-c", "import slug_lightning.callbacks as c; print(c.__file__)"]
     found = subprocess.run(command, cwd=folder.parent, env=environment(folder), capture_output=True, text=True, check=True).stdout
     assert found.startswith(str(folder)), f"it would run {found}"
@@ -134,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to run")
+    parser.add_argument("--as-configured", action="store_true", help="compare the configs' own rules")
     parser.add_argument("--output", type=Path, default=Path("runs/same_answers"), help="folder for the runs")
     asked = parser.parse_args()
     output = asked.output.absolute()
@@ -141,8 +167,8 @@ def main() -> int:
     problems = 0
     with tempfile.TemporaryDirectory() as temporary:
         sites = {
-            "before": site_of(asked.before.absolute(), Path(temporary, "before")),
-            "after": site_of(HERE, Path(temporary, "after")),
+            "before": site_of(asked.before.absolute(), Path(temporary, "before"), not asked.as_configured),
+            "after": site_of(HERE, Path(temporary, "after"), not asked.as_configured),
         }
         cases = [*(["several"] if "another" in asked.only and "several" not in asked.only else []), *asked.only]
         for case in (bar := tqdm(cases)):

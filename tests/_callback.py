@@ -10,10 +10,10 @@ from slug_lightning.methods import SLUG, Runtime
 
 
 def unlearn_callback(*data: Any, **options: Any) -> UnlearnCallback:
-    """An UnlearnCallback of the published procedure; what SLUG or Runtime takes goes there."""
-    own = {
-        name: {f.name: options.pop(f.name) for f in fields(kind) if f.name in options}
+    """An UnlearnCallback; what SLUG or Runtime takes goes there."""
+    parts = {
+        name: kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
         for name, kind in (("method", SLUG), ("runtime", Runtime))
+        if any(f.name in options for f in fields(kind))
     }
-    parts = {"method": SLUG.paper(**own["method"]), "runtime": Runtime(**own["runtime"])}
-    return UnlearnCallback(*data, **{**parts, **options})
+    return UnlearnCallback(*data, **parts, **options)

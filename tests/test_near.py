@@ -273,10 +273,14 @@ def test_where_the_whole_margin_costs_too_much_a_part_of_it_is_held():
     assert any(note.startswith("step_margin: 1 beyond") and "0.375 of it is within" in note for note in part.notes)
 
 
-def test_least_change_directions_have_a_margin_of_their_own_accord():
+def test_least_change_directions_have_a_margin_and_heed_what_is_near_of_their_own_accord():
     assert SLUG(direction="gradient")._margin() == SLUG.paper()._margin() == 0
     assert SLUG(direction=["gradient", "covariance"])._margin() == 0.5
     assert SLUG(direction="covariance", step_margin=0.1)._margin() == 0.1
+    binding = [SLUG(direction="covariance"), SLUG(near_binds=True)]
+    assert [one.binds_near() for one in [*binding, SLUG(), SLUG.paper(), SLUG(direction="kfac", near_binds=False)]] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
 
 
 # ---- the drawings

@@ -259,12 +259,13 @@ class Method(ABC):
         {'class_path': 'slug_lightning.methods.base.Nothing'}
     """
 
-    near_binds = True
-    """Whether the bound on near data decides; else they are measured and shown only."""
-
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
         """List the layers that may be edited; asked before anything is computed."""
         return find_layers(module, towers=towers)
+
+    def binds_near(self) -> bool:
+        """Whether the bound on near data decides; else they are measured and shown only."""
+        return True
 
     @abstractmethod
     def run(self, context: Context) -> list[Outcome]:

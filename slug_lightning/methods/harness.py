@@ -236,7 +236,7 @@ class Harness:
             self.notes.append("replay: off, as the module communicates in its steps; every evaluation was computed whole")
         for concept in self.concepts:
             if concept.name in self.near:
-                data, binds = self.near[concept.name], self.method.near_binds
+                data, binds = self.near[concept.name], self.method.binds_near()
                 tolerances = self.request.near_tolerance, self.request.retain_tolerance
                 concept.near = Near.measured(concept.objective, data, binds, *tolerances)
                 self.notes.append(concept.near.note(concept.name))

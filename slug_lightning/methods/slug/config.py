@@ -67,7 +67,8 @@ class SLUG(Method):
             need none, retain data are only passed forward.
         step_margin: by what share of the smallest step that forgets the step goes beyond it, at least 0, as far as all bounds
             hold, so that more is forgotten of data that the search hasn't seen. None: 0.5, or 0 along the raw gradient alone.
-        near_binds: whether the bound on what is near decides; else it is measured and shown only.
+        near_binds: whether the bound on what is near decides; else it is measured and shown only. None: it does, but along
+            the raw gradient alone.
         check_rounding: whether a run in mixed precision also scores half a batch in 32 bits, and notes which layers might
             be on the front or off it only by rounding.
 
@@ -92,7 +93,7 @@ class SLUG(Method):
     max_layers: int = 1
     front: bool = True
     step_margin: Optional[float] = None
-    near_binds: bool = True
+    near_binds: Optional[bool] = None
     check_rounding: bool = False
 
     def __post_init__(self) -> None:
@@ -158,11 +159,18 @@ class SLUG(Method):
             return {_name(self.curve): self.curve}
         return {name: CURVES[name] for name in (CURVES if self.curve == "both" else [self.curve])}
 
+    @property
+    def _spares(self) -> bool:
+        """Whether a direction takes part that changes less of what is retained than the raw gradient."""
+        return list(self._directions()) != ["gradient"]
+
+    def binds_near(self) -> bool:
+        """Whether the bound on near data decides."""
+        return self._spares if self.near_binds is None else self.near_binds
+
     def _margin(self) -> float:
         """The margin beyond the smallest step, relative to it."""
-        if self.step_margin is not None:
-            return self.step_margin
-        return 0.0 if list(self._directions()) == ["gradient"] else MARGIN
+        return self.step_margin if self.step_margin is not None else MARGIN if self._spares else 0.0
 
     def _longest(self, context: Context) -> float:
         """The longest way that is tried."""
@@ -178,6 +186,7 @@ class SLUG(Method):
         """
         later = {"max_step": None, "max_layers": 1, "front": True, "source": "forget"}
         asked = {name: value for name, value in super().request().items() if name != "check_rounding"}
+        asked |= {"step_margin": self._margin(), "near_binds": self.binds_near()}  # what None stands for
         return {name: value for name, value in asked.items() if name not in later or value != later[name]}
 
     def layers_of(self, module: nn.Module, towers: Optional[Mapping[str, Any]] = None) -> list[Layer]:
