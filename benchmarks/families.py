@@ -135,22 +135,22 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def digit_parts() -> dict[str, tuple[Tensor, Tensor]]:
+def digit_parts(seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Return pictures and labels of scikit-learn's digits: "train", "val" and "test"; the model learns the first."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pictures = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     middle = (len(labels) + TRAINED_ON) // 2
     rows = {"train": order[:TRAINED_ON], "val": order[TRAINED_ON:middle], "test": order[middle:]}
     return {name: (pictures[part], labels[part]) for name, part in rows.items()}
 
 
-def trained(pictures: Tensor, labels: Tensor, path: Path, steps: int = 600) -> nn.Module:
+def trained(pictures: Tensor, labels: Tensor, path: Path, seed: int = 0, steps: int = 600) -> nn.Module:
     """Train the classifier, or read it if that was done before."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = network()
     if path.exists():
         load_model(model, path)
@@ -172,10 +172,10 @@ def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
     return (model(pictures).argmax(1) == labels).float().mean().item()
 
 
-def digits(digit: int | None, folder: Path, draw: int = 1) -> Request:
+def digits(digit: int | None, folder: Path, draw: int = 1, seed: int = 0) -> Request:
     """A class, down to chance; or a random 5 % of the training set, down to the accuracy on pictures never seen."""
-    parts = digit_parts()
-    model = trained(*parts["train"], folder / "digits.safetensors")
+    parts = digit_parts(seed)
+    model = trained(*parts["train"], folder / f"digits{seed or ''}.safetensors", seed)
     held_out = accuracy(model, *map(torch.cat, zip(parts["val"], parts["test"], strict=True)))
     module = ClassifierModule(model, 10)
     if digit is None:
