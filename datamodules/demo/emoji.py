@@ -158,23 +158,33 @@ class EmojiDataModule(UnlearnDataModule):
     def render_near(self, names: Sequence[str]) -> dict[Split, Batches] | None:
         """Render things, and styles such as "blob style", anew: at least 100 pictures for the search and 500 for the report.
 
-        Every drawing that is not of a style or object to forget is rendered, in both splits; each is asked for both.
+        Drawings of a style or object to forget are left out. The others are the same in both splits, but for styles, which have
+        so many that each split gets some of them.
         """
         drawings = load_drawings()
-        _, touched = self.masks(drawings)
-        things = torch.tensor([name in names for name in drawings.thing_names])
-        styles = torch.tensor([f"{name} style" in names for name in drawings.style_names])
-        mask = things[drawings.things] | styles[drawings.styles]
-        rows = (mask & ~(touched["style"] | touched["thing"])).nonzero()[:, 0]
-        if not len(rows):
-            return None
+        found = self.near_drawings(drawings, names)
         splits: dict[Split, Batches] = {}
-        for number, (split, least) in enumerate(NEAR.items(), 1):
+        for number, (split, least) in enumerate(NEAR.items() if found else (), 1):
             generator = torch.Generator().manual_seed(NEAR_SEED * number + self.seed)
-            part = Part(None, rows, -(-least // len(rows)), ("thing", "style"))
-            (made,) = self._make(drawings, [part], split, generator)
-            splits[split] = self._loader(made)
-        return splits
+            parts = [self._near_part(kind, *enough(rows, least, generator)) for kind, rows in found.items()]
+            splits[split] = self._loader(ConcatDataset(self._make(drawings, parts, split, generator)))
+        return splits or None
+
+    def near_drawings(self, drawings: Drawings, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the drawings of things and styles of these names by kind, without those of what is to be forgotten."""
+        _, touched = self.masks(drawings)
+        asked = {name.removesuffix(" style") for name in names}
+        kinds = {"thing": (drawings.things, drawings.thing_names), "style": (drawings.styles, drawings.style_names)}
+        found = {}
+        for kind, (labels, known) in kinds.items():
+            mask = torch.tensor([name in asked for name in known])[labels]
+            if len(rows := (mask & ~(touched["style"] | touched["thing"])).nonzero()[:, 0]):
+                found[kind] = rows
+        return found
+
+    def _near_part(self, kind: str, rows: Tensor, times: int) -> Part:
+        """What is asked of drawings that are near by their kind: here, as of the rest, both kinds."""
+        return Part(None, rows, times, ("thing", "style"))
 
     def masks(self, drawings: Drawings) -> tuple[dict[str, tuple[str, Tensor]], dict[str, Tensor]]:
         """Return the kind of each concept, "style" or "thing", with a mask of its drawings; and by kind, a mask of all."""
@@ -209,6 +219,18 @@ class EmojiDataModule(UnlearnDataModule):
             rows, kinds = parts[i].rows.repeat(parts[i].times), parts[i].kinds
             made[i] = emoji_pairs(drawings, rows, generator, thing="thing" in kinds, style="style" in kinds)
         return [made[i] for i in range(len(parts))]
+
+
+def enough(rows: Tensor, least: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Choose drawings, and how often to take each, to have at least so many: some of them at random, or all several times.
+
+    Example:
+        >>> enough(torch.arange(25), 60, torch.Generator())[1], len(enough(torch.arange(900), 60, torch.Generator())[0])
+        (3, 60)
+    """
+    if len(rows) <= least:
+        return rows, -(-least // len(rows))
+    return rows[torch.randperm(len(rows), generator=generator)[:least]], 1
 
 
 def _names(argument: str, given: Names) -> list[str]:

@@ -56,7 +56,7 @@ class Nearest(NamedTuple):
 
 
 def find_nearest(objective: Objective) -> Nearest | None:
-    """Find what lies near a forget set; None where the module has no `embed`, or nothing in the retain set can be near.
+    """Find what lies near a forget set; None where the module has no `embed`, or the retain set shows the same concepts.
 
     By label, the five concepts of the retain set whose mean feature has the largest cosine with the forget set's, both less the
     mean of all concepts; without labels, the 5 % of the samples nearest to the forget set's mean. It is collective.
@@ -66,6 +66,7 @@ def find_nearest(objective: Objective) -> Nearest | None:
     forget, retain = _features(objective, "forget"), _features(objective, "retain")
     own = torch.stack([feature for feature, _ in forget]).mean(0)
     kinds = dict.fromkeys(kind for _, labels in forget for kind in labels)
+    is_same = False
     for kind in kinds:
         asked = {labels.get(kind) for _, labels in forget}
         groups: dict[str, list[Tensor]] = {}
@@ -73,13 +74,21 @@ def find_nearest(objective: Objective) -> Nearest | None:
             label = labels.get(kind)
             if label is not None and label not in asked:
                 groups.setdefault(label, []).append(feature)
-        if None in asked or not groups:
+        if None in asked:
+            continue
+        # As where samples of any class are to be forgotten, and not a class; a few may be there by mistake.
+        if sum(labels.get(kind) in asked for _, labels in retain) >= len(forget):
+            is_same = True
+            continue
+        if not groups:
             continue
         means = {label: torch.stack(some[:SAMPLES]).mean(0) for label, some in groups.items()}
         centre = torch.stack(list(means.values())).mean(0)
         towards = _unit(own - centre)
         cosines = {label: float(_unit(mean - centre) @ towards) for label, mean in means.items()}
         return Nearest(kind, sorted(cosines, key=lambda label: -cosines[label])[:CONCEPTS], centre, towards, 0.0)
+    if is_same:
+        return None
     features = torch.stack([feature for feature, _ in retain])
     centre = features.mean(0)
     towards = _unit(own - centre)
@@ -140,12 +149,13 @@ class _Sample(NamedTuple):
 
 def _first_of_each(samples: Sequence[_Sample]) -> list[_Sample]:
     """At most `SAMPLES` of those with the same labels; all without any."""
-    seen: dict[tuple[str | None, ...], int] = {}
+    seen: dict[tuple[tuple[str, str], ...], int] = {}
     kept = []
     for one in samples:
-        key = tuple(one.labels.values())
+        # By kind, too: batches may have different kinds, or the same in another order.
+        key = tuple(sorted((kind, label) for kind, label in one.labels.items() if label is not None))
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= SAMPLES or not any(key):
+        if seen[key] <= SAMPLES or not key:
             kept.append(one)
     return kept
 
