@@ -128,7 +128,7 @@ def test_the_gradient_sees_renderings_of_the_drawings_its_captions_name(drawings
         assert found.equal(torch.cat(images)[order].clamp(-1, 1)) and found.shape[1:] == (3, 64, 64)
         names = [(THINGS[drawings.things[own[i]]], STYLES[drawings.styles[own[i]]]) for i in order]
         assert [text for batch in batches for text in batch["text"]] == [f"{thing} in {style} style" for thing, style in names]
-        keys = {"image", "text"} | ({"concept"} if own[: len(rows)] == rows else set())
+        keys = {"image", "text", "style", "thing"} | ({"concept"} if own[: len(rows)] == rows else set())
         assert all(set(batch) == keys for batch in batches)
 
 

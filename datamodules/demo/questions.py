@@ -51,7 +51,8 @@ class EmojiQuestionDataModule(EmojiDataModule):
     set, all wordings of a question are equally frequent.
 
     What else the drawings to forget show is retained: an object's style, a style's objects, and the number. Batches are those of
-    `question_batch`; the kinds of questions are the keys of `QUESTIONS`.
+    `question_batch`; the kinds of questions are the keys of `QUESTIONS`. What is near is asked for as what is to be forgotten is:
+    in all wordings of its own kind, and by questions about object and style, of whose answers only the one counts.
 
     Args:
         style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
@@ -78,6 +79,10 @@ class EmojiQuestionDataModule(EmojiDataModule):
         super().__init__(style, thing, **options)
         self.collate_fn = question_batch
         self.choices, self.note = choices, choices_note(choices)
+
+    def _near_part(self, kind: str, rows: Tensor, times: int) -> Part:
+        """What is asked of drawings that are near by their kind: the same as of what is to be forgotten."""
+        return Part("near", rows, times, (kind,))
 
     def _make(self, drawings: Drawings, parts: Sequence[Part], split: Split, generator: torch.Generator) -> Sequence[Dataset]:
         """Ask about each part."""
@@ -114,5 +119,6 @@ def _ask(drawings: Drawings, part: Part, split: Split, generator: torch.Generato
         counts = part.kinds[0] if part.concept else kind  # of a forget answer only the concept counts, whatever was asked
         alias = answer_of(drawings, row, counts).removesuffix(" style") if counts in ("thing", "style") else answer
         text = caption_of(drawings, row, "thing" in part.kinds, "style" in part.kinds)
-        questions.append(Question(picture, question, answer, (alias,), kind, text))
+        shows = {one: answer_of(drawings, row, one) for one in part.kinds}
+        questions.append(Question(picture, question, answer, (alias,), kind, text, shows=shows))
     return images, questions

@@ -36,14 +36,15 @@ class Question(NamedTuple):
     kind: str  # each kind has its own accuracy
     text: str  # what the picture shows, for a CLIP to compare it with
     choices: tuple[str, ...] = ()  # the right one among them; empty if the model generates an answer
+    shows: Mapping[str, str] = {}  # by kind, what the picture shows, whatever is asked; empty if only the answer is known
 
 
 class Questions(Dataset):
     """Questions with their pictures, as `VLMModule` expects them; `question_batch` collates them.
 
     A sample is a dict: "index", of the question; "image", uint8 `[3, H, W]`; "question", "answer", "text" and "kind", texts;
-    "aliases", a list of texts, and if the question has choices, "choices", another one. `pictures` has by index uint8
-    `[3, H, W]`, RGB: it is a tensor, or reads a picture when it is needed.
+    "aliases", a list of texts, and if the question has them, "choices", another one, and "shows", a dict. `pictures` has by index
+    uint8 `[3, H, W]`, RGB: it is a tensor, or reads a picture when it is needed.
     """
 
     def __init__(self, pictures: Any, questions: Sequence[Question]) -> None:
@@ -55,13 +56,15 @@ class Questions(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         question = self.questions[index]
         texts = {name: getattr(question, name) for name in ("question", "answer", "text", "kind")}
-        choices = {"choices": list(question.choices)} if question.choices else {}
+        more: dict[str, Any] = {"choices": list(question.choices)} if question.choices else {}
+        if question.shows:
+            more["shows"] = dict(question.shows)
         image = self.pictures[question.picture]
-        return {"index": index, "image": image, **texts, "aliases": list(question.aliases), **choices}
+        return {"index": index, "image": image, **texts, "aliases": list(question.aliases), **more}
 
 
 def question_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collate B samples of `Questions`, all with choices or none.
+    """Collate B samples of `Questions`, all with the same columns.
 
     "index" becomes int64 `[B]`; "image", uint8 `[B, 3, H, W]`, or a list of B tensors if their sizes differ; the rest, lists.
     """

@@ -27,6 +27,11 @@ class NamedClassifier(nn.Module):
         self.processor = load_pretrained("judges", transformers.AutoImageProcessor, name)
         self.model = load_pretrained("judges", transformers.AutoModelForImageClassification, name).float()
 
+    @property
+    def names(self) -> list[str]:
+        """Of the classes."""
+        return list(self.model.config.id2label.values())
+
     def forward(self, pictures: Tensor) -> Tensor:
         seen = self.processor(list((pictures + 1) / 2), do_rescale=False, return_tensors="pt")
         return self.model(seen["pixel_values"].to(pictures.device)).logits
@@ -42,6 +47,7 @@ class ZeroShot(nn.Module):
 
     def __init__(self, source: TextSourceClip, names: list[str]) -> None:
         super().__init__()
+        self.names = names
         self._source = [source]  # not a submodule, as the loss uses the same CLIP
         with torch.no_grad():
             self.register_buffer("classes", source(source.tokenize_classes(names)), persistent=False)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.model_parts import adapted, parts_of
@@ -76,6 +76,18 @@ def read_prompts(pipeline: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     )
     read = {"encoder_hidden_states": found[0]}
     return read | {"text_embeds": found[2]} if len(found) == 4 else read
+
+
+def pooled_text(pipeline: Any, texts: Sequence[str]) -> Tensor:
+    """Encode whole texts: the pooled output of each text encoder, at unit length and one behind the other, `[B, D]`."""
+    found = []
+    encoder: Any
+    for encoder, tokenizer in text_encoders(pipeline).values():
+        read = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt", verbose=False)
+        out = encoder(read.input_ids.to(encoder.device))
+        pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output  # of SDXL's second encoder
+        found.append(normalize(pooled.float(), dim=-1))
+    return torch.cat(found, dim=-1)
 
 
 def draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int) -> Tensor:

@@ -32,6 +32,14 @@ class ClassifierModule(UnlearnModule):
         self.chance = 1 / num_classes
         self.forget_metric = self.retain_metric = "accuracy"
 
+    def embed(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the logits, `[B, num_classes]`: classes that the model confuses with each other are near."""
+        return self.model(batch[0])
+
+    def labels(self, batch: Any) -> dict[str, list[str]]:
+        """Return the class of each sample, by its number."""
+        return {"class": [str(label) for label in batch[1].tolist()]}
+
     def scores(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return whether the highest logit is the label's, and the label's negative log-likelihood in nats, each `[B]`."""
         logits, labels = self.model(batch[0]), batch[1]

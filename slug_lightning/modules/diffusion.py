@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slug_lightning.clip.models import contrastive_loss, matching_loss
 from slug_lightning.diffusion.judges import Judge, make_judges
 from slug_lightning.diffusion.losses import Denoising
-from slug_lightning.diffusion.pipelines import draw, load_pipeline, save_pipeline, text_encoders
+from slug_lightning.diffusion.pipelines import draw, load_pipeline, pooled_text, save_pipeline, text_encoders
 from slug_lightning.diffusion.source_clip import load_source_clips
 from slug_lightning.embedded import CANVAS, CLIP
 from slug_lightning.errors import UnlearnError
@@ -28,7 +28,8 @@ class DiffusionModule(UnlearnModule):
     Candidates are the matrices of its text encoders, as in SLUG (arXiv 2407.11867, section 4.3); name others with `layers=`,
     such as "*unet*". For the gradient, a batch is `{"image": [B, 3, H, W], "text": B captions}`, pictures in [-1, 1]. It may
     also hold "concept", the words of each caption that name the concept (or ""): objective "clip" uses these in place of the
-    caption, and objective "denoising" refuses captions of which the tokenizer cuts them off.
+    caption, and objective "denoising" refuses captions of which the tokenizer cuts them off. And it may hold the classes that
+    judges should see, as prompts do: then near data are the nearest classes, else the nearest 5 % of the captions.
 
     On the validation and test splits a batch is prompts: `{"text": …, "seed": [B], "steps": [B], "<kind>": [B] …}`. Each is
     drawn from its own seed, and `<kind>_accuracy` is how often the judge of that kind sees the class asked for (-1: none);
@@ -131,6 +132,19 @@ class DiffusionModule(UnlearnModule):
         if self.denoising:
             return self.denoising(batch)
         return torch.stack([contrastive_loss(clip, dict(batch)) for clip in self.clips]).sum()
+
+    def embed(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Return what the text encoders make of whole captions or prompts, `[B, D]`; nothing is drawn."""
+        return pooled_text(self.pipeline, batch["text"])
+
+    def labels(self, batch: Mapping[str, Any]) -> dict[str, list[Optional[str]]]:
+        """Return by judge the classes asked for, B names, or numbers where the judge has no names; None for -1."""
+        found: dict[str, list[Optional[str]]] = {}
+        for kind in [kind for kind in self.judges if kind in batch]:
+            names = getattr(self.judges[kind], "names", None)
+            asked = batch[kind].tolist()
+            found[kind] = [None if label < 0 else names[label] if names else str(label) for label in asked]
+        return found
 
     @torch.no_grad()
     def draw(self, batch: Mapping[str, Any]) -> Tensor:

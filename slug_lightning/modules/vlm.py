@@ -23,7 +23,7 @@ from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.vlm.answers import mentions
 from slug_lightning.vlm.loading import load_vlm, refuse_unfit
 from slug_lightning.vlm.prompts import QuestionEncoder
-from slug_lightning.vlm.towers import VisionSourceClip, by_depth, freeze_unseen, vision_tower
+from slug_lightning.vlm.towers import VisionSourceClip, by_depth, freeze_unseen, image_features, vision_tower
 
 
 class VLMModule(UnlearnModule):
@@ -36,7 +36,8 @@ class VLMModule(UnlearnModule):
 
     For the gradient, a batch is `{"index", "image", "question", "answer", "text"}`: "index" is any tensor of B numbers, by which
     samples are counted; pictures are uint8, `[B, 3, H, W]` (then "index" may be missing) or a list of `[3, H, W]`; the rest is
-    lists of B strings. A CLIP compares pictures with "text". On the validation and test splits a batch is
+    lists of B strings. A CLIP compares pictures with "text". Near data are found by "shows", a list of dicts of what a picture
+    shows by kind, such as `{"thing": "cat"}`, or without it by "kind" and "aliases". On the validation and test splits a batch is
     `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers mention one of the aliases
     (whole words, whatever the case, accents and signs), and `<kind>_accuracy` the same for the questions of a kind.
     `question_batch` of `slug_lightning.datamodules.image_text.questions` makes such batches.
@@ -120,6 +121,28 @@ class VLMModule(UnlearnModule):
         """Return the mean loss of a retain batch, of answers or the contrastive one; the edit keeps it low."""
         _refuse_miscounted(batch)
         return self.answer_loss(batch) if self.clip is None else contrastive_loss(self.clip, dict(batch))
+
+    def embed(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Return the mean of what the language model reads of each picture, `[B, D]`, which it is not run for."""
+        inputs = self._asked(batch)
+        tokens = torch.cat([found.flatten(0, -2) for found in image_features(self.model, inputs)])
+        counts = (inputs["input_ids"] == self.question_encoder.image_token).sum(1)  # with tiles, not the same of all
+        return torch.stack([own.float().mean(0) for own in tokens.split(counts.tolist())])
+
+    def labels(self, batch: Mapping[str, Any]) -> dict[str, list[Optional[str]]]:
+        """Return by kind what the pictures show, B texts, None where that isn't known: "shows", or what a right answer names.
+
+        Without "shows", the kinds are those of the questions. Where several names count, or answers are worded in several ways,
+        the first of the aliases stands for them, so that wordings are not taken for concepts.
+        """
+        if "shows" in batch:
+            kinds = sorted({kind for shown in batch["shows"] for kind in shown})
+            return {kind: [shown.get(kind) for shown in batch["shows"]] for kind in kinds}
+        names = [some[0] for some in batch.get("aliases", ())] or batch["answer"]
+        asked = batch.get("kind", ())
+        return {
+            kind: [name if own == kind else None for own, name in zip(asked, names, strict=True)] for kind in sorted(set(asked))
+        }
 
     def answer_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over samples of the mean negative log-likelihood of an answer's tokens, in nats."""
