@@ -52,13 +52,15 @@ def test_a_batch_holds_what_the_file_says(tmp_path):
     for split in SPLITS:
         for batch in data.forget_dataloader(split):
             count = batch_samples(batch)
-            assert set(batch) == {"index", "image", "question", "answer", "aliases", "kind", "text"}
+            assert set(batch) == {"index", "image", "question", "answer", "aliases", "kind", "text", "wording"}
             assert [batch[name] for name in ("answer", "kind", "text")] == [
                 ["Ann"] * count,
                 ["name"] * count,
                 ["a photo of Ann"] * count,
             ]
             assert batch["aliases"] == [["Ann", "Annie"]] * count
+            numbers = {"name_1": "who is this?", "name_2": "a name?"}
+            assert [numbers[wording] for wording in batch["wording"]] == batch["question"]
     kinds = {
         (answer, tuple(aliases), kind, text)
         for split in SPLITS

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from _tiny_diffusion import tiny_pipeline
 from _tiny_vlm import FAMILIES, pictures, tiny_vlm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,7 +17,8 @@ from slug_lightning.datamodules import CanvasDataModule, EmojiDataModule, EmojiQ
 from slug_lightning.datamodules.demo.canvas import THINGS
 from slug_lightning.datamodules.demo.questions import QUESTIONS
 from slug_lightning.embedded.drawings import load_drawings
-from slug_lightning.modules import ClassifierModule, EmbeddedCanvas, EmbeddedClip, EmbeddedVLM, VLMModule
+from slug_lightning.errors import UnlearnError
+from slug_lightning.modules import ClassifierModule, DiffusionModule, EmbeddedCanvas, EmbeddedClip, EmbeddedVLM, VLMModule
 from slug_lightning.objective.nearness import Nearest, find_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.utils.loaders import SPLITS
@@ -76,7 +78,7 @@ def test_the_classes_near_a_digit_are_those_it_is_confused_with(digits):
 
 
 def test_near_rows_of_a_classifier_are_samples_of_the_near_classes(digits):
-    module, seen, rest = digits
+    module, seen, _ = digits
     own = seen.tensors[1] == 0
     sets = [TensorDataset(*(tensor[mask] for tensor in seen.tensors)) for mask in (own, ~own)]
     data = UnlearnDataModule(*sets)
@@ -170,7 +172,50 @@ def test_nothing_of_what_is_to_be_forgotten_is_near():
     assert data.render_near(["octopus"]) is None
 
 
+# ---- wordings
+
+
+@pytest.mark.parametrize(("kind", "name"), [("thing", "octopus"), ("style", "blob")])
+def test_the_forget_set_has_a_metric_for_each_wording(vlm, kind, name):
+    data = EmojiQuestionDataModule(**{kind: name})
+    data.setup("fit")
+    wanted = [f"{one}_{number}" for one in (kind, "both") for number in range(1, len(QUESTIONS[one]) + 1)]
+    texts = {f"{one}_{number}": text for one, all in QUESTIONS.items() for number, text in enumerate(all, start=1)}
+    batches = list(data.forget_dataloader("val"))
+    assert {wording for batch in batches for wording in batch["wording"]} == set(wanted)
+    for batch in batches:
+        assert [texts[wording] for wording in batch["wording"]] == batch["question"]
+    scores = vlm.eval().scores(batches[0], 0)
+    assert set(scores) >= {f"{wording}_accuracy" for wording in wanted} | {"answer_accuracy", f"{kind}_accuracy"}
+    every = torch.stack([scores[f"{wording}_accuracy"] for wording in wanted])
+    assert (~every.isnan()).sum(0).eq(1).all()  # each question has one wording
+    assert every.nan_to_num(0).sum(0).equal(scores["answer_accuracy"])
+    assert "wording" not in next(iter(data.retain_dataloader("val")))
+
+
+def test_a_wording_must_not_have_the_name_of_a_kind(vlm, monkeypatch):
+    monkeypatch.setattr(vlm, "answer", lambda batch: ["cat"] * 2)
+    batch = {"image": torch.zeros(2, 3, 4, 4), "question": ["?"] * 2, "aliases": [["cat"]] * 2, "kind": ["a", "b"]}
+    assert set(vlm.scores({**batch, "wording": ["a_1", "b_1"]}, 0)) == {
+        f"{name}_accuracy" for name in ("answer", "a", "b", "a_1", "b_1")
+    }
+    with pytest.raises(UnlearnError, match="wording: 'a_accuracy' is that of other questions; rename the wording 'a'"):
+        vlm.scores({**batch, "wording": ["a", "b"]}, 0)
+
+
 # ---- Stable Diffusion
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_features_of_captions_depend_on_each_alone_and_come_from_every_text_encoder(kind):
+    module = DiffusionModule(tiny_pipeline(kind)).eval()
+    with torch.no_grad():
+        whole = module.embed({"text": ["a cat", "a dog", "a cat"]}, 0)
+        alone = module.embed({"text": ["a cat"]}, 0)
+    torch.testing.assert_close(whole[[0, 2]], alone.repeat(2, 1), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-4)
+    torch.testing.assert_close(whole.norm(dim=1) ** 2, torch.full((3,), 2.0 if kind == "sdxl" else 1.0))
+    assert module.labels({"text": ["a cat"]}) == {}
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +242,7 @@ def test_near_prompts_are_found_without_drawing_and_drawn_about_as_often_as_a_co
         for split in ("val", "test")
     }
     for split, (least, most) in {"val": (40, 50), "test": (120, 160)}.items():
-        drawn = [
-            (text, int(seed)) for batch in splits[split] for text, seed in zip(batch["text"], batch["seed"], strict=True)
-        ]
+        drawn = [(text, int(seed)) for batch in splits[split] for text, seed in zip(batch["text"], batch["seed"], strict=True)]
         assert least <= len(drawn) <= most and len(set(drawn)) == len(drawn)
         assert not set(drawn) & (retained["val"] | retained["test"])
         assert all(any(concept in text for concept in found.concepts) for text, _ in drawn)

@@ -112,7 +112,7 @@ def test_a_question_of_the_kind_answer_is_refused():
     model, processor = tiny_vlm("llava")
     module = VLMModule(model, processor=processor).eval()
     batch = {"image": pictures(["frog"]), "question": [QUESTIONS[0]], "aliases": [["frog"]], "kind": ["answer"]}
-    with refused("kind: 'answer_accuracy' is that of all questions"):
+    with refused("kind: 'answer_accuracy' is that of other questions"):
         module.scores(batch, 0)
 
 

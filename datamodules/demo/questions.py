@@ -51,8 +51,14 @@ class EmojiQuestionDataModule(EmojiDataModule):
     set, all wordings of a question are equally frequent.
 
     What else the drawings to forget show is retained: an object's style, a style's objects, and the number. Batches are those of
-    `question_batch`; the kinds of questions are the keys of `QUESTIONS`. What is near is asked for as what is to be forgotten is:
-    in all wordings of its own kind, and by questions about object and style, of whose answers only the one counts.
+    `question_batch`; the kinds of questions are the keys of `QUESTIONS`. What is near is asked for as the concept is: in all
+    wordings of its own kind, and by questions about object and style, of whose answers only the one counts.
+
+    Each of these wordings has a name, by its number in `QUESTIONS`, and `VLMModule` logs an accuracy for each:
+    "thing_1_accuracy" to "thing_4_accuracy" for an object, "style_1_accuracy" to "style_3_accuracy" for a style, and for
+    either "both_1_accuracy" and "both_2_accuracy". With all of them in the callback's `forget_metric`, and
+    `forget_target=0.05`, each must be forgotten; the search has about 13 questions a wording of an object, so that none may
+    be answered by name.
 
     Args:
         style: a style to forget, or several: blob, emojione, firefox, fluent or noto. The concept is "blob style".
@@ -119,6 +125,7 @@ def _ask(drawings: Drawings, part: Part, split: Split, generator: torch.Generato
         counts = part.kinds[0] if part.concept else kind  # of a forget answer only the concept counts, whatever was asked
         alias = answer_of(drawings, row, counts).removesuffix(" style") if counts in ("thing", "style") else answer
         text = caption_of(drawings, row, "thing" in part.kinds, "style" in part.kinds)
+        wording = f"{kind}_{QUESTIONS[kind].index(question) + 1}" if part.concept else ""
         shows = {one: answer_of(drawings, row, one) for one in part.kinds}
-        questions.append(Question(picture, question, answer, (alias,), kind, text, shows=shows))
+        questions.append(Question(picture, question, answer, (alias,), kind, text, wording=wording, shows=shows))
     return images, questions

@@ -36,6 +36,7 @@ class Question(NamedTuple):
     kind: str  # each kind has its own accuracy
     text: str  # what the picture shows, for a CLIP to compare it with
     choices: tuple[str, ...] = ()  # the right one among them; empty if the model generates an answer
+    wording: str = ""  # its name; each wording has its own accuracy
     shows: Mapping[str, str] = {}  # by kind, what the picture shows, whatever is asked; empty if only the answer is known
 
 
@@ -43,8 +44,8 @@ class Questions(Dataset):
     """Questions with their pictures, as `VLMModule` expects them; `question_batch` collates them.
 
     A sample is a dict: "index", of the question; "image", uint8 `[3, H, W]`; "question", "answer", "text" and "kind", texts;
-    "aliases", a list of texts, and if the question has them, "choices", another one, and "shows", a dict. `pictures` has by index
-    uint8 `[3, H, W]`, RGB: it is a tensor, or reads a picture when it is needed.
+    "aliases", a list of texts, and if the question has them, "choices", another one, "wording", a text, and "shows", a dict.
+    `pictures` has by index uint8 `[3, H, W]`, RGB: it is a tensor, or reads a picture when it is needed.
     """
 
     def __init__(self, pictures: Any, questions: Sequence[Question]) -> None:
@@ -57,6 +58,8 @@ class Questions(Dataset):
         question = self.questions[index]
         texts = {name: getattr(question, name) for name in ("question", "answer", "text", "kind")}
         more: dict[str, Any] = {"choices": list(question.choices)} if question.choices else {}
+        if question.wording:
+            more["wording"] = question.wording
         if question.shows:
             more["shows"] = dict(question.shows)
         image = self.pictures[question.picture]
@@ -117,7 +120,8 @@ class VisualQuestionDataModule(UnlearnDataModule):
 
     A file is `.jsonl`, one JSON object per line: "image", a path relative to the file's folder; "question", a text, or a list of
     wordings, each of which is asked; "answer", a text. Optional are "aliases", a list of names of which a right answer has
-    one (default: the answer); "kind", whose questions get their own metric, `<kind>_accuracy` (default: "general"); and
+    one (default: the answer); "kind", whose questions get their own metric, `<kind>_accuracy` (default: "general"), and so does
+    each of the wordings by its number in the list, `<kind>_1_accuracy`, `<kind>_2_accuracy` and so on; and
     "text", what a CLIP compares the image with (default: the answer).
 
     The retain set should have questions about others of the same kind, whom an edit affects first, and general ones. Both
@@ -224,7 +228,10 @@ def read_questions(argument: str, file: str | Path) -> tuple[list[Path], list[Qu
         read = _fields(f"{argument}: line {number} of {file}", line)
         (image,), (answer,), (kind,), (text,) = (read[name] for name in ("image", "answer", "kind", "text"))
         picture = numbers.setdefault((file.parent / image).resolve(), len(numbers))
-        found += [Question(picture, one, answer, tuple(read["aliases"]), kind, text) for one in read["question"]]
+        found += [
+            Question(picture, one, answer, tuple(read["aliases"]), kind, text, wording=f"{kind}_{turn}")
+            for turn, one in enumerate(read["question"], start=1)
+        ]
     if not found:
         raise UnlearnError(f"{argument}: there is no question in {file}; give at least one for each image")
     return list(numbers), found

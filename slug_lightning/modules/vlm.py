@@ -37,9 +37,12 @@ class VLMModule(UnlearnModule):
     For the gradient, a batch is `{"index", "image", "question", "answer", "text"}`: "index" is any tensor of B numbers, by which
     samples are counted; pictures are uint8, `[B, 3, H, W]` (then "index" may be missing) or a list of `[3, H, W]`; the rest is
     lists of B strings. A CLIP compares pictures with "text". Near data are found by "shows", a list of dicts of what a picture
-    shows by kind, such as `{"thing": "cat"}`, or without it by "kind" and "aliases". On the validation and test splits a batch is
-    `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers mention one of the aliases
-    (whole words, whatever the case, accents and signs), and `<kind>_accuracy` the same for the questions of a kind.
+    shows by kind, such as `{"thing": "cat"}`, or without it by "kind" and "aliases". On the validation and test splits a batch
+    is `{"image", "question", "answer", "aliases", "kind"}`: `answer_accuracy` is how many answers mention one of the aliases
+    (whole words, whatever the case, accents and signs), and `<kind>_accuracy` the same for the questions of a kind. With
+    "wording", a list of names such as "thing_2", `<wording>_accuracy` is logged, too: `answer_accuracy` is a mean over
+    wordings, so that under one of them what is forgotten may still be named. A callback with all of them in its
+    `forget_metric`, and `forget_target=0.05`, looks at each.
     `question_batch` of `slug_lightning.datamodules.image_text.questions` makes such batches.
 
     Answers are generated greedily. If a batch has "choices", lists of possible answers, the likeliest one is taken instead: one
@@ -161,16 +164,17 @@ class VLMModule(UnlearnModule):
         return [some[int(likely.argmax())] for some, likely in zip(batch["choices"], self._likely(batch), strict=True)]
 
     def scores(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return whether each answer mentions an alias, `[B]`, for all questions and by kind; NaN for those of another kind."""
+        """Return whether each answer mentions an alias, `[B]`: of all questions, by kind and by wording; NaN for others."""
         _refuse_miscounted(batch)
         self._answered = list(zip(self.answer(batch), batch["aliases"], strict=True))
         right = [float(mentions(answer, aliases)) for answer, aliases in self._answered]
         found = {"answer_accuracy": torch.tensor(right, device=self.device)}
-        for kind in dict.fromkeys(batch.get("kind", ())):
-            if kind == "answer":
-                raise UnlearnError("kind: 'answer_accuracy' is that of all questions; rename the kind 'answer'")
-            other = torch.tensor([one != kind for one in batch["kind"]], device=self.device)
-            found[f"{kind}_accuracy"] = found["answer_accuracy"].masked_fill(other, torch.nan)
+        for column in ("kind", "wording"):
+            for name in dict.fromkeys(batch.get(column, ())):
+                if f"{name}_accuracy" in found:
+                    raise UnlearnError(f"{column}: '{name}_accuracy' is that of other questions; rename the {column} {name!r}")
+                other = torch.tensor([one != name for one in batch[column]], device=self.device)
+                found[f"{name}_accuracy"] = found["answer_accuracy"].masked_fill(other, torch.nan)
         return found
 
     def nothing_to_forget(self) -> str:
