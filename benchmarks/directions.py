@@ -253,7 +253,7 @@ def run(family: str, concept: str, options: argparse.Namespace) -> None:
     method = Grid(
         request, {name: known_directions[name] for name in options.directions}, curves, done, write, most, options.all_layers
     )
-    callback = UnlearnCallback(method=method, runtime=Runtime(replay=request.replay), **request.bounds)
+    callback = UnlearnCallback(near_retain=None, method=method, runtime=Runtime(replay=request.replay), **request.bounds)
     pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(request.module, request.data)
     log.info("%s, %s: %.0f s", family, concept, time.perf_counter() - start)
 

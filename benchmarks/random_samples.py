@@ -23,7 +23,7 @@ from slug_lightning.methods import SLUG
 
 RULES = {
     "paper": SLUG.paper(),
-    "sparing": SLUG(direction=["covariance", "kfac"], score="measured", choice="least_damage"),
+    "sparing": SLUG(direction=["covariance", "kfac"], score="measured", choice="least_damage", step_margin=0.0),
 }
 TOLERANCE = 0.03
 """Of accuracy on the validation split."""
@@ -33,7 +33,7 @@ def run(draw: int, method: SLUG, folder: Path) -> dict[str, object]:
     """Forget one draw."""
     pl.seed_everything(0, verbose=False)
     request = digits(None, folder, draw)
-    callback = UnlearnCallback(method=method, retain_tolerance=TOLERANCE, **request.bounds)
+    callback = UnlearnCallback(near_retain=None, method=method, retain_tolerance=TOLERANCE, **request.bounds)
     pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(request.module, request.data)
     report = callback.report
     (before,), (after,) = report.before["forget"].values(), report.after["forget"].values()

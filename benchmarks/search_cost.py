@@ -49,7 +49,7 @@ DRAWN = 10
 
 FEW = ["model.visual.proj", "model.text_projection", "model.transformer.resblocks.0.*"]
 """Both projections and the first block of the text tower: of open_clip's models, six matrices."""
-COVARIANCE = {"direction": "covariance", "score": "measured", "choice": "least_damage", "max_evaluations": 6}
+COVARIANCE = {"direction": "covariance", "score": "measured", "choice": "least_damage", "max_evaluations": 6, "step_margin": 0.0}
 SPARING = {
     "covariance, line and path, six layers": SLUG(FEW, curve="both", **COVARIANCE),
     "covariance, line and path, all": SLUG(curve="both", **COVARIANCE),
@@ -193,6 +193,7 @@ def run(
     """Forget once; the model is as before afterwards. Gives the report and the weights."""
     options = {"retain_tolerance": 1.0} | {name: value for name, value in case.options.items() if name != "rise"}
     callback = UnlearnCallback(
+        near_retain=None,  # `near.py` measures it
         forget_target=target,
         method=method or SLUG.paper(),
         runtime=Runtime(replay=replay, replay_budget=BUDGET, count_cost=True, retain_cache=cache),

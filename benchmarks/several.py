@@ -52,6 +52,7 @@ RULES = {
 def run(module: EmbeddedClip, forget: dict, retain: EmojiDataModule, folder: Path, tolerance: float, method: SLUG, **options):
     """One run; the module is as before afterwards."""
     callback = UnlearnCallback(
+        near_retain=None,  # `near.py` measures it
         forget=forget,
         retain=retain,
         forget_metric="thing_accuracy",

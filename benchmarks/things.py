@@ -56,6 +56,7 @@ def run(
 ) -> UnlearnReport:
     """One request; the module is as before afterwards."""
     callback = UnlearnCallback(
+        near_retain=None,  # `near.py` measures it
         forget={name: forget},
         retain=retain,
         forget_metric="thing_accuracy",

@@ -119,6 +119,7 @@ def run(module: Watched, kind: str, concept: str, seed: int, options: argparse.N
     steps = {"search_steps": options.search_steps, "report_steps": options.report_steps}
     data = CanvasDataModule(**{kind: concept}, seed=seed, **counts, **steps)
     callback = UnlearnCallback(
+        near_retain=None,  # `near.py` measures it
         method=SLUG(
             options.layers,
             options.granularity,

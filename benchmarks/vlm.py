@@ -107,6 +107,7 @@ def run(kind: str, concept: str, objective: str, seed: int, options: argparse.Na
     data.setup("fit")
     before = measured(module, data, close)
     callback = UnlearnCallback(
+        near_retain=None,  # `near.py` measures it
         method=SLUG(options.layers, options.granularity, max_evaluations=options.evaluations, step_margin=options.margin),
         forget_target=options.target,
         retain_tolerance=options.tolerance,
