@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Batches, NearBatches, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, Split
 from slug_lightning.utils.names import by_concept, concept_of, labelled, listed
 
 
@@ -72,6 +72,8 @@ class UnlearnDataModule(pl.LightningDataModule):
         forget_test: its test split, likewise.
         retain_val: validation split of `retain`.
         retain_test: its test split.
+        near_retain: map-style dataset of what lies near the concept, to be retained as well and measured by itself; split as the
+            others. For several concepts, a dict that may leave some out. Without it the callback chooses from `retain`.
         batch_size: samples in a batch. A contrastive loss depends on it.
         num_workers: worker processes of each loader.
         collate_fn: as in `torch.utils.data.DataLoader`.
@@ -103,6 +105,7 @@ class UnlearnDataModule(pl.LightningDataModule):
         forget_test: Dataset | dict[str, Dataset] | None = None,
         retain_val: Dataset | None = None,
         retain_test: Dataset | None = None,
+        near_retain: Dataset | dict[str, Dataset] | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -116,11 +119,14 @@ class UnlearnDataModule(pl.LightningDataModule):
         self.notes: dict[str, str] = {}
         self._forget: dict[str | None, dict[Split, Dataset]] = {}  # None: a concept without a name of its own
         self._retain: dict[Split, Dataset] = {}
+        self._near: dict[str | None, dict[Split, Dataset]] = {}
         if forget is not None:
             named = by_concept("forget", forget)
             val, test = for_concepts("forget_val", forget_val, named), for_concepts("forget_test", forget_test, named)
             for concept, dataset in named.items():
                 self.set_parts("forget", dataset, val.get(concept), test.get(concept), concept=concept)
+            for concept, dataset in for_concepts("near_retain", near_retain, named).items():
+                self.set_parts("near", dataset, concept=concept)
         if retain is not None:
             self.set_parts("retain", retain, retain_val, retain_test)
 
@@ -135,15 +141,15 @@ class UnlearnDataModule(pl.LightningDataModule):
         """Set the splits of one set; those not given are split off `train`.
 
         Args:
-            kind: "forget" or "retain".
+            kind: "forget", "retain", or "near": retain data that lie near the concept.
             train, val, test: map-style datasets.
             concept: name of the concept to forget; call once for each. None: the only one, without a name.
         """
         label = labelled(kind, concept)
         splits, sentence = make_splits(label, train, val, test, self.seed)
         self.notes[label] = f"{label}: {sentence}"
-        if kind == "forget":
-            self._forget[concept] = splits
+        if kind != "retain":
+            (self._forget if kind == "forget" else self._near)[concept] = splits
         elif concept is not None:
             raise UnlearnError(f"concept: must be None for {kind} data, got {concept!r}")
         else:
@@ -167,9 +173,10 @@ class UnlearnDataModule(pl.LightningDataModule):
         """Return samples that the model was never trained on, if there are some."""
         return None
 
-    def near_of(self, concept: str) -> NearBatches | None:
-        """Return what lies near a concept, if it was given; None leaves the choice to the callback."""
-        return None
+    def near_batches(self, concept: str | None) -> dict[Split, Batches] | None:
+        """Return what lies near a concept by split, if it was given; None leaves the choice to the callback."""
+        own = self._near.get(self.key_of(concept))
+        return None if own is None else {split: self._loader(own[split]) for split in SPLITS}
 
     def render_near(self, names: Sequence[str]) -> dict[Split, Batches] | None:
         """Make more samples of these concepts for "val" and "test", for a datamodule that can; others give None."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, trained, trainer
 from slug_lightning import UnlearnError, UnlearnReport
-from slug_lightning.datamodules import EmojiDataModule
+from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.methods import SLUG
 from slug_lightning.methods.near import near_tolerance, pooled
 from slug_lightning.objective.nearness import CONCEPTS, find_nearest, near_rows
@@ -303,3 +303,38 @@ def load_index(name):
     from slug_lightning.embedded.drawings import load_drawings
 
     return load_drawings().thing_names.index(name)
+
+
+def test_a_datamodule_may_say_what_is_near():
+    x, y = blobs().tensors
+    by_label = {str(label): TensorDataset(x[y == label], y[y == label]) for label in range(CLASSES)}
+    data = UnlearnDataModule(
+        {"two": by_label["2"], "three": by_label["3"]}, by_label["1"], near_retain={"two": by_label["0"]}, batch_size=16
+    )
+    callback = unlearn_callback(near_binds=True, retain_tolerance=0.5)
+    trainer(callback).fit(trained(Seeing), datamodule=data)
+    report = callback.report
+    assert report.concepts["two"].bounds["near"]["what"].startswith("given; one set of 60 samples split into 30 train")
+    assert report.concepts["two"].bounds["near"]["samples"] == {"val": 15, "test": 15}
+    assert report.concepts["three"].bounds["near"]["what"].startswith("the nearest by")  # chosen, as none is given
+    with pytest.raises(UnlearnError, match="near_retain: give a dict by concept, 'two'"):
+        UnlearnDataModule({"two": by_label["2"]}, by_label["1"], near_retain={"four": by_label["0"]})
+
+
+def test_the_same_fit_again_reads_near_data_once_each_time():
+    sizes = []
+
+    class Counting(Seeing):
+        def retain_step(self, batch, batch_idx):
+            sizes.append(len(batch[1]))
+            return self.training_step(batch, batch_idx)
+
+        def log(self, *_, **__):
+            pass
+
+    retain = {split: near_loader(1) for split in ("train", "val", "test")}
+    callback = unlearn_callback(loader(True), retain, near_retain=near_loader(0))
+    for _ in range(2):
+        sizes.clear()
+        fit(callback, trained(Counting))
+        assert sum(sizes) == 60 + 30

@@ -12,7 +12,8 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.nearness import Nearest, find_nearest, named_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.trainer.limits import limit_near
-from slug_lightning.utils.loaders import Chained, NearBatches, Split
+from slug_lightning.utils.loaders import Batches, Chained, NearBatches, Split
+from slug_lightning.utils.names import labelled
 
 NearRetain = Union[str, Sequence[str], Mapping[str, Any], Any, None]
 HELD: tuple[Split, ...] = ("val", "test")
@@ -55,8 +56,13 @@ def _are_names(given: Any) -> bool:
 
 
 def _given(source: Any, loaders: UnlearnLoaders, prepare: Callable[..., Any]) -> NearBatches:
-    """Read near data from a loader of their own, whose gradient split joins that of the retain set."""
+    """Read near data from a loader of their own."""
     splits, note = resolve_near(source, prepare)
+    return _joined(splits, note, loaders)
+
+
+def _joined(splits: Mapping[Split, Batches], note: str, loaders: UnlearnLoaders) -> NearBatches:
+    """Let near data that were given join the retain set, each sample with the same weight: their gradient split its own."""
     loaders.retain["train"] = Chained([loaders.retain["train"], splits["train"]])
     return NearBatches({split: splits[split] for split in HELD}, f"given; {note}", [], is_part=False)
 
@@ -64,8 +70,11 @@ def _given(source: Any, loaders: UnlearnLoaders, prepare: Callable[..., Any]) ->
 def _chosen(name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders) -> NearBatches | None:
     """Take the concepts that were named, or find the nearest; rendered anew by a datamodule that can, else retain rows."""
     datamodule = loaders.datamodules.get(name)
-    if asked == "auto" and datamodule is not None and (own := datamodule.near_of(name)) is not None:
-        return own
+    if asked == "auto" and datamodule is not None:
+        key = name if len(datamodule.concepts) > 1 else None
+        if (own := datamodule.near_batches(key)) is not None:
+            label = labelled("near", datamodule.key_of(key))
+            return _joined(own, datamodule.notes[label].removeprefix(f"{label}: "), loaders)
     nearest: Nearest | None
     if asked == "auto":
         nearest = find_nearest(objective)
