@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from _tiny import PlainRunner, trained
 from slug_lightning.distributed.backward import Backward
 from slug_lightning.methods.concept import Concept
+from slug_lightning.methods.targets import Target
 from slug_lightning.modules import EmbeddedClip
 from slug_lightning.objective.objective import Objective
 from slug_lightning.patches.temporary import EditStep
@@ -281,7 +282,10 @@ def test_a_recording_of_evaluations_and_one_of_gradients_go_together():
     module = trained()
     asked = context(module, batches())
     asked.objective.measured("forget", "val")
-    concept, layer = replace(asked.concepts[0], metric=asked.objective.metrics["loss"]), asked.layers[-1]
+    concept, layer = (
+        replace(asked.concepts[0], targets=[Target(asked.objective.metrics["loss"], 0.0, "given", 1.0)]),
+        asked.layers[-1],
+    )
     edit, gradients, trials = edits_of(layer, 1)[0], [], []
     for is_on in (False, True):
         asked.objective.replays = is_on

@@ -113,6 +113,16 @@ class SmallLM(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
+class AlikeLM(SmallLM):
+    """It says which sentences are alike: those that begin with words of the same kind, of which there are eight."""
+
+    def embed(self, batch: Any) -> Tensor:
+        return self.model(input_ids=batch[0], output_hidden_states=True).hidden_states[-1].mean(1)
+
+    def labels(self, batch: Any) -> dict[str, list[str | None]]:
+        return {"kind": ["another language" if word >= 16 else f"kind {word % 8}" for word in batch[0][:, 0].tolist()]}
+
+
 @functools.cache
 def sentences() -> Tensor:
     """Sixty sentences of ten words, three in four of which follow from the last by a rule; the first six in another language.
@@ -141,8 +151,8 @@ def lm_weights() -> dict[str, Tensor]:
     return module.state_dict()
 
 
-def lm() -> pl.LightningModule:
-    module = SmallLM()
+def lm(kind: type[SmallLM] = SmallLM) -> pl.LightningModule:
+    module = kind()
     module.load_state_dict(lm_weights())
     return module
 
@@ -174,7 +184,8 @@ def forget(model: str, way: str, precision: str, direction: str = "gradient", cu
         sums += args[0].numel() > 1  # one number is a question that Lightning asks
         return all_reduce(*args, **kwargs)
 
-    module, data = (clip(), emoji()) if model == "clip" else (lm(), lm_data())
+    own = SmallLM if (direction, curve) == ("gradient", "line") else AlikeLM  # with near data, which bind by default
+    module, data = (clip(), emoji()) if model == "clip" else (lm(own), lm_data())
     options: dict[str, Any] = {"max_evaluations": 4} if model == "clip" else {"forget_target": 2.0}
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     how: dict[str, Any] = {"precision": precision}
@@ -244,6 +255,11 @@ def test_every_direction_and_curve_gives_the_answer_of_one_device(direction, cur
     assert all(process.report == report for process in processes), "the processes report different things"
     assert (report["layer"], report["status"]) == (alone.report["layer"], alone.report["status"])
     assert alone.report["status"] == "unlearned"
+    assert report["bounds"].get("near") == alone.report["bounds"].get("near")
+    if direction != "gradient":
+        assert report["bounds"]["near"]["binds"] and len(report["bounds"]["near"]["concepts"]) == 5
+        (margin,) = (note for note in report["notes"] if note.startswith("step_margin: 0.5"))
+        assert margin in alone.report["notes"]
     assert report["relative_step"] == pytest.approx(alone.report["relative_step"], rel=0.01 if precision == "32-true" else 0.05)
     for name, tensor in processes[0].edited.items():
         assert all(torch.equal(process.edited[name], tensor) for process in processes)

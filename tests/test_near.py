@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, trained, trainer
+from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, part, trained, trainer
 from slug_lightning import UnlearnError, UnlearnReport
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.methods import SLUG
 from slug_lightning.methods.near import near_tolerance, pooled
-from slug_lightning.objective.nearness import CONCEPTS, find_nearest, near_rows
+from slug_lightning.objective.module_hooks import ModuleHooks
+from slug_lightning.objective.nearness import CONCEPTS, features_of, find_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.reports.several import JointReport
-from slug_lightning.utils.rows import Rows, rows_of, take
+from slug_lightning.utils.rows import Rows, rows_of, shuffles_anew, take
 
 
 class Seeing(Classifier):
@@ -44,13 +45,17 @@ def objective_of(module, batch_size=32, processes=None):
     return Objective(module, {"forget": forget, "retain": retain}, PlainRunner(processes))
 
 
+def nearest(objective):
+    return find_nearest(objective, features_of(objective, "retain"))
+
+
 def centres():
     x, y = blobs().tensors
     return {str(label): x[y == label][:16].double().mean(0) for label in range(CLASSES)}
 
 
 def test_the_nearest_concepts_are_those_with_the_largest_cosine_less_the_mean_of_the_others():
-    found, means = find_nearest(objective_of(trained(Seeing))), centres()
+    found, means = nearest(objective_of(trained(Seeing))), centres()
     own = means.pop(str(FORGET))
     mean = torch.stack(list(means.values())).mean(0)
     cosine = {name: torch.cosine_similarity(m - mean, own - mean, dim=0).item() for name, m in means.items()}
@@ -59,7 +64,7 @@ def test_the_nearest_concepts_are_those_with_the_largest_cosine_less_the_mean_of
 
 def test_without_labels_the_nearest_twentieth_of_the_samples_is_near_by_one_threshold_for_all_splits():
     objective = objective_of(trained(Unlabelled))
-    found = find_nearest(objective)
+    found = nearest(objective)
     x = torch.cat([batch[0] for batch in loader(False)]).double()
     own = torch.cat([batch[0] for batch in loader(True)]).double().mean(0)
     cosine = torch.cosine_similarity(x - x.mean(0), own - x.mean(0))
@@ -74,8 +79,8 @@ def test_without_labels_the_nearest_twentieth_of_the_samples_is_near_by_one_thre
 def test_many_processes_find_the_same_as_one(kind):
     def found(processes):
         objective = objective_of(trained(kind), 8, processes)
-        nearest = find_nearest(objective)
-        return nearest.concepts, nearest.threshold, [batch[0] for batch in near_rows(objective, nearest).splits["val"]]
+        found = nearest(objective)
+        return found.concepts, found.threshold, [batch[0] for batch in near_rows(objective, found).splits["val"]]
 
     (concepts, threshold, batches), *others = simulate(1, found) + simulate(3, found)
     for names, other, rows in others:
@@ -84,7 +89,7 @@ def test_many_processes_find_the_same_as_one(kind):
 
 
 def test_a_module_that_cannot_tell_has_nothing_near():
-    assert find_nearest(objective_of(trained())) is None
+    assert nearest(objective_of(trained())) is None
     callback = unlearn_callback(loader(True), loader(False))
     fit(callback, trained())
     assert "near" not in callback.report.before and "near" not in callback.report.bounds
@@ -338,3 +343,104 @@ def test_the_same_fit_again_reads_near_data_once_each_time():
         sizes.clear()
         fit(callback, trained(Counting))
         assert sum(sizes) == 60 + 30
+
+
+# ---- what must not go wrong
+
+
+def test_a_module_may_have_these_names_for_other_things():
+    class Embedding(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.labels = torch.nn.Embedding(4, 2).requires_grad_(False), ["a", "b"]
+
+    class Tokens(Classifier):
+        def embed(self, token_ids, mask):
+            return token_ids * mask
+
+    for module in (Embedding(), Tokens()):
+        hooks = ModuleHooks(module)
+        assert hooks.embed is hooks.labels is None
+    assert callable(ModuleHooks(trained(Seeing)).embed) and callable(ModuleHooks(trained(Seeing)).labels)
+
+
+def test_near_data_are_measured_by_what_they_log():
+    class Asking(Seeing):
+        """Of class 0 it logs another metric than of the others."""
+
+        retain_metric = ("val_acc", "other_acc")
+
+        def validation_step(self, batch, batch_idx):
+            right = (self.net(batch[0]).argmax(1) == batch[1]).float()
+            for name, rows in (("val_acc", batch[1] != 0), ("other_acc", batch[1] == 0)):
+                if rows.any():
+                    self.log(name, right[rows].mean(), batch_size=int(rows.sum()))
+
+    callback = unlearn_callback(loader(True), loader(False), near_binds=True, near_retain=["0"], retain_tolerance=0.5)
+    fit(callback, trained(Asking))
+    report = callback.report
+    assert report.before["near"].keys() == {"other_acc"} and report.before["retain"].keys() == {"val_acc", "other_acc"}
+    assert "near: other_acc" in report.to_text()
+
+
+def test_one_loader_for_several_concepts_joins_once():
+    seen = []
+
+    class Counting(Seeing):
+        def retain_step(self, batch, batch_idx):
+            seen.append(len(batch[1]))
+            return self.training_step(batch, batch_idx)
+
+        def log(self, *_, **__):
+            pass
+
+    x, y = blobs().tensors
+    forget = {name: TensorDataset(x[y == label], y[y == label]) for name, label in (("two", 2), ("three", 3))}
+    forget = {name: DataLoader(one, batch_size=16) for name, one in forget.items()}
+    retain = {split: near_loader(1) for split in ("train", "val", "test")}
+    callback = unlearn_callback(forget, retain, near_retain=near_loader(0), retain_tolerance=0.5)
+    trainer(callback).fit(trained(Counting), near_loader(1), near_loader(1))
+    assert sum(seen) == 60 + 30
+    seen.clear()
+    trainer(callback, limit_train_batches=1).fit(trained(Counting), near_loader(1), near_loader(1))
+    assert sum(seen) == 16 + 16
+
+
+def test_rows_of_a_loader_that_shuffles_by_a_generator_of_its_own_are_not_taken():
+    objective = objective_of(trained(Seeing))
+    shuffled = DataLoader(part(False), batch_size=16, shuffle=True, generator=torch.Generator())
+    objective.loaders["retain"]["val"] = shuffled
+    assert shuffles_anew(shuffled) and not shuffles_anew(DataLoader(part(False), shuffle=True))
+    assert near_rows(objective, nearest(objective)) is None
+
+
+def test_a_margin_ends_at_the_longest_step_that_is_tried():
+    bare = margin_report(0.0, 0.9)
+    most = 1.2 * bare.relative_step
+    wide = margin_report(3.0, 0.9, max_step=most, layers=bare.layer)
+    assert wide.status == "unlearned" and max(t["relative_step"] for t in wide.trace) <= most * (1 + 1e-9)
+
+
+def test_the_margin_of_a_second_layer_is_tried_with_the_first_one_edited():
+    """Two layers of which each alone gets halfway: what the margin's trials show adds to the first edit."""
+
+    class Halves(Seeing):
+        def validation_step(self, batch, batch_idx):
+            moved = [(p - q).norm() / q.norm() for p, q in zip(self.ends(), self.first, strict=True)]
+            self.log("gone_loss", sum(m.clamp(max=0.5) for m in moved))
+            self.log("drift_loss", 1 + sum(moved))
+
+        def ends(self):
+            return self.net[0].weight, self.net[6].weight
+
+    model = trained(Halves)
+    model.first = [p.detach().clone() for p in model.ends()]
+    callback = unlearn_callback(
+        loader(True), loader(False), layers=["net.0.weight", "net.6.weight"], max_layers=2, max_step=1.0, step_margin=0.4,
+        forget_metric="gone_loss", forget_target=0.7, retain_metric="drift_loss", retain_tolerance=100.0,
+    )  # fmt: skip
+    fit(callback, model)
+    report = callback.report
+    assert report.status == "unlearned" and len(report.tensors) == 2
+    beyond = [t for t in report.trace if t.get("margin")]
+    assert beyond and all(t["forget"] >= 0.7 for t in beyond)

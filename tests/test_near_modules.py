@@ -19,9 +19,13 @@ from slug_lightning.datamodules.demo.questions import QUESTIONS
 from slug_lightning.embedded.drawings import load_drawings
 from slug_lightning.errors import UnlearnError
 from slug_lightning.modules import ClassifierModule, DiffusionModule, EmbeddedCanvas, EmbeddedClip, EmbeddedVLM, VLMModule
-from slug_lightning.objective.nearness import Nearest, find_nearest, near_rows
+from slug_lightning.objective.nearness import Nearest, features_of, find_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.utils.loaders import SPLITS
+
+
+def nearest_of(objective):
+    return find_nearest(objective, features_of(objective, "retain"))
 
 
 def objective_of(module: Any, data: UnlearnDataModule) -> Objective:
@@ -35,7 +39,7 @@ def objective_of(module: Any, data: UnlearnDataModule) -> Objective:
 
 
 def nearest(module: Any, data: UnlearnDataModule) -> Nearest:
-    found = find_nearest(objective_of(module, data))
+    found = nearest_of(objective_of(module, data))
     assert found is not None
     return found
 
@@ -83,7 +87,7 @@ def test_near_rows_of_a_classifier_are_samples_of_the_near_classes(digits):
     sets = [TensorDataset(*(tensor[mask] for tensor in seen.tensors)) for mask in (own, ~own)]
     data = UnlearnDataModule(*sets)
     objective = objective_of(module, data)
-    found = find_nearest(objective)
+    found = nearest_of(objective)
     near = near_rows(objective, found)
     for split in ("val", "test"):
         labels = torch.cat([batch[1] for batch in near.splits[split]])
@@ -101,7 +105,7 @@ def test_nothing_is_near_samples_of_any_class(digits, count):
 
     def found(gone: Tensor) -> Nearest | None:
         sets = [TensorDataset(*(tensor[mask] for tensor in seen.tensors)) for mask in (gone, ~gone)]
-        return find_nearest(objective_of(module, UnlearnDataModule(*sets)))
+        return nearest_of(objective_of(module, UnlearnDataModule(*sets)))
 
     assert found(gone) is None
     zeros = seen.tensors[1] == 0
@@ -267,7 +271,7 @@ def test_prompts_without_labels_are_near_by_their_texts(canvas):
         loaders["train"] = DataLoader(loaders["train"].dataset, batch_size=64, collate_fn=unlabelled)
         objective.loaders = {**objective.loaders, kind: loaders}
         assert set(next(iter(loaders["train"]))) == set(columns)
-    found = find_nearest(objective)
+    found = nearest_of(objective)
     assert found.kind is None
     near = near_rows(objective, found)
     texts = {split: Counter(text for batch in near.splits[split] for text in batch["text"]) for split in ("val", "test")}

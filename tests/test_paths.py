@@ -23,7 +23,9 @@ from slug_lightning.methods.slug.directions import Covariance
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, interpolation
+from slug_lightning.methods.targets import Target
 from slug_lightning.methods.trial import RetainDetails, Trial
+from slug_lightning.objective.metrics import Metric
 from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.reports.figures import trade_off_figure
 from slug_lightning.tensors.layers import Layer
@@ -239,7 +241,7 @@ def test_without_the_front_the_retain_set_is_only_passed_forward(monkeypatch):
 
 
 def test_paper_is_the_default():
-    assert SLUG() == SLUG.paper() and SLUG.paper(max_evaluations=3).max_evaluations == 3
+    assert SLUG().request() == SLUG.paper().request() and SLUG.paper(max_evaluations=3).max_evaluations == 3
     _, _, first = forgetting()
     _, _, second = forgetting(**{name: value for name, value in vars(SLUG.paper()).items() if name != "check_rounding"})
     assert first.trace == second.trace
@@ -289,9 +291,8 @@ class Starts:
 
     def __init__(self, enough: float | None, metric: str = "accuracy", target: float = 0.0, is_contest: bool = True) -> None:
         self.enough, self.found = enough, []
-        concept = SimpleNamespace(
-            objective=None, metric=SimpleNamespace(name=metric), target=target, before=0.0, share=lambda value: value
-        )
+        targets = [Target(Metric(metric, metric != "loss"), target, "given", before=0.0)]
+        concept = SimpleNamespace(objective=None, targets=targets, share=lambda trial: trial.forget)
         options = {"max_evaluations": 9, "max_step": 2.0, "is_contest": is_contest}
         self.search = LayerSearch(concept, None, search=self, choice=LeastUsage(), **options)  # type: ignore[arg-type]
 
@@ -326,7 +327,8 @@ def test_lines_of_the_gradient_alone_start_where_the_layer_before_was_enough():
 def test_a_path_that_begins_beyond_its_plateau_is_tried_from_the_start(monkeypatch):
     # The line needs 1.8; the path reaches a flat top at 0.05, beyond which nothing rises.
     hill = Hill(losses=[0.0] + [1.0] * 20)
-    concept = SimpleNamespace(objective=None, metric=SimpleNamespace(name="accuracy"), share=lambda value: value)
+    targets = [Target(Metric("accuracy", True), 0.0, "given", before=1.0)]
+    concept = SimpleNamespace(objective=None, targets=targets, share=lambda trial: trial.forget)
     options = {"max_evaluations": 9, "max_step": 2.0, "is_contest": True}
     search = LayerSearch(concept, None, search=interpolation, choice=LeastUsage(), **options)  # type: ignore[arg-type]
 
@@ -359,7 +361,7 @@ def test_the_trade_off_figure_has_a_line_for_each_way_and_marks_the_one_that_was
         for d, c, step in ways
     ]
     metrics = {"forget": {"acc": 1.0}, "retain": {"acc": 1.0}}
-    figure = trade_off_figure(trials, metrics, metrics, ("w", 0.1), 0.25, {"acc": 0.8})
+    figure = trade_off_figure(trials, metrics, metrics, ("w", 0.1), {"acc": 0.25}, {"acc": 0.8})
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert {"w", "w (covariance, line)", "w (covariance, path)"} <= lines.keys()
     assert [name for name, line in lines.items() if line.get_color() == "black"] == ["w (covariance, path)"]

@@ -54,7 +54,7 @@ def test_the_metric_with_the_least_of_its_way_counts_and_what_was_met_counts_onl
     assert share_of(targets, {"accuracy": 0.6, "loss": 1.5}) == 0.25
     met = [targets[0], Target(LOSS, 3.0, "given", 4.0)]
     assert share_of(met, {"accuracy": 0.6, "loss": 3.5}) == 0.5
-    assert share_of(met, {"accuracy": 0.1, "loss": 2.9}) == 0.0
+    assert share_of(met, {"accuracy": 0.6, "loss": 2.9}) == math.inf  # lost by going too far
 
 
 def test_beyond_one_interval_is_too_far_whatever_the_others_say():
@@ -200,3 +200,35 @@ def test_without_such_samples_the_target_is_refused():
         run(["first_accuracy"], "as_holdout")
     with pytest.raises(UnlearnError, match="forget_target must be numbers or 'as_holdout', got 'holdout'"):
         unlearn_callback(forget_target="holdout")
+
+
+def test_a_metric_that_was_met_and_is_lost_went_too_far():
+    """The window lies below the first step: the search must come back, and not go on."""
+    targets = [Target(ACCURACY, (0.8, 0.92), "given", 0.9), Target(LOSS, (0.3, 1.5), "given", 0.05)]
+
+    def evaluate(step):
+        values = {"accuracy": 0.9 - 1.5 * step, "loss": 0.05 + 5 * step}
+        forgotten = all(target.is_met(values[target.metric.name]) for target in targets)
+        return Trial("w", step, step, forgotten, None, values["loss"], None, forget_metrics=values)
+
+    trials = interpolation(evaluate, lambda trial: share_of(targets, trial.forget_metrics), 12)
+    assert any(trial.forgotten for trial in trials) and not trials[0].forgotten
+
+
+def test_several_groups_of_samples_come_to_the_level_of_samples_never_seen_together():
+    indices = {"ann": list(range(40)), "bob": list(range(40, 80))}
+    data = SampleDataModule(samples(120, 1), indices=indices, holdout=samples(400, 2), batch_size=32)
+    callback = unlearn_callback(forget_metric="hit_nll", forget_target="as_holdout", retain_tolerance=0.3)
+    trainer(callback).fit(memorising(), datamodule=data)
+    report = callback.report
+    assert report.status == "unlearned"
+    for single in report.concepts.values():
+        (low, high), (value,) = single.goals["hit_nll"], single.search_after["forget"].values()
+        assert low - 1e-5 <= value <= high + 1e-5
+
+
+def test_so_few_samples_that_no_share_of_them_is_in_the_interval_are_refused():
+    data = SampleDataModule(samples(120, 1), indices=[0, 1], holdout=samples(400, 2), batch_size=32)
+    callback = unlearn_callback(forget_metric="hit_accuracy", forget_target="as_holdout")
+    with pytest.raises(UnlearnError, match="forget_target: no share of 2 forget samples lies within .* forget more samples"):
+        trainer(callback).fit(memorising(), datamodule=data)

@@ -227,8 +227,6 @@ class Harness:
                 held = self.holdout.get(name)
                 self.concepts.append(Concept.measured(name, objective, self.request.forget_target, held))
             rehearse(objective, "forget")
-            if name in self.near:
-                rehearse(objective, "near")
         if not self.new:
             raise UnlearnError(f"earlier: the run in {self.earlier} has forgotten all of this; name another concept")
         rehearse(self.objective, "retain")
@@ -237,9 +235,12 @@ class Harness:
         for concept in self.concepts:
             if concept.name in self.near:
                 data, binds = self.near[concept.name], self.method.binds_near()
+                if concept.report is not None:  # its edit stays as it is, whatever that run has heeded
+                    binds = binds and bool(concept.report.bounds.get("near", {}).get("binds"))
                 tolerances = self.request.near_tolerance, self.request.retain_tolerance
                 concept.near = Near.measured(concept.objective, data, binds, *tolerances)
-                self.notes.append(concept.near.note(concept.name))
+                if concept.near is not None:
+                    self.notes.append(concept.near.note(concept.name))
         for objective in (self.objective, *self.objectives.values()):
             objective.replays = self.runtime.replay and not self.processes.in_step
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
-from slug_lightning.objective.objective import Objective
+from slug_lightning.objective.objective import LOSS, Objective
 from slug_lightning.utils.loaders import NearBatches
 
 TOLERANCE = 0.02
@@ -42,9 +42,19 @@ class Near:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, objective: Objective, data: NearBatches, binds: bool, given: float | None, least: float) -> Near:
-        """Measure near data on the validation split, unedited."""
+    def measured(cls, objective: Objective, data: NearBatches, binds: bool, given: float | None, least: float) -> Near | None:
+        """Measure near data on the validation split, unedited; None if they have none of the retain metrics.
+
+        Rows of the retain set may not ask for all that the whole set does.
+        """
         near = cls(objective, data, binds, given, least)
+        if objective.names["retain"] != [LOSS]:
+            objective.names = {**objective.names, "near": []}
+            objective.measured("near", "val")
+            logged = objective.complete["near", "val"].logged()
+            objective.names["near"] = [name for name in objective.names["retain"] if name in logged]
+        if not objective.names["near"]:
+            return None
         near.before = objective.measured("near", "val")
         refuse_infinite("near", near.before)
         near.count("val")
@@ -119,10 +129,9 @@ def pooled(parts: Sequence[tuple[Mapping[str, float], Mapping[str, int]]]) -> di
         return dict(parts[0][0])  # to the last bit
     found = {}
     for name, value in parts[0][0].items():
-        counts = [counts.get(name, 0) for _, counts in parts]
-        total = sum(counts) if counts[0] else 0
-        pairs = zip((values[name] for values, _ in parts), counts, strict=True)
-        found[name] = math.fsum(v * n for v, n in pairs) / total if total else value
+        known = [(values[name], counts.get(name, 0)) for values, counts in parts if name in values]
+        total = sum(count for _, count in known) if known[0][1] else 0
+        found[name] = math.fsum(mean * count for mean, count in known) / total if total else value
     return found
 
 
@@ -145,10 +154,13 @@ def combined_usage(
     metrics = {name: metric for name, metric in objective.metrics_of("retain").items() if name in retain[1]}
     reader = objective.complete.get(("retain", split))
     counts = {name: sum(reader.of(name)[1]) if reader else 0 for name in metrics}
-    apart = [(one, values) for one, *values in near.values() if not one.data.is_part]
+    apart = {id(one.data): (one, (earlier, now)) for one, earlier, now in near.values() if not one.data.is_part}  # each set once
     before, after = (
         pooled(
-            [({name: retain[i][name] for name in metrics}, counts), *((values[i], one.counts[split]) for one, values in apart)]
+            [
+                ({name: retain[i][name] for name in metrics}, counts),
+                *((values[i], one.counts[split]) for one, values in apart.values()),
+            ]
         )
         for i in (0, 1)
     )

@@ -58,16 +58,16 @@ class Target:
         Infinite where that can't be known: the model is broken; no answer is right any more, as after any larger step; the
         value lies beyond an interval; or nothing had to change.
         """
-        if self.was_met:
-            return 0.0 if math.isfinite(value) and not self.is_met(value) else math.inf
         at_the_end = self.metric.higher_is_better and isinstance(self.goal, (int, float)) and value <= 0 <= self.goal
-        if not math.isfinite(value) or at_the_end or self.is_beyond(value):
+        if not math.isfinite(value) or at_the_end or self.was_met or self.is_beyond(value):
             return math.inf
         return (value - self.before) / (self._edges[0] - self.before)
 
     def is_beyond(self, value: float) -> bool:
-        """Whether a value has gone through an interval and left it on the far side."""
-        if self.was_met or isinstance(self.goal, (int, float)) or self.is_met(value):
+        """Whether a value went too far: out of what was met unedited, or through an interval and out on the far side."""
+        if self.was_met or self.is_met(value):
+            return math.isfinite(value) and not self.is_met(value)
+        if isinstance(self.goal, (int, float)):
             return False
         far = self._edges[1]
         return (value < far) == (far < self.before)
@@ -135,18 +135,19 @@ def holdout_goals(objective: Objective, holdout: Batches) -> dict[str, Goal]:
     """The 95 % interval of each forget metric's mean on samples that the model was never trained on.
 
     Args:
-        objective: whose forget metrics, at the unedited weights.
+        objective: whose forget metrics, at the unedited weights, where they were just measured.
         holdout: batches of at least 300 samples.
 
     Raises:
         UnlearnError: if there are fewer, which cannot tell, or if a metric is no mean over samples.
     """
+    forgotten = sum(objective.complete["forget", "val"].of(objective.names["forget"][0])[1])
     objective.about({"val": Singles(holdout)}).measured("forget", "val")
     reader = objective.complete["forget", "val"]
     goals: dict[str, Goal] = {}
     for name in objective.names["forget"]:
         values, weights = reader.of(name)
-        count = sum(weights)
+        count, total = len(values), sum(weights)
         if not count:
             raise UnlearnError(f"forget_target: 'as_holdout' needs means over samples, and {name!r} is none; give numbers")
         if count < HOLDOUT:
@@ -154,10 +155,17 @@ def holdout_goals(objective: Objective, holdout: Batches) -> dict[str, Goal]:
                 f"forget_target: {count} holdout samples cannot tell what a sample that was never seen is like; give at least "
                 f"{HOLDOUT}, or a number"
             )
-        mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / count
-        square = math.fsum(w * (v - mean) ** 2 for v, w in zip(values, weights, strict=True)) / (count - 1)
-        half = NORMAL_95 * math.sqrt(square / count)
-        goals[name] = (mean - half, mean + half)
+        shares = [weight / total for weight in weights]  # those of samples, unless the module says otherwise
+        mean = math.fsum(value * share for value, share in zip(values, shares, strict=True))
+        square = math.fsum((share * (value - mean)) ** 2 for value, share in zip(values, shares, strict=True))
+        half = NORMAL_95 * math.sqrt(square * count / (count - 1))
+        goals[name] = low, high = mean - half, mean + half
+        # Else no share of so many samples lies within.
+        if set(values) <= {0.0, 1.0} and math.ceil(low * forgotten) > high * forgotten:
+            raise UnlearnError(
+                f"forget_target: no share of {forgotten} forget samples lies within {low:.3g} to {high:.3g}, the "
+                f"95 % interval of {name!r} on the holdout samples; forget more samples at once, or give a number"
+            )
     return goals
 
 

@@ -71,7 +71,7 @@ class Trial:
     @property
     def feasible(self) -> bool:
         """Whether both bounds hold."""
-        return self.forgotten and self.constraint_usage is not None and self.constraint_usage <= 1
+        return self.forgotten and not self.dropped and self.constraint_usage is not None and self.constraint_usage <= 1
 
     @property
     def is_broken(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ class ModuleHooks:
         retain_step: likewise of the retain set.
         anchor_step: `(batch, batch_idx) -> features [B, D]` of the retain set, whose mean is the anchor of `source="anchored"`.
         anchored_step: `(batch, batch_idx, anchor [D]) -> loss` of the forget set, less that of the anchor in place of its inputs.
-        embed: `(batch, batch_idx) -> features [B, D]`, by which near data are found: concepts with similar ones are near.
-        labels: `(batch) -> {kind: B names, or None where a sample has none}`, the concepts that samples show, such as
+        embed: a method `(batch, batch_idx) -> features [B, D]`, by which near data are found: what has similar ones is near.
+        labels: a method `(batch) -> {kind: B names, or None where a sample has none}`, the concepts that samples show, such as
             `{"thing": ["cat", None]}`.
         forget_metric: name or names of the values, logged by `validation_step`, that forgetting must change; the loss without.
         forget_target: value of it that counts as forgotten, or one by metric name; without one,
@@ -63,4 +64,15 @@ class ModuleHooks:
     def __getattr__(self, name: str) -> Any:
         if name not in type(self).__annotations__:
             raise AttributeError(name)
-        return getattr(self._module, name, None)
+        found = getattr(self._module, name, None)
+        return found if name not in COMMON or _takes_batch(self._module, name) else None
+
+
+COMMON = ("embed", "labels")
+"""Names that modules have for other things, too, such as an embedding or a list of classes."""
+
+
+def _takes_batch(module: Any, name: str) -> bool:
+    """Whether this is a method whose first argument is called `batch`."""
+    method = getattr(type(module), name, None)
+    return inspect.isfunction(method) and list(inspect.signature(method).parameters)[1:2] == ["batch"]

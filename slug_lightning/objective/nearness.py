@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +12,16 @@ from slug_lightning.objective.batch_utils import batch_samples, call_step
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import NearBatches, Split
 from slug_lightning.utils.names import listed
-from slug_lightning.utils.rows import rows_of
+from slug_lightning.utils.rows import rows_of, shuffles_anew
 
 CONCEPTS = 5
 """The nearest so many concepts are near,"""
 SAMPLES = 16
 """each known by at most so many samples of the gradient data;"""
 SHARE = 0.05
-"""where samples have no labels, the nearest so many of them."""
+"""where samples have no labels, the nearest so many of them,"""
+UNLABELLED = 10_000
+"""told by the first so many."""
 
 
 class Nearest(NamedTuple):
@@ -55,15 +57,23 @@ class Nearest(NamedTuple):
         return f"the nearest {SHARE:.0%} of the retain samples, by the module's embed"
 
 
-def find_nearest(objective: Objective) -> Nearest | None:
+Features = Sequence[tuple[Tensor, Mapping[str, "str | None"]]]
+"""Features, `[D]`, of samples, with their labels by kind."""
+
+
+def find_nearest(objective: Objective, retain: Features) -> Nearest | None:
     """Find what lies near a forget set; None where the module has no `embed`, or the retain set shows the same concepts.
 
     By label, the five concepts of the retain set whose mean feature has the largest cosine with the forget set's, both less the
     mean of all concepts; without labels, the 5 % of the samples nearest to the forget set's mean. It is collective.
+
+    Args:
+        objective: of the concept.
+        retain: `features_of` its retain set, which serve every concept.
     """
-    if objective.hooks.embed is None:
+    if not retain:
         return None
-    forget, retain = _features(objective, "forget"), _features(objective, "retain")
+    forget = features_of(objective, "forget")
     own = torch.stack([feature for feature, _ in forget]).mean(0)
     kinds = dict.fromkeys(kind for _, labels in forget for kind in labels)
     is_same = False
@@ -109,8 +119,13 @@ def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest | None:
 
 
 def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
-    """Take the near rows of the retain set's validation and test split; None if one has none. It is collective."""
+    """Take the near rows of the retain set's validation and test split; None if one has none. It is collective.
+
+    A loader that shuffles by a generator of its own serves other batches each time, of which no rows can be named.
+    """
     splits: dict[Split, Any] = {}
+    if any(shuffles_anew(objective.loaders["retain"][split]) for split in ("val", "test")):
+        return None
     for split in ("val", "test"):
         found: list[tuple[int, list[int], int]] = []
         for number, batch, labels, features in _embedded(objective, "retain", split, nearest.kind is None):
@@ -118,6 +133,7 @@ def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
             found.append((number, nearest.rows(own, features), batch_samples(batch)))
         everywhere = objective.processes.all_gather_object("near rows", found, each_data_rank=True)
         told = sorted(row for rows in everywhere for row in rows)
+        objective.forward_samples += sum(size for *_, size in told) if nearest.kind is None else 0
         if not any(rows for _, rows, _ in told):
             return None
         loader = objective.loaders["retain"][split]
@@ -125,19 +141,26 @@ def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
     return NearBatches(splits, f"{nearest.what}; of the retain data", nearest.concepts, is_part=True)
 
 
-def _features(objective: Objective, kind: Kind) -> list[tuple[Tensor, dict[str, str | None]]]:
-    """The features of the gradient samples, at most `SAMPLES` of those with the same labels, and their labels by kind.
+def features_of(objective: Objective, kind: Kind) -> Features:
+    """The features of the gradient samples, and their labels by kind; none where the module has no `embed`. It is collective.
 
-    Every process gets the same ones, in the order of the batches, whatever the world size.
+    Of those with the same labels there are at most `SAMPLES`, of those without any `UNLABELLED`. Every process gets the same
+    ones, in the order of the batches, whatever the world size.
     """
-    found: list[_Sample] = []
-    for number, batch, labels, features in _embedded(objective, kind, "train", True):
+    if objective.hooks.embed is None:
+        return []
+    found, counted = list[_Sample](), _Counted()
+    for number, batch, labels, features in _embedded(objective, kind, "train", True, counted.is_wanted):
         assert features is not None
         for row in range(batch_samples(batch)):
-            found.append(_Sample(number, row, features[row], {name: values[row] for name, values in labels.items()}))
-    everywhere = objective.processes.all_gather_object("features", _first_of_each(found), each_data_rank=True)
-    ordered = sorted((one for part in everywhere for one in part), key=lambda one: one[:2])
-    return [(one.feature, one.labels) for one in _first_of_each(ordered)]
+            own = {name: values[row] for name, values in labels.items()}
+            if counted.takes(own):  # copies, as what goes to other processes is whole storages
+                found.append(_Sample(number, row, features[row].clone(), own))
+    mine = found, counted.embedded
+    everywhere = objective.processes.all_gather_object("features", mine, each_data_rank=True)
+    objective.forward_samples += sum(count for _, count in everywhere)
+    ordered, counted = sorted((one for part, _ in everywhere for one in part), key=lambda one: one[:2]), _Counted()
+    return [(one.feature, one.labels) for one in ordered if counted.takes(one.labels)]
 
 
 class _Sample(NamedTuple):
@@ -147,31 +170,53 @@ class _Sample(NamedTuple):
     labels: dict[str, str | None]
 
 
-def _first_of_each(samples: Sequence[_Sample]) -> list[_Sample]:
-    """At most `SAMPLES` of those with the same labels; all without any."""
-    seen: dict[tuple[tuple[str, str], ...], int] = {}
-    kept = []
-    for one in samples:
-        # By kind, too: batches may have different kinds, or the same in another order.
-        key = tuple(sorted((kind, label) for kind, label in one.labels.items() if label is not None))
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= SAMPLES or not key:
-            kept.append(one)
-    return kept
+class _Counted:
+    """Counts samples by their labels, so that the first few of each are taken."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[tuple[str, str], ...], int] = {}
+        self.embedded = 0
+
+    def takes(self, labels: Mapping[str, str | None]) -> bool:
+        """Count a sample; whether it is among the first with these labels."""
+        key = _key(labels)
+        self.seen[key] = self.seen.get(key, 0) + 1
+        self.embedded += 1
+        return not self._is_full(key, self.seen[key] - 1)
+
+    def is_wanted(self, labels: Mapping[str, Sequence[str | None]]) -> bool:
+        """Whether a batch has a sample that would be taken."""
+        rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
+        keys = [_key(row) for row in rows] or [()]
+        return any(not self._is_full(key, self.seen.get(key, 0)) for key in keys)
+
+    def _is_full(self, key: tuple[tuple[str, str], ...], count: int) -> bool:
+        return count >= (SAMPLES if key else UNLABELLED)
+
+
+def _key(labels: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+    # By kind, too: batches may have different kinds, or the same in another order.
+    return tuple(sorted((kind, label) for kind, label in labels.items() if label is not None))
 
 
 def _embedded(
-    objective: Objective, kind: Kind, split: str, with_features: bool
+    objective: Objective,
+    kind: Kind,
+    split: str,
+    with_features: bool,
+    is_wanted: Callable[[Mapping[str, Sequence[str | None]]], bool] = lambda labels: True,
 ) -> Iterator[tuple[int, Any, Mapping[str, Sequence[str | None]], Tensor | None]]:
-    """Number, batch, labels by kind and features, `[B, D]`, of each batch of this process."""
+    """Number, batch, labels by kind and features, `[B, D]`, of each batch of this process that is wanted."""
     hooks, runner = objective.hooks, objective.runner
     batches = objective.progress(runner.batches(objective.loaders[kind][split]), f"near data, {kind}")
     with torch.no_grad(), runner.passing(), runner.forward_context():
         for number, batch, is_real in batches:
+            labels = hooks.labels(batch) if hooks.labels else {}
+            if objective.processes.world_size == 1 and not is_wanted(labels):  # others may run together
+                continue
             features = call_step(hooks.embed, batch, number).float().cpu() if with_features and hooks.embed else None
             if is_real:
-                objective.forward_samples += batch_samples(batch) if with_features else 0
-                yield number, batch, hooks.labels(batch) if hooks.labels else {}, features
+                yield number, batch, labels, features
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Union
 
 import lightning.pytorch as pl
 
 from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_near
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.nearness import Nearest, find_nearest, named_nearest, near_rows
+from slug_lightning.objective.nearness import Features, Nearest, features_of, find_nearest, named_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.trainer.limits import limit_near
 from slug_lightning.utils.loaders import Batches, Chained, NearBatches, Split
 from slug_lightning.utils.names import labelled
 
 NearRetain = Union[str, Sequence[str], Mapping[str, Any], Any, None]
-HELD: tuple[Split, ...] = ("val", "test")
 
 
 def near_data(
@@ -38,16 +38,25 @@ def near_data(
     """
     if near_retain is None:
         return {}
-    found = {}
+    found: dict[str, NearBatches] = {}
+    joined: dict[int, NearBatches] = {}  # a source that several concepts share is read once
+    retain = cache(lambda: features_of(next(iter(objectives.values())), "retain"))
     for name, objective in objectives.items():
         own = near_retain
         if isinstance(near_retain, Mapping) and near_retain.keys() <= objectives.keys():
             own = near_retain.get(name)
         if own is None:
             continue
-        near = _chosen(name, own, objective, loaders) if _are_names(own) else _given(own, loaders, prepare)
+        near: NearBatches | None
+        if _are_names(own):
+            given = _from_datamodule(name, loaders) if own == "auto" else None
+            near = _join(*given, loaders, trainer) if given else _chosen(name, own, objective, loaders, retain, trainer)
+        else:
+            if id(own) not in joined:
+                joined[id(own)] = _join(*resolve_near(own, prepare), loaders, trainer)
+            near = joined[id(own)]
         if near is not None:
-            found[name] = limit_near(near, trainer)
+            found[name] = near
     return found
 
 
@@ -55,29 +64,32 @@ def _are_names(given: Any) -> bool:
     return isinstance(given, str) or (isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given))
 
 
-def _given(source: Any, loaders: UnlearnLoaders, prepare: Callable[..., Any]) -> NearBatches:
-    """Read near data from a loader of their own."""
-    splits, note = resolve_near(source, prepare)
-    return _joined(splits, note, loaders)
+def _from_datamodule(name: str, loaders: UnlearnLoaders) -> tuple[dict[Split, Batches], str] | None:
+    """What a concept's datamodule says is near, by split, and how it was split."""
+    datamodule = loaders.datamodules.get(name)
+    if datamodule is None:
+        return None
+    key = name if len(datamodule.concepts) > 1 else None
+    own = datamodule.near_batches(key)
+    label = labelled("near", datamodule.key_of(key))
+    return None if own is None else (own, datamodule.notes[label].removeprefix(f"{label}: "))
 
 
-def _joined(splits: Mapping[Split, Batches], note: str, loaders: UnlearnLoaders) -> NearBatches:
+def _join(splits: Mapping[Split, Batches], note: str, loaders: UnlearnLoaders, trainer: pl.Trainer) -> NearBatches:
     """Let near data that were given join the retain set, each sample with the same weight: their gradient split its own."""
-    loaders.retain["train"] = Chained([loaders.retain["train"], splits["train"]])
-    return NearBatches({split: splits[split] for split in HELD}, f"given; {note}", [], is_part=False)
+    limited = limit_near(NearBatches(dict(splits), f"given; {note}", [], is_part=False), trainer)
+    loaders.retain["train"] = Chained([loaders.retain["train"], limited.splits["train"]])
+    return limited._replace(splits={split: limited.splits[split] for split in ("val", "test")})
 
 
-def _chosen(name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders) -> NearBatches | None:
+def _chosen(
+    name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders, retain: Callable[[], Features], trainer: pl.Trainer
+) -> NearBatches | None:
     """Take the concepts that were named, or find the nearest; rendered anew by a datamodule that can, else retain rows."""
     datamodule = loaders.datamodules.get(name)
-    if asked == "auto" and datamodule is not None:
-        key = name if len(datamodule.concepts) > 1 else None
-        if (own := datamodule.near_batches(key)) is not None:
-            label = labelled("near", datamodule.key_of(key))
-            return _joined(own, datamodule.notes[label].removeprefix(f"{label}: "), loaders)
     nearest: Nearest | None
     if asked == "auto":
-        nearest = find_nearest(objective)
+        nearest = find_nearest(objective, retain())
     else:
         names = [asked] if isinstance(asked, str) else list(asked)
         nearest = named_nearest(objective, names)
@@ -91,7 +103,7 @@ def _chosen(name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders
     if datamodule is not None and nearest.kind is not None:
         rendered = datamodule.render_near(nearest.concepts)
         if rendered is not None:
-            return NearBatches(rendered, f"{nearest.what}; rendered anew", nearest.concepts, is_part=False)
+            return limit_near(NearBatches(rendered, f"{nearest.what}; rendered anew", nearest.concepts, False), trainer)
     return near_rows(objective, nearest)
 
 

@@ -48,6 +48,12 @@ def rows_of(loader: Batches, chosen: Sequence[Sequence[int]], size: Sequence[int
     return DataLoader(Subset(loader.dataset, indices), batch_size=loader.batch_size, **options)
 
 
+def shuffles_anew(loader: Batches) -> bool:
+    """Whether a loader serves its samples in another order whenever it is read, whatever the seed."""
+    parts = getattr(loader, "loaders", [getattr(loader, "loader", loader)])
+    return any(isinstance(part, DataLoader) and getattr(part.sampler, "generator", None) is not None for part in parts)
+
+
 def take(batch: Any, rows: Sequence[int], size: int) -> Any:
     """Take rows of a batch of so many samples: of each tensor and list in its containers that has an entry for each.
 

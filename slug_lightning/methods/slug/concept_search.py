@@ -130,10 +130,10 @@ class ConceptSearch:
                 self._score(rest, is_last=True)
                 search = self._search_rounds()
                 searches.append(search)
+            if self.chosen is not None:
+                self.chosen = search.go_on(self.chosen)
+                self._say_margin(self.chosen)
         self._statistics = all_statistics
-        if self.chosen is not None:
-            self.chosen = search.go_on(self.chosen)
-            self._say_margin(self.chosen)
         trials = self.outcome.trials = [trial for one in searches for trial in one.trials]
         self.outcome.notes += said if self.chosen is not None else []
         precision = self.objective.runner.precision
@@ -157,7 +157,8 @@ class ConceptSearch:
         _, without = search.run(self._kept)
         self.outcome.trials += [replace(trial, together=True) for trial in search.trials]
         able = [t for t in search.trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
-        self.chosen = min(able, key=lambda t: (t.constraint_usage, t.relative_step), default=None)
+        # One that was broken off may cost more than is known.
+        self.chosen = min(able, key=lambda t: (t.retain is None, t.constraint_usage, t.relative_step), default=None)
         if self.chosen is None or self.chosen.constraint_usage is None:
             return math.inf
         self._edit = search.edit(self.chosen)

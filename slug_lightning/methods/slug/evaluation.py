@@ -10,7 +10,7 @@ from slug_lightning.methods.base import Context, record
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.trial import RetainDetails, Trial
 from slug_lightning.objective.log_capture import LogReader
-from slug_lightning.objective.metrics import constraint_usage
+from slug_lightning.objective.metrics import Metric, constraint_usage
 from slug_lightning.objective.objective import Kind
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.tensors.layers import Layer
@@ -116,9 +116,10 @@ class Evaluation:
 
     def _details(self, reader: LogReader, near: LogReader | None) -> RetainDetails | None:
         """What the retain metrics were batch by batch, those of near data as well; None where one isn't a mean over batches."""
-        usage = self._by_batch(reader, self.before, self.context.retain_tolerance)
+        metrics = self.objective.metrics_of("retain")
+        usage = _by_batch(reader, metrics, self.before, self.context.retain_tolerance)
         if near is not None and (own := self.concept.near) is not None:
-            usage |= {f"near {name}": found for name, found in self._by_batch(near, own.before, own.tolerance).items()}
+            usage |= {f"near {name}": found for name, found in _by_batch(near, own.metrics, own.before, own.tolerance).items()}
         if not all(usage.values()):
             return None
         losses = [reader.of(name) for name in reader.logged() if name == "nll" or name.endswith("_nll")]
@@ -126,13 +127,14 @@ class Evaluation:
         summed = math.fsum(v * w for values, weights in losses for v, w in zip(values, weights, strict=True))
         return RetainDetails(usage, summed / total if total else None)
 
-    def _by_batch(
-        self, reader: LogReader, before: Mapping[str, float], tolerance: float
-    ) -> dict[str, dict[int, tuple[float, int]]]:
-        """By metric, then by batch: how much of a tolerance it has used, and its samples."""
-        found: dict[str, dict[int, tuple[float, int]]] = {}
-        for name, metric in self.objective.metrics_of("retain").items():
-            entries = [entry for entry in reader.entries if entry.name == name]
-            usages = [constraint_usage({name: metric}, before, {name: float(e.value)}, tolerance) for e in entries]
-            found[name] = {e.number: (usage, e.weight) for e, usage in zip(entries, usages, strict=True)}
-        return found
+
+def _by_batch(
+    reader: LogReader, metrics: Mapping[str, Metric], before: Mapping[str, float], tolerance: float
+) -> dict[str, dict[int, tuple[float, int]]]:
+    """By metric, then by batch: how much of a tolerance it has used, and its samples."""
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for name, metric in metrics.items():
+        entries = [entry for entry in reader.entries if entry.name == name]
+        usages = [constraint_usage({name: metric}, before, {name: float(e.value)}, tolerance) for e in entries]
+        found[name] = {e.number: (usage, e.weight) for e, usage in zip(entries, usages, strict=True)}
+    return found

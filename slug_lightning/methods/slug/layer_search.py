@@ -161,7 +161,7 @@ class LayerSearch:
         if (found := smallest_step(tried)) is not None:
             self._learn(way, found)
             self.smallest[way.key] = self._steps[way.key] = found
-            if self.step_margin:
+            if self.step_margin and _distance(found) < self.max_step:
                 tried.append(self._beyond(way, found, self.step_margin, advance))
                 if tried[-1].forgotten and not tried[-1].is_broken:
                     self._steps[way.key] = tried[-1]
@@ -239,7 +239,7 @@ class LayerSearch:
                 if halving < HALVED - 1:
                     trial = self._forget(way, lambda: None, _distance(trial) / 2)
                     self.trials.append(trial)
-        able = [trial for trial in found if self.concept.share(trial) > 0]
+        able = [trial for trial in found if trial.forgotten or 0 < self.concept.share(trial) <= 1]  # not beyond a target
         return max(able, key=lambda trial: self.concept.share(trial), default=None)
 
     def _first_order_cost(self, way: Way) -> float:
@@ -265,7 +265,7 @@ class LayerSearch:
     def _beyond(self, way: Way, smallest: Trial, margin: float, advance: Callable[[], None] = lambda: None) -> Trial:
         """Go further than the smallest step that forgets, by a share of it."""
         at = _distance(smallest)
-        return replace(self._forget(way, advance, at * (1 + margin), at), margin=margin)
+        return replace(self._forget(way, advance, min(at * (1 + margin), self.max_step), at), margin=margin)
 
     def go_on(self, chosen: Trial) -> Trial:
         """Go as far into the margin as all bounds hold, where the whole of it isn't within them; halving finds how far."""

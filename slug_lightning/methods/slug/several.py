@@ -53,6 +53,10 @@ class Round:
         """Plain data for the report."""
         return {name: value for name, value in vars(self).items() if name != "measured" and (name != "near" or value)}
 
+    def overshoots(self, search: ConceptSearch) -> bool:
+        """Whether a concept is remembered because its step is too large: its target has two sides."""
+        return search.name in self.remembered and share_of(search.concept.targets, self.measured[search.name]) > 1
+
     @property
     def is_fine(self) -> bool:
         """Whether all bounds hold."""
@@ -160,11 +164,12 @@ class JointSearch:
         for search in self._own:
             assert search.chosen is not None
             step = search.chosen.step
-            if search.name in found.remembered and not found.is_broken:
+            if search.name in found.remembered and not found.is_broken and not found.overshoots(search):
                 self._too_small[search.name] = step
                 search.set_step(self._larger(search.name, step, found.constraint_usage))
                 larger.append(search.name)
-            elif found.is_broken or found.constraint_usage > 1 or weakens:  # a model that breaks went too far
+            # A model that breaks went too far.
+            elif found.is_broken or found.constraint_usage > 1 or weakens or found.overshoots(search):
                 if search.name not in found.remembered:
                     self._enough[search.name] = step
                 low = self._too_small.get(search.name, 0.0)
@@ -217,7 +222,9 @@ class JointSearch:
     def _distance(self, search: ConceptSearch, found: Round) -> float:
         """How far a concept is from its target, as a share of the whole way."""
         values = found.measured[search.name]
-        return 1 - share_of(search.concept.targets, values) if all(map(math.isfinite, values.values())) else math.inf
+        if not all(map(math.isfinite, values.values())):
+            return math.inf
+        return 1.0 if found.overshoots(search) else 1 - share_of(search.concept.targets, values)
 
 
 def _words(trial: Trial | None) -> str:
