@@ -16,8 +16,9 @@ from _tiny import Classifier, loader, trained
 from slug_lightning.audit.relearning import Relearning
 from slug_lightning.clip.models import contrastive_loss, distinct_contrastive_loss
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import first_samples, joined
+from slug_lightning.objective.batch_utils import joined
 from slug_lightning.tensors.bits import bitwise_equal
+from slug_lightning.utils.rows import take
 
 
 class Weights(pl.LightningModule):
@@ -184,21 +185,13 @@ def test_arguments_without_sense_are_refused(options, message):
 
 def test_batches_are_cut_and_joined_in_any_container():
     batch = {"x": torch.arange(6).view(3, 2), "named": [torch.arange(3), ("a", "b", "c")]}
-    first = first_samples(batch, 2)
+    first = take(batch, [0, 1], 3)
     assert first["x"].tolist() == [[0, 1], [2, 3]] and first["named"][0].tolist() == [0, 1]
-    assert first["named"][1] == ("a", "b") and first_samples(batch, 9)["named"][1] == ("a", "b", "c")
+    assert first["named"][1] == ("a", "b")
     both = joined([first, batch])
     assert both["x"].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3], [4, 5]]
     assert both["named"][0].tolist() == [0, 1, 0, 1, 2] and both["named"][1] == ("a", "b", "a", "b", "c")
     assert batch["x"].shape == (3, 2)
-
-
-@pytest.mark.parametrize(
-    "batch", [{"x": torch.zeros(3), "shared": torch.zeros(2)}, [torch.zeros(3), torch.tensor(1.0)], [torch.zeros(3), object()]]
-)
-def test_batches_without_an_entry_for_each_sample_are_refused(batch):
-    with pytest.raises(UnlearnError, match=r"let the loader give tensors \[B, ...\]"):
-        first_samples(batch, 2)
 
 
 class Features(nn.Module):

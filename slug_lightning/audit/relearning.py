@@ -13,13 +13,14 @@ from lightning.pytorch import LightningModule
 from torch.optim import Adam, Optimizer
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples, call_step, first_samples, joined, loss_in
+from slug_lightning.objective.batch_utils import batch_samples, call_step, joined, loss_in
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import read_logs
 from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.objective import defines
 from slug_lightning.utils.names import some_of
 from slug_lightning.utils.random import seed_for_batch
+from slug_lightning.utils.rows import take
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ class Relearning:
         parts: list[Any] = []
         found = 0
         for batch in taught:
-            parts.append(first_samples(batch, self.samples - found))
-            found += batch_samples(parts[-1])
+            size = batch_samples(batch)
+            more = min(size, self.samples - found)
+            parts.append(take(batch, range(more), size))
+            found += more
             if found == self.samples:
                 break
         if found < self.samples:

@@ -1,4 +1,4 @@
-"""The arguments and the loss of a step; the number of samples in a batch, its first ones, and one batch made of several."""
+"""The arguments and the loss of a step; the number of samples in a batch, and one batch made of several."""
 
 from __future__ import annotations
 
@@ -66,67 +66,40 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def first_samples(batch: Any, count: int) -> Any:
-    """Return a batch of the first samples alone; all of them if there are no more.
-
-    Args:
-        batch: tensors `[B, …]` and lists of `B` plain values, in dicts, lists and tuples.
-        count: how many.
-
-    Example:
-        >>> first_samples({"image": torch.zeros(4, 3), "text": ["a", "b", "c", "d"]}, 2)
-        {'image': tensor([[0., 0., 0.],
-                [0., 0., 0.]]), 'text': ['a', 'b']}
-    """
-    total = batch_samples(batch)
-
-    def cut(leaves: Sequence[Any]) -> Any:
-        (leaf,) = leaves
-        if (leaf.shape[:1] if isinstance(leaf, Tensor) else (len(leaf),)) != (total,):
-            raise UnlearnError(f"a batch of {total} samples holds something without an entry for each; {_REMEDY}")
-        return leaf[:count]
-
-    return _combined([batch], cut)
-
-
 def joined(batches: Sequence[Any]) -> Any:
-    """Make one batch of several, which must be built alike: see `first_samples`.
+    """Make one batch of several, which must be built alike: tensors `[B, …]` and lists of `B` values, in dicts, lists and tuples.
 
     Example:
         >>> joined([(torch.tensor([1, 2]), ["a", "b"]), (torch.tensor([3]), ["c"])])
         (tensor([1, 2, 3]), ['a', 'b', 'c'])
     """
-
-    def concatenated(leaves: Sequence[Any]) -> Any:
-        if not isinstance(leaves[0], Tensor):
-            return type(leaves[0])(value for leaf in leaves for value in leaf)
-        try:
-            return torch.cat(list(leaves))
-        except RuntimeError as error:
-            shapes = " and ".join(dict.fromkeys(str(list(leaf.shape)) for leaf in leaves))
-            raise UnlearnError(f"batches with tensors {shapes} cannot be joined; {_REMEDY}") from error
-
-    return _combined(batches, concatenated)
+    first = batches[0]
+    if all(isinstance(batch, Tensor) for batch in batches):
+        return _concatenated(batches)
+    if all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
+        made: Any = copy.copy(first)
+        for key in first:
+            made[key] = joined([batch[key] for batch in batches])
+        return made
+    if isinstance(first, (list, tuple)) and all(type(batch) is type(first) for batch in batches):
+        if all(isinstance(value, (str, bytes, int, float)) for batch in batches for value in batch):
+            return _concatenated(batches)
+        if all(len(batch) == len(first) for batch in batches):
+            parts = [joined(several) for several in zip(*batches, strict=True)]
+            return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    kinds = ", ".join(dict.fromkeys(type(batch).__name__ for batch in batches))
+    raise UnlearnError(f"batches of {kinds} cannot be joined; {_REMEDY}")
 
 
 _REMEDY = "let the loader give tensors [B, ...] and lists of B values, of equal shape in every batch but for B"
 
 
-def _combined(batches: Sequence[Any], of_leaves: Callable[[Sequence[Any]], Any]) -> Any:
-    """Combine batches leaf by leaf, in containers of the first one's kind."""
-    first = batches[0]
-    if all(isinstance(batch, Tensor) for batch in batches):
-        return of_leaves(batches)
-    if all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
-        made: Any = copy.copy(first)
-        for key in first:
-            made[key] = _combined([batch[key] for batch in batches], of_leaves)
-        return made
-    if isinstance(first, (list, tuple)) and all(type(batch) is type(first) for batch in batches):
-        if all(isinstance(value, (str, bytes, int, float)) for batch in batches for value in batch):
-            return of_leaves(batches)
-        if all(len(batch) == len(first) for batch in batches):
-            parts = [_combined(several, of_leaves) for several in zip(*batches, strict=True)]
-            return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    kinds = ", ".join(dict.fromkeys(type(batch).__name__ for batch in batches))
-    raise UnlearnError(f"batches of {kinds} cannot be cut or joined; {_REMEDY}")
+def _concatenated(leaves: Sequence[Any]) -> Any:
+    """One tensor, or one list, of several."""
+    if not isinstance(leaves[0], Tensor):
+        return type(leaves[0])(value for leaf in leaves for value in leaf)
+    try:
+        return torch.cat(list(leaves))
+    except RuntimeError as error:
+        shapes = " and ".join(dict.fromkeys(str(list(leaf.shape)) for leaf in leaves))
+        raise UnlearnError(f"batches with tensors {shapes} cannot be joined; {_REMEDY}") from error
