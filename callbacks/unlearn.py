@@ -214,7 +214,10 @@ class UnlearnCallback(OldKeywords):
         """What this callback was asked to do, as far as plain data can say it."""
         concepts = list(self.forget) if isinstance(self.forget, Mapping) else None
         asked = {"concepts": concepts, **asdict(self.request), "method": self._method_request}
-        return asked if self.near_retain == "auto" else {**asked, "near_retain": near_words(self.near_retain)}
+        near = near_words(self.near_retain)
+        # What lies near by itself, and does not bind, is only shown: an earlier version did without it.
+        is_default = near == "auto" or (near is None and not self.method.binds_near())
+        return asked if is_default else {**asked, "near_retain": near}
 
     def _remember(self, module: pl.LightningModule) -> None:
         """Let the next fit know what was done in this one, and to which weights it led."""

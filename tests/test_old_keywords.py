@@ -122,6 +122,16 @@ def test_an_option_that_is_newer_than_a_checkpoint_had_its_default():
     assert PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=SLUG(check_rounding=True))._request())
 
 
+def test_what_is_near_is_part_of_a_request_where_it_changes_something():
+    recorded = PreviousRun(None, UnlearnCallback()._request(), None)
+    assert recorded.is_same_request(UnlearnCallback(near_retain=None)._request())  # shown, and not a bound
+    assert not recorded.is_same_request(UnlearnCallback(near_retain=["cat"])._request())
+    sparing = {"method": SLUG(direction="covariance")}
+    recorded = PreviousRun(None, UnlearnCallback(**sparing)._request(), None)
+    assert recorded.is_same_request(UnlearnCallback(**sparing)._request())
+    assert not recorded.is_same_request(UnlearnCallback(**sparing, near_retain=None)._request())
+
+
 def test_every_keyword_that_has_moved_is_an_option_where_it_went():
     assert {"step_margin" if name == "margin" else name for name in OF_METHOD} <= vars(SLUG()).keys()
     assert set(OF_RUNTIME) == vars(Runtime()).keys()
