@@ -48,6 +48,11 @@ class Target:
         """Whether the metric meets it unedited; then it must only stay so."""
         return self.is_met(self.before)
 
+    @property
+    def has_two_sides(self) -> bool:
+        """Whether the goal is an interval."""
+        return not isinstance(self.goal, (int, float))
+
     def is_met(self, value: float) -> bool:
         """Whether a value counts as forgotten."""
         return math.isfinite(value) and self.metric.reaches(value, self.goal)

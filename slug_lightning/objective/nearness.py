@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples, call_step
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import NearBatches, Split
-from slug_lightning.utils.names import listed
+from slug_lightning.utils.names import listed, some_of
 from slug_lightning.utils.rows import rows_of, shuffles_anew
 
 CONCEPTS = 5
@@ -106,16 +107,35 @@ def find_nearest(objective: Objective, retain: Features) -> Nearest | None:
     return Nearest(None, [], centre, towards, float(threshold))
 
 
-def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest | None:
-    """Take concepts by their names; None if no sample of the retain set's gradient split has one. It is collective."""
-    kinds: list[str] = []
-    if objective.hooks.labels is not None:
-        for _, _, labels, _ in _embedded(objective, "retain", "train", False):
-            kinds += [kind for kind, values in labels.items() if not set(names).isdisjoint(values)]
-    everywhere = objective.processes.all_gather_object("kinds of labels", kinds)
-    found = sorted({kind for own in everywhere for kind in own})
-    nothing = torch.zeros(0)
-    return Nearest(found[0], list(names), nothing, nothing, 0.0) if found else None
+def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest:
+    """Take concepts by their names. It is collective.
+
+    Raises:
+        UnlearnError: if the module has no `labels`, or no sample of the retain set's gradient split has one of the names.
+    """
+    if objective.hooks.labels is None:
+        raise UnlearnError(
+            "near_retain: names need a method labels(batch) of the module, whose argument is called batch; define it, or give a "
+            "loader"
+        )
+    known: dict[str, set[str]] = {}
+    for _, _, labels, _ in _embedded(objective, "retain", "train", False):
+        for kind, values in labels.items():
+            known.setdefault(kind, set()).update(value for value in values if value is not None)
+    everywhere = objective.processes.all_gather_object("labels", known)
+    merged: dict[str, set[str]] = {}
+    for own in everywhere:
+        for kind, found in own.items():
+            merged.setdefault(kind, set()).update(found)
+    for kind in sorted(merged):
+        if set(names) <= merged[kind]:
+            nothing = torch.zeros(0)
+            return Nearest(kind, list(names), nothing, nothing, 0.0)
+    every = sorted(set[str]().union(*merged.values()))
+    missing = [name for name in names if name not in every] or list(names)
+    raise UnlearnError(
+        f"near_retain: no sample of the retain set has the label {some_of(map(repr, missing))}; there are {listed(every, 20)}"
+    )
 
 
 def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:

@@ -65,6 +65,7 @@ def trade_off_figure(
     edited: tuple[str, float | None] | None,
     goals: Mapping[str, Goal],
     limits: Values,
+    near_limits: Values | None = None,
 ) -> Figure:
     """Plot the search: the forget metric over the step, and over the first retain metric.
 
@@ -97,8 +98,10 @@ def trade_off_figure(
         right.plot(after["retain"][retain_name], forget_after, label="chosen", **star)
     right.plot(before["retain"][retain_name], forget_before, "s", color="grey", label="before")
     right.axvline(limits[retain_name], color="grey", linestyle=":", label="retain bound")
-    if any(t.get("near") for t in alone):
-        right.plot([], [], "o", markersize=6, color="grey", fillstyle="none", label="the same edit on near data")
+    if retain_name in (near_limits or {}):
+        right.plot([], [], "o", markersize=6, color="grey", fillstyle="none", label="an edit, on near data")
+        right.plot(before["near"][retain_name], forget_before, "s", color="grey", fillstyle="none", label="before, near data")
+        right.axvline(near_limits[retain_name], color="C1", linestyle=":", label="near bound")
     for axes in (left, right):
         _draw_goals(axes, goals)
     left.set_xscale("symlog", linthresh=0.1)  # linear up to the first step, logarithmic beyond

@@ -123,8 +123,10 @@ class UnlearnReport(Report):
             if not isinstance(goal, (int, float)):
                 return f"{number(goal[0])} to {number(goal[1])}"
             return f"{'≤' if higher else '≥'} {number(goal)}"
-        if before is None or (kind == "near" and not self.bounds["near"]["binds"]):
+        if before is None:
             return "–"
+        if kind == "near" and not self.bounds["near"]["binds"]:
+            return "no bound"
         return f"{'≥' if higher else '≤'} {number(self.limit(name, before, kind))}"
 
     @property
@@ -147,6 +149,11 @@ class UnlearnReport(Report):
         """What each retain metric may be at worst, on the validation split."""
         return {name: self.limit(name, value) for name, value in self.search_before["retain"].items()}
 
+    def near_limits(self) -> Values:
+        """What each metric may be at worst on near data, on the validation split; none where these don't bind."""
+        near = self.search_before.get("near", {}) if self.bounds.get("near", {}).get("binds") else {}
+        return {name: self.limit(name, value, "near") for name, value in near.items()}
+
     def strength_figure(self, curves: dict[str, list[dict[str, Any]]]) -> Figure:
         """Curves over the strength of edits, by concept, with the bounds of this report."""
         return strength_figure(curves, self.goals, self.limits())
@@ -166,6 +173,7 @@ class UnlearnReport(Report):
             None if self.layer is None else (self.layer, self.relative_step),
             self.goals,
             self.limits(),
+            self.near_limits(),
         )
         if self.strengths:
             figures["strength"] = self.strength_figure({self.concept: self.strengths})

@@ -9,8 +9,7 @@ from typing import Any, Union
 import lightning.pytorch as pl
 
 from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_near
-from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.nearness import Features, Nearest, features_of, find_nearest, named_nearest, near_rows
+from slug_lightning.objective.nearness import Features, features_of, find_nearest, named_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.trainer.limits import limit_near
 from slug_lightning.utils.loaders import Batches, Chained, NearBatches, Split
@@ -87,17 +86,9 @@ def _chosen(
 ) -> NearBatches | None:
     """Take the concepts that were named, or find the nearest; rendered anew by a datamodule that can, else retain rows."""
     datamodule = loaders.datamodules.get(name)
-    nearest: Nearest | None
-    if asked == "auto":
-        nearest = find_nearest(objective, retain())
-    else:
-        names = [asked] if isinstance(asked, str) else list(asked)
-        nearest = named_nearest(objective, names)
-        if nearest is None:
-            raise UnlearnError(
-                f"near_retain: no sample of the retain set has a label among {names}, by the module's labels(batch); give "
-                "names of its labels, or a loader"
-            )
+    nearest = find_nearest(objective, retain()) if asked == "auto" else None
+    if asked != "auto":
+        nearest = named_nearest(objective, [asked] if isinstance(asked, str) else list(asked))
     if nearest is None:
         return None
     if datamodule is not None and nearest.kind is not None:

@@ -261,11 +261,16 @@ class ConceptSearch:
 
     def _say_margin(self, chosen: Trial) -> None:
         """Note how much of the margin is within all bounds."""
-        if asked := self.rules.step_margin:
-            held = "all of it" if chosen.margin >= asked else f"{chosen.margin:.3g} of it" if chosen.margin else "none of it"
+        if asked := self._margin:
+            held = "all" if chosen.margin >= asked else f"{chosen.margin / asked:.0%}" if chosen.margin else "none"
             self.outcome.notes.append(
-                f"step_margin: {asked:.3g} beyond the smallest step that forgets; {held} is within all bounds, validation split"
+                f"step_margin: {asked:.3g} beyond the smallest step that forgets; {held} of it is within all bounds"
             )
+
+    @property
+    def _margin(self) -> float:
+        """How far to go beyond the smallest step; no further where a target has two sides."""
+        return 0.0 if any(target.has_two_sides for target in self.concept.targets) else self.rules.step_margin
 
     def _layer_search(self, retain_before: dict[str, float] | None = None) -> LayerSearch:
         rules = self.rules
@@ -275,7 +280,7 @@ class ConceptSearch:
             search=rules.search,
             choice=rules.choice,
             max_evaluations=rules.max_evaluations,
-            step_margin=rules.step_margin,
+            step_margin=self._margin,
             max_step=rules.max_step,
             retain_before=retain_before,
             is_contest=is_contest(rules.directions, rules.curves),

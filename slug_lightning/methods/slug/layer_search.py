@@ -326,14 +326,17 @@ def _first_step(gain: float, slope: float) -> float:
 def _line(way: Way, trials: Sequence[Trial]) -> str:
     """What became of a way, for whoever watches."""
     name = way.layer.name if way.key[1:] == ("gradient", "line") else f"{way.layer.name} ({way.direction}, {way.curve})"
-    last = next((trial for trial in trials if trial.dropped or trial.retain), None)
-    if last is None:
+    measured = [trial for trial in trials if trial.dropped or trial.retain or trial.near]
+    smallest = smallest_step(trials)
+    if not measured or smallest is None:
         found = "does not reach the forget target" + "".join(f" ({trial.ended})" for trial in trials if trial.ended)
     else:
-        found = f"reaches the forget target at step {last.relative_step:.4f}"
+        last, found = measured[-1], f"reaches the forget target at step {smallest.relative_step:.4f}"
+        found += f", measured at {last.relative_step:.4f}" if last.relative_step != smallest.relative_step else ""
+        found += "".join(f", near {name}={value:.4f}" for name, value in (last.near or {}).items())
+        found += "".join(f", {name}={value:.4f}" for name, value in (last.retain or {}).items())
         if last.dropped:
             found += ", retain metrics not measured to the end: it cannot win"
-        else:
-            found += "".join(f", {name}={value:.4f}" for name, value in (last.retain or {}).items())
-            found += "" if last.feasible else " (violates retain_tolerance)"
+        elif not last.feasible:
+            found += f" (violates {'retain_tolerance' if last.retain else 'near_tolerance'})"
     return f"{name}: {len(trials)} evaluations, {found}"
