@@ -98,7 +98,7 @@ def trade_off_figure(
         right.plot(after["retain"][retain_name], forget_after, label="chosen", **star)
     right.plot(before["retain"][retain_name], forget_before, "s", color="grey", label="before")
     right.axvline(limits[retain_name], color="grey", linestyle=":", label="retain bound")
-    if retain_name in (near_limits or {}):
+    if near_limits and retain_name in near_limits:
         right.plot([], [], "o", markersize=6, color="grey", fillstyle="none", label="an edit, on near data")
         right.plot(before["near"][retain_name], forget_before, "s", color="grey", fillstyle="none", label="before, near data")
         right.axvline(near_limits[retain_name], color="C1", linestyle=":", label="near bound")
