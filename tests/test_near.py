@@ -36,6 +36,21 @@ class Seeing(Classifier):
         return {"class": [str(label) for label in batch[1].tolist()]}
 
 
+class Counting(Seeing):
+    """Remembers the sizes of the batches that the retain gradient sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def retain_step(self, batch, batch_idx):
+        self.sizes.append(len(batch[1]))
+        return self.training_step(batch, batch_idx)
+
+    def log(self, *_, **__):
+        pass
+
+
 class Unlabelled(Seeing):
     labels = None
 
@@ -194,20 +209,10 @@ def test_an_edit_that_costs_what_is_near_too_much_is_not_made_and_the_report_say
 
 
 def test_a_loader_of_its_own_joins_the_retain_set_once():
-    seen = []
-
-    class Counting(Seeing):
-        def retain_step(self, batch, batch_idx):
-            seen.append(len(batch[1]))
-            return self.training_step(batch, batch_idx)
-
-        def log(self, *_, **__):
-            pass
-
     own = near_loader(0)
     callback = unlearn_callback(loader(True), {s: near_loader(1) for s in ("train", "val", "test")}, near_retain=own)
-    fit(callback, trained(Counting))
-    assert sum(seen) == 60 + 30  # half of the near samples are for the gradient
+    fit(callback, model := trained(Counting))
+    assert sum(model.sizes) == 60 + 30  # half of the near samples are for the gradient
     assert callback.report.bounds["near"]["what"].startswith("given; one set of 60 samples split into 30 train")
 
 
@@ -330,22 +335,11 @@ def test_a_datamodule_may_say_what_is_near():
 
 
 def test_the_same_fit_again_reads_near_data_once_each_time():
-    sizes = []
-
-    class Counting(Seeing):
-        def retain_step(self, batch, batch_idx):
-            sizes.append(len(batch[1]))
-            return self.training_step(batch, batch_idx)
-
-        def log(self, *_, **__):
-            pass
-
     retain = {split: near_loader(1) for split in ("train", "val", "test")}
     callback = unlearn_callback(loader(True), retain, near_retain=near_loader(0))
     for _ in range(2):
-        sizes.clear()
-        fit(callback, trained(Counting))
-        assert sum(sizes) == 60 + 30
+        fit(callback, model := trained(Counting))
+        assert sum(model.sizes) == 60 + 30
 
 
 # ---- what must not go wrong
@@ -387,26 +381,15 @@ def test_near_data_are_measured_by_what_they_log():
 
 
 def test_one_loader_for_several_concepts_joins_once():
-    seen = []
-
-    class Counting(Seeing):
-        def retain_step(self, batch, batch_idx):
-            seen.append(len(batch[1]))
-            return self.training_step(batch, batch_idx)
-
-        def log(self, *_, **__):
-            pass
-
     x, y = blobs().tensors
     forget = {name: TensorDataset(x[y == label], y[y == label]) for name, label in (("two", 2), ("three", 3))}
     forget = {name: DataLoader(one, batch_size=16) for name, one in forget.items()}
     retain = {split: near_loader(1) for split in ("train", "val", "test")}
     callback = unlearn_callback(forget, retain, near_retain=near_loader(0), retain_tolerance=0.5)
-    trainer(callback).fit(trained(Counting), near_loader(1), near_loader(1))
-    assert sum(seen) == 60 + 30
-    seen.clear()
-    trainer(callback, limit_train_batches=1).fit(trained(Counting), near_loader(1), near_loader(1))
-    assert sum(seen) == 16 + 16
+    trainer(callback).fit(model := trained(Counting), near_loader(1), near_loader(1))
+    assert sum(model.sizes) == 60 + 30
+    trainer(callback, limit_train_batches=1).fit(model := trained(Counting), near_loader(1), near_loader(1))
+    assert sum(model.sizes) == 16 + 16
 
 
 def test_rows_of_a_loader_that_shuffles_by_a_generator_of_its_own_are_not_taken():
