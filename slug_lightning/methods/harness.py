@@ -271,7 +271,7 @@ class Harness:
         """The edits that meet both bounds on the validation split, all together: the same rule for every method."""
         edits = {c.name: edit for c in self.concepts if (edit := outcomes[c.name].edit) is not None}
         while edits and not (context.all_or_nothing and len(edits) < len(self.concepts)):
-            self._measure_search(outcomes, edits, context)
+            self._measure_search(context, outcomes, edits)
             after = {name: outcomes[name].search_after for name in edits}
             own = [c for c in self.concepts if c.name in edits]
             failed = [c.name for c in own if not c.is_forgotten(after[c.name]["forget"])]
@@ -287,7 +287,7 @@ class Harness:
                 outcome.search_after = {}
         return {}
 
-    def _measure_search(self, outcomes: Mapping[str, Outcome], edits: Mapping[str, EditStep], context: Context) -> None:
+    def _measure_search(self, context: Context, outcomes: Mapping[str, Outcome], edits: Mapping[str, EditStep]) -> None:
         """Measure all edits together on the validation split, as far as the method has not."""
         near = {c.name for c in self.concepts if c.near is not None and c.name in edits}
         whole = all(outcomes[name].search_after for name in edits)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slug_lightning.objective.metrics import Metric, constraint_usage, refuse_infinite
-from slug_lightning.objective.objective import LOSS, Objective
+from slug_lightning.objective.metrics import NORMAL_95, Metric, constraint_usage, refuse_infinite
+from slug_lightning.objective.objective import Objective
 from slug_lightning.utils.loaders import NearBatches
 
 TOLERANCE = 0.02
-"""How much a near metric may lose where nothing else is given,"""
-NORMAL_95 = 1.96
-"""or half the 95 % interval of the difference, if that is more, where this share of the answers has changed."""
+"""How much a near metric may lose where nothing else is given, or half the 95 % interval of the difference, if that is more,
+where this share of the answers has changed."""
 ENOUGH = 100
 """Samples below which the report says what so few can tell."""
 
@@ -36,27 +35,20 @@ class Near:
     objective: Objective
     data: NearBatches
     binds: bool
-    given: float | None = None
-    least: float = 0.0
-    before: dict[str, float] = field(default_factory=dict)
+    given: float | None
+    least: float
+    before: dict[str, float]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def measured(cls, objective: Objective, data: NearBatches, binds: bool, given: float | None, least: float) -> Near | None:
-        """Measure near data on the validation split, unedited; None if they have none of the retain metrics.
-
-        Rows of the retain set may not ask for all that the whole set does.
-        """
-        near = cls(objective, data, binds, given, least)
-        if objective.names["retain"] != [LOSS]:
-            objective.names = {**objective.names, "near": []}
-            objective.measured("near", "val")
-            logged = objective.complete["near", "val"].logged()
-            objective.names["near"] = [name for name in objective.names["retain"] if name in logged]
-        if not objective.names["near"]:
+        """Measure near data on the validation split, unedited; None if they have none of the retain metrics."""
+        before = objective.measured("near", "val")
+        if not before:
             return None
-        near.before = objective.measured("near", "val")
-        refuse_infinite("near", near.before)
+        refuse_infinite("near", before)
+        objective.names = {**objective.names, "near": list(before)}
+        near = cls(objective, data, binds, given, least, before)
         near.count("val")
         return near
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples
-from slug_lightning.objective.metrics import Goal, Metric
-from slug_lightning.objective.objective import Objective
+from slug_lightning.objective.metrics import NORMAL_95, Goal, Metric
+from slug_lightning.objective.objective import Objective, metric_names
 from slug_lightning.utils.loaders import Batches
 from slug_lightning.utils.rows import take
 
@@ -18,8 +18,6 @@ AS_HOLDOUT = "as_holdout"
 """A target: to be like samples that the model was never trained on."""
 HOLDOUT = 300
 """Holdout samples below which an interval is too wide to tell."""
-NORMAL_95 = 1.96
-"""Half the width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def settle_targets(
     if isinstance(given, Mapping) and (unknown := sorted(given.keys() - values.keys())):
         raise UnlearnError(f"forget_target: {unknown[0]!r} is not among the forget metrics, {', '.join(values)}")
     hooks = objective.hooks
-    own_metrics = hooks.forget_metric if isinstance(hooks.forget_metric, (list, tuple)) else [hooks.forget_metric]
+    own_metrics = metric_names(hooks.forget_metric)
     targets = []
     for name, before in values.items():
         metric = objective.metrics[name]

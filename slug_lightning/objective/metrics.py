@@ -15,6 +15,8 @@ LOSS_WORDS = set("loss nll ce bce xent entropy perplexity ppl kl error err mse m
 SCORE_WORDS = set("acc accuracy score f precision recall auc auroc map iou dice bleu rouge top r psnr ssim match".split())  # noqa: SIM905
 TARGET_SLACK = 1e-6
 """An accuracy is a mean in fp32: one in five comes out as 0.20000000298, and is at chance all the same."""
+NORMAL_95 = 1.96
+"""Half the width of a 95 % interval, in standard errors."""
 LIKELIHOOD_DROP = 100.0
 """By default, a loss reaches its target once the data are this many times less likely than before."""
 

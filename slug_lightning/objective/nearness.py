@@ -80,17 +80,17 @@ def find_nearest(objective: Objective, retain: Features) -> Nearest | None:
     is_same = False
     for kind in kinds:
         asked = {labels.get(kind) for _, labels in forget}
-        groups: dict[str, list[Tensor]] = {}
-        for feature, labels in retain:
-            label = labels.get(kind)
-            if label is not None and label not in asked:
-                groups.setdefault(label, []).append(feature)
         if None in asked:
             continue
         # As where samples of any class are to be forgotten, and not a class; a few may be there by mistake.
         if sum(labels.get(kind) in asked for _, labels in retain) >= len(forget):
             is_same = True
             continue
+        groups: dict[str, list[Tensor]] = {}
+        for feature, labels in retain:
+            label = labels.get(kind)
+            if label is not None and label not in asked:
+                groups.setdefault(label, []).append(feature)
         if not groups:
             continue
         means = {label: torch.stack(some[:SAMPLES]).mean(0) for label, some in groups.items()}

@@ -59,8 +59,8 @@ class Objective:
         self.runner = runner
         self.processes = runner.processes
         self.progress = progress
-        forget = _listed(forget_metric or self.hooks.forget_metric)
-        retain = _listed(retain_metric or self.hooks.retain_metric)
+        forget = metric_names(forget_metric or self.hooks.forget_metric)
+        retain = metric_names(retain_metric or self.hooks.retain_metric)
         self.names: dict[Kind, list[str]] = {"forget": forget, "retain": retain, "near": retain}
         self.metrics: dict[str, Metric] = {}
         """Filled by the first measurement: only a step tells what it logs."""
@@ -216,14 +216,14 @@ class Objective:
         self.forward_samples += samples
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
-        if not stopped:
+        if not stopped and kind != "near":  # rows of the retain set may not ask for all that the whole set does
             self._refuse_not_logged(kind, found)
         self._describe(reader)
         if stopped:
             return None
         if edited is None:
             self.complete[kind, split] = reader
-        return {name: found[name] for name in self.names[kind]}
+        return {name: found[name] for name in self.names[kind] if name in found}
 
     def _run_batches(
         self,
@@ -337,7 +337,8 @@ class Objective:
         return self.runner.batches(self.loaders[kind][split])
 
 
-def _listed(names: str | Sequence[str] | None) -> list[str]:
+def metric_names(names: str | Sequence[str] | None) -> list[str]:
+    """The names of metrics as a list; the loss where none is named."""
     names = names or LOSS
     return [names] if isinstance(names, str) else list(names)
 

@@ -86,8 +86,9 @@ def _chosen(
 ) -> NearBatches | None:
     """Take the concepts that were named, or find the nearest; rendered anew by a datamodule that can, else retain rows."""
     datamodule = loaders.datamodules.get(name)
-    nearest = find_nearest(objective, retain()) if asked == "auto" else None
-    if asked != "auto":
+    if asked == "auto":
+        nearest = find_nearest(objective, retain())
+    else:
         nearest = named_nearest(objective, [asked] if isinstance(asked, str) else list(asked))
     if nearest is None:
         return None

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Optional
 
 from slug_lightning.methods.trial import Trial
+from slug_lightning.objective.metrics import NORMAL_95
 
-NORMAL_95 = 1.96
-"""Half the width of a 95 % interval, in standard errors."""
 ROOM = 1.0
 """Constraint usage beyond the least so far at which a measurement is broken off: intervals are not as wide."""
 

@@ -222,8 +222,7 @@ class ConceptSearch:
             for name, curve in self.rules.curves.items():
                 ways = self._ways.along(pairs, name, curve)
                 with self._recorded(name, ways):
-                    decision, without = search.run(ways, is_last=name == list(self.rules.curves)[-1])
-                self.context.retain_before(known=without)
+                    decision, _ = search.run(ways, is_last=name == list(self.rules.curves)[-1])
                 self.chosen = decision.trial
                 # For the next curve, if there is one: the cheapest suffix first, and none of a direction that never turns.
                 best = search.best([way for way in ways if not self._ways.is_fixed(way.direction)])[:FOLLOWED]

@@ -123,7 +123,9 @@ class LayerSearch:
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
         without = self.evaluation.record_retained(layers_of(able))
-        before = self.context.retain_before(known=without) if self.retain_before is None else self.retain_before
+        if self.retain_before is None:
+            self.context.retain_before(known=without)
+        before = self.evaluation.before
         unit = rounding(self.objective.runner.precision)
         self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
         for way in self.context.progress.track(able, "search, retain metrics"):
@@ -226,7 +228,7 @@ class LayerSearch:
         """
         found: list[Trial] = []
         for way in self.best(self.ways)[:FOLLOWED]:
-            trials = [t for t in self.trials if t.way == way.key and math.isfinite(t.forget)]
+            trials = [t for t in self.trials if t.way == way.key and not t.is_broken]
             trial = max(trials, key=_distance, default=None)
             for halving in range(HALVED if trial else 0):
                 assert trial is not None
@@ -311,7 +313,7 @@ def _distance(trial: Trial) -> float:
 
 def smallest_step(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the smallest step that forgets and leaves a model that works."""
-    found = [t for t in trials if t.forgotten and math.isfinite(t.forget)]
+    found = [t for t in trials if t.forgotten and not t.is_broken]
     return min(found, key=lambda t: t.relative_step, default=None)
 
 
