@@ -1,4 +1,4 @@
-"""Measure what forgetting costs, what is near above all: the published procedure, rules that spare it, and the null space.
+"""Measure what forgetting costs, what is near above all: the published procedure, `SLUG()`, and the centred null space.
 
     python benchmarks/near.py --sample                                   # one request of five families: a quarter of an hour
     python benchmarks/near.py                                            # all, three seeds: hours; goes on where it stopped
@@ -6,9 +6,8 @@
     python benchmarks/near.py --dev                                      # the concepts that recipes are chosen on
     python benchmarks/near.py --table                                    # the tables of what is there
 
-Methods: `paper` is `SLUG.paper()`, which asks a CLIP in one wording, the others in two; `sparing` goes along the covariance, by
-line and path, on the layer that does the least damage, and half of the smallest step beyond it; `smallest` the same at the
-smallest step that forgets; `null` is the centred null space, for a CLIP. Layers and bounds are those of the shipped configs, and
+Methods: `paper` is `SLUG.paper()`, which asks a CLIP in one wording, the others in two; `default` is `SLUG()`; `smallest` the
+same without a margin, at the smallest step that forgets; `null` is the centred null space, for a CLIP. Layers and bounds are those of the shipped configs, and
 the requests are none that settings were chosen on. Seeds are those of splits and renderings; the digits'
 classifier is also trained anew, and a language model forgets other passages. Every cell is a JSON line in a file of its family.
 What stands there is not run again, unless the recipe has changed since, or --relearning or --cost asks for more.
@@ -60,15 +59,13 @@ from slug_lightning.reports.single import UnlearnReport
 from slug_lightning.tensors.layers import find_layers
 from slug_lightning.utils.modules import patch_prefix, unwrap_model
 
-SPARING = {"direction": ["covariance"], "curve": "both", "score": "measured", "choice": "least_damage"}
-"""Rules that spare what is near."""
 METHODS: dict[str, Callable[..., Any]] = {
     "paper": SLUG.paper,
-    "sparing": partial(SLUG, **SPARING),
-    "smallest": partial(SLUG, **SPARING, step_margin=0.0),
+    "default": SLUG,
+    "smallest": partial(SLUG, step_margin=0.0),
     "null": NullSpace,
 }
-SAMPLE = {"families": ["clip", "sd", "vlm", "digits", "random"], "methods": ["paper", "sparing", "null"], "seeds": [0]}
+SAMPLE = {"families": ["clip", "sd", "vlm", "digits", "random"], "methods": ["paper", "default", "null"], "seeds": [0]}
 """What a sample is a part of."""
 FIGURES = ("forget", "phrases", "others", "near", "near worst")
 log = logging.getLogger("near")

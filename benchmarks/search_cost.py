@@ -189,11 +189,12 @@ def run(
     cache: RetainCache | None,
     replay: bool = True,
     method: SLUG | None = None,
+    near: str | None = None,
 ) -> tuple[UnlearnReport, dict]:
     """Forget once; the model is as before afterwards. Gives the report and the weights."""
     options = {"retain_tolerance": 1.0} | {name: value for name, value in case.options.items() if name != "rise"}
     callback = UnlearnCallback(
-        near_retain=None,  # `near.py` measures it
+        near_retain=near,
         forget_target=target,
         method=method or SLUG.paper(),
         runtime=Runtime(replay=replay, replay_budget=BUDGET, count_cost=True, retain_cache=cache),
@@ -287,8 +288,9 @@ def measure(name: str, forget: int, batch_size: int) -> dict:
             f"without replay / lower bound, {key}": sum(plain.cost[key].values()) / bound[key],
         }
     for words, method in SPARING.items() if name in CLIPS else ():
-        spared, _ = run(case, data, target, None, method=method)
+        spared, _ = run(case, data, target, None, method=method, near="auto")
         figures[f"{words}: layer"] = spared.layer
+        figures[f"{words}: phases"] = {phase: n / bound["flops"] for phase, n in spared.cost["flops"].items()}
         figures[f"{words} / lower bound, flops"] = sum(spared.cost["flops"].values()) / bound["flops"]
     for words, splits in (("forget and retain data", ["train"]), ("evaluation data", ["val", "test"])):
         once = dict(zip(("flops", "seconds"), released_evaluation(case, data, splits, device), strict=True))

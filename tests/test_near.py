@@ -1,6 +1,7 @@
 """What lies near: how it is found, measured by itself, and bounds the search."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def objective_of(module, batch_size=32, processes=None):
 
 
 def nearest(objective):
-    return find_nearest(objective, features_of(objective, "retain"))
+    return find_nearest(features_of(objective, "forget"), partial(features_of, objective, "retain"))
 
 
 def centres():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from slug_lightning.utils.loaders import SPLITS
 
 
 def nearest_of(objective):
-    return find_nearest(objective, features_of(objective, "retain"))
+    return find_nearest(features_of(objective, "forget"), partial(features_of, objective, "retain"))
 
 
 def objective_of(module: Any, data: UnlearnDataModule) -> Objective:

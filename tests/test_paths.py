@@ -310,7 +310,7 @@ def test_a_way_starts_where_others_of_its_tower_were_enough_at_first_order():
     starts = Starts(enough=0.3)
     assert starts.of("a", "text", slope=2.0) == START
     assert starts.of("b", "text", slope=3.0) == pytest.approx(0.3 * 2.0 / 3.0)
-    assert starts.of("c", "image", slope=3.0) == START
+    assert starts.of("c", "image", slope=3.0) == pytest.approx((0.6 + 0.9) / 2 / 3.0)  # nothing else is known
     assert starts.of("d", "text", slope=1.0, direction="kfac") == pytest.approx(0.3 * (2.0 + 3.0) / 2)
     assert starts.of("e", "text", slope=0.01) == 1.0
     assert starts.of("g", "text", slope=6.0, direction="gradient") == pytest.approx((0.6 + 0.3) / 2 / 6.0)

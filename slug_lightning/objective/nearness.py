@@ -21,7 +21,7 @@ SAMPLES = 16
 """each known by at most so many samples of the gradient data;"""
 SHARE = 0.05
 """where samples have no labels, the nearest so many of them,"""
-UNLABELLED = 10_000
+UNLABELLED = 1_000
 """told by the first so many."""
 
 
@@ -60,34 +60,35 @@ class Nearest(NamedTuple):
 
 Features = Sequence[tuple[Tensor, Mapping[str, "str | None"]]]
 """Features, `[D]`, of samples, with their labels by kind."""
+Kinds = tuple[str, ...]
+"""Of labels."""
 
 
-def find_nearest(objective: Objective, retain: Features) -> Nearest | None:
+def find_nearest(forget: Features, retain: Callable[[Kinds], Features]) -> Nearest | None:
     """Find what lies near a forget set; None where the module has no `embed`, or the retain set shows the same concepts.
 
     By label, the five concepts of the retain set whose mean feature has the largest cosine with the forget set's, both less the
-    mean of all concepts; without labels, the 5 % of the samples nearest to the forget set's mean. It is collective.
+    mean of all concepts; without labels, the 5 % of the samples nearest to the forget set's mean.
 
     Args:
-        objective: of the concept.
-        retain: `features_of` its retain set, which serve every concept.
+        forget: `features_of` the forget set.
+        retain: gives `features_of` the retain set by some kinds of labels.
     """
-    if not retain:
+    if not forget:
         return None
-    forget = features_of(objective, "forget")
     own = torch.stack([feature for feature, _ in forget]).mean(0)
-    kinds = dict.fromkeys(kind for _, labels in forget for kind in labels)
+    every = dict.fromkeys(kind for _, labels in forget for kind in labels)
+    kinds = tuple(kind for kind in every if all(labels.get(kind) is not None for _, labels in forget))
+    labelled = retain(kinds) if kinds else []
     is_same = False
     for kind in kinds:
-        asked = {labels.get(kind) for _, labels in forget}
-        if None in asked:
-            continue
+        asked = {labels[kind] for _, labels in forget}
         # As where samples of any class are to be forgotten, and not a class; a few may be there by mistake.
-        if sum(labels.get(kind) in asked for _, labels in retain) >= len(forget):
+        if sum(labels.get(kind) in asked for _, labels in labelled) >= len(forget):
             is_same = True
             continue
         groups: dict[str, list[Tensor]] = {}
-        for feature, labels in retain:
+        for feature, labels in labelled:
             label = labels.get(kind)
             if label is not None and label not in asked:
                 groups.setdefault(label, []).append(feature)
@@ -100,7 +101,9 @@ def find_nearest(objective: Objective, retain: Features) -> Nearest | None:
         return Nearest(kind, sorted(cosines, key=lambda label: -cosines[label])[:CONCEPTS], centre, towards, 0.0)
     if is_same:
         return None
-    features = torch.stack([feature for feature, _ in retain])
+    if not (everything := retain(())):
+        return None
+    features = torch.stack([feature for feature, _ in everything])
     centre = features.mean(0)
     towards = _unit(own - centre)
     threshold = (_unit(features - centre) @ towards).quantile(1 - SHARE)
@@ -161,15 +164,20 @@ def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
     return NearBatches(splits, f"{nearest.what}; of the retain data", nearest.concepts, is_part=True)
 
 
-def features_of(objective: Objective, kind: Kind) -> Features:
+def features_of(objective: Objective, kind: Kind, kinds: Kinds | None = None) -> Features:
     """The features of the gradient samples, and their labels by kind; none where the module has no `embed`. It is collective.
 
     Of those with the same labels there are at most `SAMPLES`, of those without any `UNLABELLED`. Every process gets the same
     ones, in the order of the batches, whatever the world size.
+
+    Args:
+        objective: of the concept.
+        kind: of data.
+        kinds: of labels that count, None for all of them; with some, samples without a label of these are left out.
     """
     if objective.hooks.embed is None:
         return []
-    found, counted = list[_Sample](), _Counted()
+    found, counted = list[_Sample](), _Counted(kinds)
     for number, batch, labels, features in _embedded(objective, kind, "train", True, counted.is_wanted):
         assert features is not None
         for row in range(batch_samples(batch)):
@@ -179,7 +187,7 @@ def features_of(objective: Objective, kind: Kind) -> Features:
     mine = found, counted.embedded
     everywhere = objective.processes.all_gather_object("features", mine, each_data_rank=True)
     objective.forward_samples += sum(count for _, count in everywhere)
-    ordered, counted = sorted((one for part, _ in everywhere for one in part), key=lambda one: one[:2]), _Counted()
+    ordered, counted = sorted((one for part, _ in everywhere for one in part), key=lambda one: one[:2]), _Counted(kinds)
     return [(one.feature, one.labels) for one in ordered if counted.takes(one.labels)]
 
 
@@ -191,15 +199,16 @@ class _Sample(NamedTuple):
 
 
 class _Counted:
-    """Counts samples by their labels, so that the first few of each are taken."""
+    """Counts samples by their labels of some kinds, so that the first few of each are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Kinds | None) -> None:
+        self.kinds = kinds
         self.seen: dict[tuple[tuple[str, str], ...], int] = {}
         self.embedded = 0
 
     def takes(self, labels: Mapping[str, str | None]) -> bool:
         """Count a sample; whether it is among the first with these labels."""
-        key = _key(labels)
+        key = self._key(labels)
         self.seen[key] = self.seen.get(key, 0) + 1
         self.embedded += 1
         return not self._is_full(key, self.seen[key] - 1)
@@ -207,16 +216,16 @@ class _Counted:
     def is_wanted(self, labels: Mapping[str, Sequence[str | None]]) -> bool:
         """Whether a batch has a sample that would be taken."""
         rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
-        keys = [_key(row) for row in rows] or [()]
+        keys = [self._key(row) for row in rows] or [()]
         return any(not self._is_full(key, self.seen.get(key, 0)) for key in keys)
 
     def _is_full(self, key: tuple[tuple[str, str], ...], count: int) -> bool:
-        return count >= (SAMPLES if key else UNLABELLED)
+        return count >= (SAMPLES if key else 0 if self.kinds else UNLABELLED)
 
-
-def _key(labels: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
-    # By kind, too: batches may have different kinds, or the same in another order.
-    return tuple(sorted((kind, label) for kind, label in labels.items() if label is not None))
+    def _key(self, labels: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+        # By kind, too: batches may have different kinds, or the same in another order.
+        counting = labels if self.kinds is None else [kind for kind in self.kinds if kind in labels]
+        return tuple(sorted((kind, label) for kind in counting if (label := labels[kind]) is not None))
 
 
 def _embedded(

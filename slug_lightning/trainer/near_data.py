@@ -9,7 +9,7 @@ from typing import Any, Union
 import lightning.pytorch as pl
 
 from slug_lightning.datamodules.sources.resolve import UnlearnLoaders, resolve_near
-from slug_lightning.objective.nearness import Features, features_of, find_nearest, named_nearest, near_rows
+from slug_lightning.objective.nearness import Features, Kinds, features_of, find_nearest, named_nearest, near_rows
 from slug_lightning.objective.objective import Objective
 from slug_lightning.trainer.limits import limit_near
 from slug_lightning.utils.loaders import Batches, Chained, NearBatches, Split
@@ -39,7 +39,7 @@ def near_data(
         return {}
     found: dict[str, NearBatches] = {}
     joined: dict[int, NearBatches] = {}  # a source that several concepts share is read once
-    retain = cache(lambda: features_of(next(iter(objectives.values())), "retain"))
+    retain = cache(lambda kinds: features_of(next(iter(objectives.values())), "retain", kinds))
     for name, objective in objectives.items():
         own = near_retain
         if isinstance(near_retain, Mapping) and near_retain.keys() <= objectives.keys():
@@ -82,12 +82,12 @@ def _join(splits: Mapping[Split, Batches], note: str, loaders: UnlearnLoaders, t
 
 
 def _chosen(
-    name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders, retain: Callable[[], Features], trainer: pl.Trainer
+    name: str, asked: Any, objective: Objective, loaders: UnlearnLoaders, retain: Callable[[Kinds], Features], trainer: pl.Trainer
 ) -> NearBatches | None:
     """Take the concepts that were named, or find the nearest; rendered anew by a datamodule that can, else retain rows."""
     datamodule = loaders.datamodules.get(name)
     if asked == "auto":
-        nearest = find_nearest(objective, retain())
+        nearest = find_nearest(features_of(objective, "forget"), retain)
     else:
         nearest = named_nearest(objective, [asked] if isinstance(asked, str) else list(asked))
     if nearest is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,8 @@ from slug_lightning.tensors.dtensor import local
 from slug_lightning.tensors.layers import Layer, refuse_unmovable
 from slug_lightning.utils.names import some_of
 
+SCREENED = 6
+"""Layers and directions that are searched first where ways compete; the others of their round only where none is feasible."""
 ALTERNATIVES = 3
 """Ways that are kept after the search, for another one where the edits of several concepts do not go together."""
 
@@ -115,7 +117,7 @@ class ConceptSearch:
             while self.chosen is None and len(base) < self.rules.max_layers - 1:
                 furthest = search.furthest_within_bounds()
                 if furthest is not None and furthest.feasible:
-                    self.chosen = furthest
+                    self.chosen = search.go_on(furthest)
                 edited = {edit.layer.name for edit in base} | {furthest.layer if furthest else ""}
                 rest = [layer for layer in self.context.layers if layer.name not in edited]
                 if furthest is None or self.chosen is not None or not rest:
@@ -131,7 +133,6 @@ class ConceptSearch:
                 search = self._search_rounds()
                 searches.append(search)
             if self.chosen is not None:
-                self.chosen = search.go_on(self.chosen)
                 self._say_margin(self.chosen)
         self._statistics = all_statistics
         trials = self.outcome.trials = [trial for one in searches for trial in one.trials]
@@ -154,11 +155,13 @@ class ConceptSearch:
         """
         before = self.context.retain_before()
         search = self._layer_search(before)
-        _, without = search.run(self._kept)
-        self.outcome.trials += [replace(trial, together=True) for trial in search.trials]
+        _, without = search.run(self._kept, is_last=not search.is_contest)
         able = [t for t in search.trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
         # One that was broken off may cost more than is known.
-        self.chosen = min(able, key=lambda t: (t.retain is None, t.constraint_usage, t.relative_step), default=None)
+        cheapest = min(able, key=lambda t: (t.retain is None, t.constraint_usage, t.relative_step), default=None)
+        self.chosen = search.refine(cheapest)
+        search.let_go()
+        self.outcome.trials += [replace(trial, together=True) for trial in search.trials]
         if self.chosen is None or self.chosen.constraint_usage is None:
             return math.inf
         self._edit = search.edit(self.chosen)
@@ -217,22 +220,38 @@ class ConceptSearch:
         """Search round by round until the choice is content."""
         # What edits that stay have cost already counts as well.
         search = self._layer_search(self.context.retain_before() if self.context.edits.active else None)
-        for number in sorted({candidate.round for candidate in self._candidates}):
-            pairs = self._pairs(number)
+        for pairs in self._rounds():
             for name, curve in self.rules.curves.items():
                 ways = self._ways.along(pairs, name, curve)
                 with self._recorded(name, ways):
-                    decision, _ = search.run(ways, is_last=name == list(self.rules.curves)[-1])
-                self.chosen = decision.trial
+                    # What a search that rests needs stays recorded.
+                    decision, _ = search.run(ways, is_last=not search.is_contest)
+                if decision.trial is not None and not decision.search_more and (decision.trial.constraint_usage or 0.0) <= 0:
+                    break  # nothing is lost, which no other curve can better
                 # For the next curve, if there is one: the cheapest suffix first, and none of a direction that never turns.
                 best = search.best([way for way in ways if not self._ways.is_fixed(way.direction)])[:FOLLOWED]
                 pairs = [(way.layer, way.direction) for way in sorted(best, key=lambda way: -way.layer.depth)]
                 if not pairs:
                     break
+            self.chosen = search.refine(decision.trial)
+            if self.chosen is not None:
+                self.chosen = search.go_on(self.chosen)
             search.let_go()
-            if not decision.search_more:
+            if not decision.search_more or (decision.trial is None and self.chosen is not None):
                 break
         return search
+
+    def _rounds(self) -> Iterator[list[tuple[LayerStatistics, str]]]:
+        """Layers and directions to search, round by round; of many, those first that change least of what is retained."""
+        for number in sorted({candidate.round for candidate in self._candidates}):
+            pairs = self._pairs(number)
+            if is_contest(self.rules.directions, self.rules.curves) and len(pairs) > SCREENED:
+                changes = self._ways.output_changes(pairs)
+                if any(map(math.isfinite, changes)):
+                    first = sorted(range(len(pairs)), key=lambda i: changes[i])[:SCREENED]
+                    yield [pair for i, pair in enumerate(pairs) if i in first]
+                    pairs = [pair for i, pair in enumerate(pairs) if i not in first]
+            yield pairs
 
     def _pairs(self, number: int) -> list[tuple[LayerStatistics, str]]:
         """Layers and directions of a round, in the order of the candidates."""

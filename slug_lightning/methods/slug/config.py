@@ -82,11 +82,11 @@ class SLUG(Method):
 
     layers: Union[str, list[str]] = "*"
     granularity: Granularity = "tensor"
-    direction: Union[Name, list[Union[Name, Callable[..., Any]]], Callable[..., Any]] = "gradient"
+    direction: Union[Name, list[Union[Name, Callable[..., Any]]], Callable[..., Any]] = "covariance"
     source: Literal["forget", "anchored"] = "forget"
-    curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "line"
-    score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "pareto"
-    choice: Union[Literal["least_usage", "least_damage"], Callable[..., Any]] = "least_usage"
+    curve: Union[Literal["line", "path", "both"], Callable[..., Any]] = "both"
+    score: Union[Literal["pareto", "measured"], Callable[..., Any]] = "measured"
+    choice: Union[Literal["least_usage", "least_damage"], Callable[..., Any]] = "least_damage"
     search: Union[Literal["interpolation"], Callable[..., Any]] = "interpolation"
     max_evaluations: int = 10
     max_step: Optional[float] = None

@@ -30,6 +30,12 @@ HALVED = 5
 """How often a step is halved that costs too much."""
 HALVINGS = 3
 """How often the margin is halved in search of the part that is within all bounds."""
+ROUGH = 0.25
+"""Where ways compete, their searches rest when the bracket is this narrow, relative to its upper end; the winner's goes on."""
+
+
+class _RoughlyKnown(Exception):
+    """The step of a way is known well enough to compare it with others."""
 
 
 class Way(NamedTuple):
@@ -60,8 +66,9 @@ class LayerSearch:
 
     The forget metric comes first: it is measured on few samples and decides the step. The retain metrics are measured once
     for each way that forgets, the most promising first, and the measurement of one that can no longer win is broken
-    off. With replay, only what a layer changes is computed. If edits of other concepts are in the model, `retain_before` has
-    the retain metrics on the validation split without any.
+    off. Where more than lines of the gradient compete, steps are found roughly first (`ROUGH`), and `refine` narrows the one
+    that wins. With replay, only what a layer changes is computed. If edits of other concepts are in the model, `retain_before`
+    has the retain metrics on the validation split without any.
     """
 
     def __init__(
@@ -94,9 +101,11 @@ class LayerSearch:
         """How far off rounding may put the constraint usage of a trial; known after `run`."""
         self.smallest: dict[tuple[str, str, str], Trial] = {}
         """By way, the trial with the smallest step that forgets."""
-        self._steps: dict[tuple[str, str, str], Trial] = {}
+        self._tried: dict[tuple[str, str, str], dict[float, Trial]] = {}
+        """By way, then by distance, what was measured of the forget set, so that a search can go on where it rested."""
+        self._starts: dict[tuple[str, str, str], tuple[float, ...]] = {}
         self._gains: dict[tuple[str, ...], list[float]] = {}
-        """What the forget loss gained at first order where it was enough, by tower, and by tower and direction."""
+        """What the forget loss gained at first order where it was enough: of all, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
         # Of a loss, what is missing is known, and with it about where to start.
         (first, *_) = concept.targets
@@ -116,10 +125,10 @@ class LayerSearch:
         with self.context.progress.bar("search", len(ways) * self.max_evaluations) as advance:
             self.evaluation.record("forget", layers_of(ways))
             for way in ways:
-                self.search_steps(way, advance)
-        if is_last and not self.evaluation.has_recorded("retain"):
-            self.let_go()
-        able = [way for way in ways if way.key in self._steps]
+                self.search_steps(way, advance, roughly=self.is_contest)
+        if is_last and not self.step_margin and not self.evaluation.has_recorded("retain"):
+            self.let_go()  # nothing asks for the forget set again
+        able = [way for way in ways if way.key in self.smallest]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
         able.sort(key=self._first_order_cost)
         without = self.evaluation.record_retained(layers_of(able))
@@ -136,38 +145,48 @@ class LayerSearch:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))
         return self.choice(self._eligible()), without
 
-    def search_steps(self, way: Way, advance: Callable[[], None] = lambda: None) -> None:
-        """Find the smallest step of a way that forgets, and the one with the margin; calls `advance` at each evaluation."""
+    def search_steps(self, way: Way, advance: Callable[[], None] = lambda: None, roughly: bool = False) -> None:
+        """Find the smallest step of a way that forgets; calls `advance` at each evaluation.
+
+        Where it is `roughly` known the search rests, and a further call goes on from there.
+        """
         self._ways[way.key] = way
-        tried: list[Trial] = []
+        known = self._tried.setdefault(way.key, {})
+        before, tried = set(known), list[Trial]()
 
         def evaluate(distance: float) -> Trial:
             is_beyond = distance > self.max_step
             if is_beyond and tried and _distance(tried[-1]) >= self.max_step:
                 raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
-            tried.append(self._forget(way, advance, min(distance, self.max_step)))
+            if roughly and _is_rough_enough(tried):
+                raise _RoughlyKnown
+            at = min(distance, self.max_step)
+            if at not in known:
+                known[at] = self._forget(way, advance, at)
+            tried.append(known[at])
             if is_beyond and not tried[-1].forgotten:
                 raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
             return tried[-1]
 
-        for start in dict.fromkeys((self._start(way), START)):
-            before = list(tried)
+        if way.key not in self._starts:
+            self._starts[way.key] = tuple(dict.fromkeys((self._start(way), START)))
+        for start in self._starts[way.key]:
+            earlier = list(tried)
             try:
-                tried = before + list(self.search(evaluate, self.concept.share, self.max_evaluations, min(start, self.max_step)))
+                tried = earlier + list(self.search(evaluate, self.concept.share, self.max_evaluations, min(start, self.max_step)))
+                break
+            except _RoughlyKnown:
                 break
             except CurveEnd as end:
                 if tried:
                     tried[-1] = replace(tried[-1], ended=str(end))
             if way.curve == "line" or smallest_step(tried) is not None:
                 break  # else a path that began far along may have passed what it was sought for
+        self.trials += [trial for trial in tried if _distance(trial) not in before]
         if (found := smallest_step(tried)) is not None:
-            self._learn(way, found)
-            self.smallest[way.key] = self._steps[way.key] = found
-            if self.step_margin and _distance(found) < self.max_step:
-                tried.append(self._beyond(way, found, self.step_margin, advance))
-                if tried[-1].forgotten and not tried[-1].is_broken:
-                    self._steps[way.key] = tried[-1]
-        self.trials += tried
+            if way.key not in self.smallest:
+                self._learn(way, found)
+            self.smallest[way.key] = found
 
     def let_go(self) -> None:
         """Let go of what evaluations have recorded."""
@@ -176,8 +195,8 @@ class LayerSearch:
     def _start(self, way: Way) -> float:
         """Where to look first: steps that are just enough promise about the same gain at first order, whatever the layer.
 
-        Where ways compete, those of the same tower tell, and the same direction if it can, and a path needs a little less than
-        its line. Lines of the gradient alone start where the layer before was enough.
+        Where ways compete, those of the same tower tell, and the same direction if it can, or else those of other towers; a
+        path needs a little less than its line. Lines of the gradient alone start where the layer before was enough.
         """
         layer = way.layer
         if not self.is_contest:
@@ -186,7 +205,8 @@ class LayerSearch:
         if way.curve != "line" and line is not None:
             return SHORTER * line.relative_step
         tower = layer.layer.tower
-        gains = self._gains.get((tower, way.direction)) or self._gains.get((tower,)) or ([self._gain] if self._gain else [])
+        kinds = (tower, way.direction), (tower,), ()
+        gains = next((self._gains[kind] for kind in kinds if kind in self._gains), [self._gain] if self._gain else [])
         try:
             slope = way.slope() if gains else 0.0
         except CurveEnd:  # which the first point says again
@@ -199,7 +219,7 @@ class LayerSearch:
         if not self.is_contest:
             self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
         elif way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
-            for key in ((layer.layer.tower,), (layer.layer.tower, way.direction)):
+            for key in ((), (layer.layer.tower,), (layer.layer.tower, way.direction)):
                 self._gains.setdefault(key, []).append(gain)
 
     @property
@@ -246,7 +266,7 @@ class LayerSearch:
 
     def _first_order_cost(self, way: Way) -> float:
         layer = way.layer
-        step = self._steps[way.key].relative_step * layer.weight_norm / layer.forget_norm  # as along the gradient
+        step = self.smallest[way.key].relative_step * layer.weight_norm / layer.forget_norm  # as along the gradient
         return step * layer.forget_norm * (layer.retain_norm or 0.0) * (layer.alignment or 0.0)
 
     def edit(self, trial: Trial) -> EditStep:
@@ -290,15 +310,41 @@ class LayerSearch:
         most = max((trial.margin for trial in self.trials if trial.feasible), default=0.0)
         return [trial for trial in self.trials if trial.margin >= most or not trial.feasible]
 
-    def _measure_retain(self, way: Way) -> None:
-        """Measure what the step of a way costs; if that is too much, the one without the margin."""
-        for trial in dict.fromkeys((self._steps[way.key], self.smallest[way.key])):
-            rivals = [t for t in self.trials if t.retain is not None and t.margin >= trial.margin]
-            whole = self.evaluation.cost(trial, self.edit(trial), self.choice.usage_limit(rivals), self.error)
-            self.trials[self.trials.index(trial)] = whole
-            # One that is within no bound itself sets no bar for a smaller step.
-            if whole.feasible or (whole.dropped and any(rival.feasible for rival in rivals)):
-                break
+    def _measure_retain(self, way: Way) -> list[Trial]:
+        """Measure what the smallest step of a way costs, and if all bounds hold, also the one with the margin."""
+        smallest = self._cost(self.smallest[way.key])
+        if not self.step_margin or not smallest.feasible or _distance(smallest) >= self.max_step:
+            return [smallest]
+        further = self._beyond(way, smallest, self.step_margin)
+        self.trials.append(further)
+        return [smallest, self._cost(further) if further.forgotten and not further.is_broken else further]
+
+    def _cost(self, trial: Trial) -> Trial:
+        """Measure what a trial costs, unless it can't win against those that hold the whole margin."""
+        rivals = [t for t in self.trials if t.retain is not None and t.margin >= self.step_margin]
+        whole = self.evaluation.cost(trial, self.edit(trial), self.choice.usage_limit(rivals), self.error)
+        self.trials[self.trials.index(trial)] = whole
+        return whole
+
+    def refine(self, chosen: Trial | None) -> Trial | None:
+        """Search on from where the chosen way's search rested; without one, along the ways that came nearest to all bounds.
+
+        Returns:
+            The trial to take: with the smaller step, if it holds as much of the margin.
+        """
+        if not self.is_contest:
+            return chosen
+        if chosen is not None:
+            return max([*self._refined(self._ways[chosen.way]), chosen], key=lambda trial: trial.margin)
+        costs = {t.way: t.constraint_usage for t in self.trials if t.forgotten and t.constraint_usage is not None and not t.margin}
+        found = [trial for way in sorted(costs, key=lambda way: costs[way])[:FOLLOWED] for trial in self._refined(self._ways[way])]
+        return self.choice(self._eligible()).trial if found else None
+
+    def _refined(self, way: Way) -> list[Trial]:
+        """Search a way on; returns what is within all bounds of what that has found."""
+        rough = self.smallest[way.key]
+        self.search_steps(way)
+        return [] if self.smallest[way.key] == rough else [trial for trial in self._measure_retain(way) if trial.feasible]
 
 
 def layers_of(ways: Sequence[Way]) -> list[Layer]:
@@ -315,6 +361,16 @@ def smallest_step(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the smallest step that forgets and leaves a model that works."""
     found = [t for t in trials if t.forgotten and not t.is_broken]
     return min(found, key=lambda t: t.relative_step, default=None)
+
+
+def _is_rough_enough(trials: Sequence[Trial]) -> bool:
+    """Whether the smallest step that forgets is little above the largest below it that doesn't."""
+    found = smallest_step(trials)
+    if found is None:
+        return False
+    high = _distance(found)
+    low = max((_distance(trial) for trial in trials if _distance(trial) < high), default=0.0)
+    return high - low <= ROUGH * high
 
 
 def _first_step(gain: float, slope: float) -> float:

@@ -37,6 +37,8 @@ class Ways:
         self.backward = front or any(not need.endswith("input_covariance") for need in self.needs)
         self.notes = notes
         self._gradient: dict[str, Tensor] = {}
+        self._first: dict[tuple[str, str], Tangent] = {}
+        """Directions at W that were looked at, but whose ways are not made yet."""
         self._loss: float | None = None
 
     def keep(self, gradient: Mapping[str, Tensor], loss: float, layers: Sequence[LayerStatistics]) -> None:
@@ -51,11 +53,40 @@ class Ways:
         if missing:
             self._gradient |= self.context.passes.forget_gradient(self.concept, list(missing.values())).tensors
         informed = self._with_factors(pairs)
-        ways = []
+        ways, known = [], self._first
+        self._first = {}  # those of other ways are not worth their memory
         for one, name in pairs:
             layer = informed.get(one.name, one)
-            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, partial(self._tangent, layer, name))))
+            tangent = partial(self._tangent, layer, name)
+            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, tangent, known.get((one.name, name)))))
         return ways
+
+    def output_changes(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> list[float]:
+        """How much of each layer's output on retain data a step along a direction changes, the same on all ranks.
+
+        E‖ΔW x‖²/E‖W x‖² = ⟨D, D A⟩/⟨W, W A⟩ · 1/⟨g, D⟩² for an edit that raises the forget loss by one at first order: it
+        neither depends on how a layer's outputs are scaled nor needs an evaluation. Infinite where A is not known.
+        """
+        informed = self._with_factors(pairs)
+        changes = [self._output_change(informed.get(one.name, one), name) for one, name in pairs]
+        return list(self.context.objective.processes.broadcast("output changes", changes))
+
+    def _output_change(self, layer: LayerStatistics, name: str) -> float:
+        inputs = layer.factors.get("retain:input_covariance")
+        if inputs is None or not all(key in inputs for key in layer.layer.parameters):
+            return math.inf
+        try:
+            tangent = self._first[layer.name, name] = self._tangent(layer, name)
+        except CurveEnd:  # which its way will say
+            return math.inf
+        changed = kept = 0.0
+        for key, parameter in layer.layer.parameters.items():
+            for tensor, is_edit in ((tangent.direction[key], True), (local(parameter).detach(), False)):
+                whole = whole_like(tensor.to(parameter.device), parameter).double()
+                energy = torch.sum(whole * inputs[key].times(whole)).item()
+                changed, kept = (changed + energy, kept) if is_edit else (changed, kept + energy)
+        gain = (tangent.slope or 0.0) * tangent.norm
+        return changed / kept / gain**2 if kept > 0 and gain > 0 else math.inf
 
     def _with_factors(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
         """By name, the layers of whose factors a direction needs some, with these."""
@@ -117,11 +148,14 @@ class Ways:
         """Keep only what these ways need."""
         held = {name for way in ways for name in way.layer.layer.parameters}
         self._gradient = {name: gradient for name, gradient in self._gradient.items() if name in held}
+        self._first.clear()
 
 
-def _once_asked(curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent]) -> tuple[Point, Callable[[], float]]:
+def _once_asked(
+    curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent], known: Tangent | None
+) -> tuple[Point, Callable[[], float]]:
     """Make a curve, and its first tangent, when they are asked for: a direction takes as much memory as its layer."""
-    first, made = cache(tangent), cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at)))
+    first, made = cache(lambda: known or tangent()), cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at)))
 
     def point(distance: float, straight_after: float = math.inf) -> EditStep:
         return made()(distance, straight_after=straight_after)

@@ -192,9 +192,10 @@ class Trace(TorchDispatchMode):
         except (NotImplementedError, RuntimeError) as error:
             self.failed = CannotTrace(f"a tensor without plain memory ({type(tensor).__name__})")
             raise self.failed from error
-        if storage._cdata not in self.memory:
-            self.memory[storage._cdata] = _Memory(weakref.ref(storage))
-        return self.memory[storage._cdata]
+        known = self.memory.get(storage._cdata)
+        if known is None or known.storage() is None:  # what was there is gone: another tensor lies in its place
+            known = self.memory[storage._cdata] = _Memory(weakref.ref(storage))
+        return known
 
     def _escapes(self, tensor: Tensor) -> None:
         self.escaped |= self._of(tensor).bits
