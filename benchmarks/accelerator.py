@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, default_collate
 from slug_lightning import UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.datamodules import UnlearnDataModule
+from slug_lightning.methods import SLUG
 from slug_lightning.modules import ClipModule
 
 REFERENCE = "32-true"
@@ -149,7 +150,7 @@ def forget(
     if precision == "16-mixed" and device.type == "cpu":  # Lightning would silently take bf16 instead
         options = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
     options |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    callback = UnlearnCallback(near_retain=None, forget_target=target, retain_tolerance=1.0)
+    callback = UnlearnCallback(near_retain=None, method=SLUG.paper(), forget_target=target, retain_tolerance=1.0)
     options |= {"accelerator": device.type, "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=[callback], **options)
     start = now(device)

@@ -117,7 +117,7 @@ def slug(
     began = time.perf_counter()
     for stage in range(1, layers + 1):
         callback = UnlearnCallback(
-            method=SLUG(granularity=granularity, max_evaluations=options.evaluations),
+            method=SLUG.paper(granularity=granularity, max_evaluations=options.evaluations),
             forget_target=start + (end - start) * stage / layers,
             retain_tolerance=1e6,
         )

@@ -23,7 +23,7 @@ from slug_lightning.methods import SLUG
 
 RULES = {
     "paper": SLUG.paper(),
-    "sparing": SLUG(direction=["covariance", "kfac"], score="measured", choice="least_damage", step_margin=0.0),
+    "sparing": SLUG(direction=["covariance", "kfac"], curve="line", score="measured", choice="least_damage", step_margin=0.0),
 }
 TOLERANCE = 0.03
 """Of accuracy on the validation split."""

@@ -49,12 +49,13 @@ DRAWN = 10
 
 FEW = ["model.visual.proj", "model.text_projection", "model.transformer.resblocks.0.*"]
 """Both projections and the first block of the text tower: of open_clip's models, six matrices."""
-COVARIANCE = {"direction": "covariance", "score": "measured", "choice": "least_damage", "max_evaluations": 6, "step_margin": 0.0}
+SMALLEST = {"max_evaluations": 6, "step_margin": 0.0}
 SPARING = {
-    "covariance, line and path, six layers": SLUG(FEW, curve="both", **COVARIANCE),
-    "covariance, line and path, all": SLUG(curve="both", **COVARIANCE),
-    "covariance, line, no front, six layers": SLUG(FEW, front=False, **COVARIANCE),
-    "covariance, line, no front, all": SLUG(front=False, **COVARIANCE),
+    "default": SLUG(),
+    "line and path, six layers": SLUG(FEW, **SMALLEST),
+    "line and path, all": SLUG(**SMALLEST),
+    "line, no front, six layers": SLUG(FEW, curve="line", front=False, **SMALLEST),
+    "line, no front, all": SLUG(curve="line", front=False, **SMALLEST),
 }
 """Rules whose whole runs are compared with the pass, too, for models with such layers; "all" is their own short list."""
 

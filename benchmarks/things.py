@@ -1,6 +1,7 @@
 """Forget twenty things from the embedded CLIP in one process, each from the original; print what became of each request.
 
     python benchmarks/things.py                      # twenty things, into runs/things.json
+    python benchmarks/things.py --paper              # by the published procedure
     python benchmarks/things.py --count 3 --seed 1   # other things
 
 The things are drawn by a fixed seed from all 234. The data to keep are the same for all requests (drawings of none of
@@ -52,17 +53,17 @@ def forget_data(drawings: Drawings, thing: int, generator: torch.Generator) -> U
 
 
 def run(
-    module: EmbeddedClip, name: str, forget: UnlearnDataModule, retain: UnlearnDataModule, cache: RetainCache
+    module: EmbeddedClip, name: str, forget: UnlearnDataModule, retain: UnlearnDataModule, cache: RetainCache, paper: bool
 ) -> UnlearnReport:
     """One request; the module is as before afterwards."""
     callback = UnlearnCallback(
-        near_retain=None,  # `near.py` measures it
+        near_retain=None if paper else "auto",
         forget={name: forget},
         retain=retain,
         forget_metric="thing_accuracy",
         retain_metric=["style_accuracy", "thing_accuracy"],
         retain_tolerance=0.02,
-        method=SLUG(max_evaluations=6),
+        method=(SLUG.paper if paper else SLUG)(max_evaluations=6),
         runtime=Runtime(count_cost=True, retain_cache=cache),
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="how many things (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which things (default: %(default)s)")
+    parser.add_argument("--paper", action="store_true", help="by the published procedure, which knows nothing of near data")
     parser.add_argument("--output", type=Path, default=Path("runs/things.json"), help="(default: %(default)s)")
     arguments = parser.parse_args()
     drawings = load_drawings()
@@ -102,7 +104,7 @@ def main() -> None:
     for thing in things.tolist():
         name, forget = drawings.thing_names[thing], forget_data(drawings, thing, generator)
         reused = cache.reused
-        report = run(module, name, forget, retain, cache)
+        report = run(module, name, forget, retain, cache, arguments.paper)
         flops = report.cost["flops"]
         loaders = {split: [forget.forget_dataloader(split), retain.retain_dataloader(split)] for split in ("val", "test")}
         needed = evaluation(module.eval(), loaders)

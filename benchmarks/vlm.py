@@ -108,7 +108,12 @@ def run(kind: str, concept: str, objective: str, seed: int, options: argparse.Na
     before = measured(module, data, close)
     callback = UnlearnCallback(
         near_retain=None,  # `near.py` measures it
-        method=SLUG(options.layers, options.granularity, max_evaluations=options.evaluations, step_margin=options.margin),
+        method=SLUG.paper(
+            layers=options.layers,
+            granularity=options.granularity,
+            max_evaluations=options.evaluations,
+            step_margin=options.margin,
+        ),
         forget_target=options.target,
         retain_tolerance=options.tolerance,
         runtime=Runtime(replay=False),

@@ -124,7 +124,7 @@ def forget(config: LlavaConfig, batch_size: int, words: int) -> dict[str, Any]:
     with torch.no_grad():
         target = answer_loss(model, next(iter(DataLoader(sets["forget_val"], 2 * batch_size)))).item() + 0.05
     budget = expected.gradient
-    method, runtime = SLUG(layers=f"model.{TOWER}"), Runtime(replay_budget=budget)
+    method, runtime = SLUG.paper(layers=f"model.{TOWER}"), Runtime(replay_budget=budget)
     callback = UnlearnCallback(near_retain=None, forget_target=target, retain_tolerance=1.0, method=method, runtime=runtime)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, callbacks=[callback], **quiet)

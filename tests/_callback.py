@@ -10,10 +10,10 @@ from slug_lightning.methods import SLUG, Runtime
 
 
 def unlearn_callback(*data: Any, **options: Any) -> UnlearnCallback:
-    """An UnlearnCallback; what SLUG or Runtime takes goes there."""
+    """An UnlearnCallback of the published procedure, unless `method` is given; what SLUG or Runtime takes goes there."""
     parts = {
-        name: kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
-        for name, kind in (("method", SLUG), ("runtime", Runtime))
-        if any(f.name in options for f in fields(kind))
+        name: made(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
+        for name, kind, made in (("method", SLUG, SLUG.paper), ("runtime", Runtime, Runtime))
+        if name not in options
     }
     return UnlearnCallback(*data, **parts, **options)

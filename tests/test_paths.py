@@ -240,11 +240,13 @@ def test_without_the_front_the_retain_set_is_only_passed_forward(monkeypatch):
     assert all(row["alignment"] is None for row in report.scores)
 
 
-def test_paper_is_the_default():
-    assert SLUG().request() == SLUG.paper().request() and SLUG.paper(max_evaluations=3).max_evaluations == 3
-    _, _, first = forgetting()
-    _, _, second = forgetting(**{name: value for name, value in vars(SLUG.paper()).items() if name != "check_rounding"})
-    assert first.trace == second.trace
+def test_paper_is_what_it_says_and_the_default_is_not():
+    paper = SLUG.paper(max_evaluations=3)
+    assert (paper.direction, paper.curve, paper.score, paper.choice) == ("gradient", "line", "pareto", "least_usage")
+    assert paper.max_evaluations == 3 and paper.request()["step_margin"] == 0.0 and not paper.binds_near()
+    spared = SLUG()
+    assert (spared.direction, spared.curve, spared.score, spared.choice) == ("covariance", "both", "measured", "least_damage")
+    assert spared.request()["step_margin"] == 0.5 and spared.binds_near()
 
 
 @pytest.mark.parametrize(

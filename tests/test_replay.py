@@ -18,6 +18,7 @@ from _tiny import CLASSES, Classifier, blobs, fit, loader, snapshot, trained
 from slug_lightning.objective.log_capture import Attempt
 from slug_lightning.objective.replay import replay as replaying
 from slug_lightning.objective.replay.replay import Replay
+from slug_lightning.objective.replay.trace import ModuleCalls, Trace
 from slug_lightning.tensors.digests import CannotDigest, fingerprint
 from slug_lightning.tensors.layers import find_layers
 
@@ -643,3 +644,37 @@ def test_a_batch_is_known_by_every_byte_and_its_place():
     assert fingerprint([tokens.numpy()]) != fingerprint([tokens.flip(0).numpy()])
     with pytest.raises(CannotDigest, match="object"):
         fingerprint([object()])
+
+
+def test_what_lies_where_something_freed_has_been_is_not_taken_for_it():
+    """A constant is made outside of all operations, perhaps at the place of what a skipped call has used inside and let go."""
+    places, found = [], []
+
+    class Inside(nn.Linear):
+        def forward(self, x):
+            inner = [super(Inside, self).forward(x) for _ in range(100)]
+            places.extend(one.untyped_storage()._cdata for one in inner)
+            return sum(inner).sum(-1, keepdim=True) + 0.0
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Inside(3, 3), nn.Linear(1, 1)
+
+        def forward(self, x):
+            kept, y = [], self.first(x)
+            for _ in range(1000):
+                kept.append(torch.tensor([1.0]))
+                if kept[-1].untyped_storage()._cdata in places:
+                    found.append(kept[-1])
+                    break
+            return self.second(y * kept[-1])
+
+    model = Both()
+    layers = find_layers(model)
+    trace = Trace(ModuleCalls(model), layers)
+    with torch.no_grad():
+        trace.run(lambda: model(torch.randn(2, 3)))
+    assert found, "no constant came to lie there, so that this says nothing"
+    plan = trace.plan([layer.name for layer in layers].index("second.weight"))
+    assert plan.reason is None and plan.skipped
