@@ -6,11 +6,12 @@
     python benchmarks/near.py --dev                                      # the concepts that recipes are chosen on
     python benchmarks/near.py --table                                    # the tables of what is there
 
-Methods: `paper` is `SLUG.paper()`, which asks a CLIP in one wording, the others in two; `default` is `SLUG()`; `smallest` the
-same without a margin, at the smallest step that forgets; `null` is the centred null space, for a CLIP. Layers and bounds are those of the shipped configs, and
-the requests are none that settings were chosen on. Seeds are those of splits and renderings; the digits'
-classifier is also trained anew, and a language model forgets other passages. Every cell is a JSON line in a file of its family.
-What stands there is not run again, unless the recipe has changed since, or --relearning or --cost asks for more.
+Methods: `paper` is `SLUG.paper()`, which asks a CLIP in one wording, the others in two; `default` is `SLUG()`; `smallest` is
+the same without a margin, at the smallest step that forgets; `null` is the centred null space, for a CLIP. Layers and bounds
+are those of the shipped configs, and the requests are none that settings were chosen on. Seeds are those of splits and
+renderings; the digits' classifier is also trained anew, and a language model forgets other passages. Every cell is a JSON line
+in a file of its family. What stands there is not run again, unless the recipe has changed since, or --relearning or --cost
+asks for more.
 
 All figures are of report data, in per cent or points. `forget` is the forget metric that is worst, of all wordings. `at goal`
 says whether all are where they should be: at chance; for pipelines and vision-language models at 5 %; for passages and random

@@ -6,11 +6,21 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from _amounts import examples
-from _competition import FORGETTING, KEEPING, TOLERANCE, World, batches_of, competition, forgets_at, never, passes_of, rows, score_of
+from _competition import (
+    FORGETTING,
+    KEEPING,
+    TOLERANCE,
+    World,
+    competition,
+    forgets_at,
+    never,
+    passes_of,
+    rows,
+    score_of,
+)
 from _search import best_trial, context_of, smallest_of
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -23,7 +33,7 @@ from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
 from slug_lightning.methods.slug.layer_search import LayerSearch, Way, _first_step
-from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
+from slug_lightning.methods.slug.statistics import layer_statistics
 from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.methods.trial import Trial
 from slug_lightning.objective.evaluators import WholeForward
@@ -33,6 +43,7 @@ from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.layers import Layer, find_layers
 from slug_lightning.utils.progress import Progress
+
 
 class Failure(Exception):
     pass

@@ -115,7 +115,9 @@ def every(layers):
 
 def forgotten(module, target=0.0, **options):
     metrics = {"forget_metric": "val_acc", "retain_metric": "val_acc", "direction": "covariance", "curve": "both"}
-    callback = unlearn_callback(forget=loader(True), retain=loader(False), score=every, forget_target=target, **metrics, **options)
+    callback = unlearn_callback(
+        forget=loader(True), retain=loader(False), score=every, forget_target=target, **metrics, **options
+    )
     fit(callback, module)
     return callback.report
 

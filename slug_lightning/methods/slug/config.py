@@ -30,12 +30,16 @@ Name = Literal["gradient", "covariance", "kfac", "batch", "engram", "retain_null
 
 @dataclass(frozen=True)
 class SLUG(Method):
-    """Single Layer Unlearning Gradient (arXiv 2407.11867): one searched step along one layer.
+    """Single Layer Unlearning Gradient (after arXiv 2407.11867): one searched step along one layer.
 
     The gradient of the forget loss and that of the retain loss, both at the weights as they are, score every layer. Along
     each candidate the smallest step that reaches the forget target is searched on the validation split; of those within
-    `retain_tolerance` the one that costs the retain metrics least is taken. Several concepts are searched one by one, then
-    together.
+    `retain_tolerance` and `near_tolerance` the one that costs what is retained least is taken, and half of its step is added
+    as far as all bounds hold. Several concepts are searched one by one, then together.
+
+    By default a step goes along the gradient through the inverse covariance of the layer's inputs on the retain set, straight
+    and where that costs something also along a path, on the outer blocks and projections of each tower: of what was tried on a
+    few development requests this spares most (docs/directions.md). `SLUG.paper()` is the published procedure.
 
     Each rule may be an object of your own; docs/extending.md shows one of each.
 
@@ -49,11 +53,13 @@ class SLUG(Method):
             `slug_lightning.methods.slug.directions.Direction`, or a list of these, which then compete.
         source: whose gradient directions are made of: "forget", the forget loss, or "anchored", that loss less the one of the
             retain set's mean feature, so that what all inputs share counts for nothing; for modules with an `anchored_step`.
-        curve: how the way goes on: "line", "path" (a new forget gradient whenever the way has doubled), "both" (lines, then the
-            paths of the three layers whose line did best), or a `slug_lightning.methods.slug.curves.Curve`.
+        curve: how the way goes on: "line", "path" (a new forget gradient whenever the way has doubled), "both" (lines, then,
+            unless one costs nothing, the paths of the three layers whose line did best), or a
+            `slug_lightning.methods.slug.curves.Curve`.
         score: which layers are searched: "pareto", the front of importance and alignment; "measured", the outer blocks,
             projections and heads of each tower, and the front, and if none of these is feasible, all others; or a
-            `slug_lightning.methods.slug.candidates.LayerScore`.
+            `slug_lightning.methods.slug.candidates.LayerScore`. Of more than six ways those come first that change least of what
+            their layers give out on the retain set, and the others only if none of them is feasible.
         choice: "least_usage"; "least_damage", which takes differences within noise for ties; or a
             `slug_lightning.methods.slug.choice.Choice`.
         search: how a step is found: "interpolation", or a `slug_lightning.methods.slug.step_search.StepSearch`.
@@ -76,8 +82,8 @@ class SLUG(Method):
         UnlearnError: if an option is out of range.
 
     Example:
-        >>> SLUG(layers="encoder.*", step_margin=0.1).curve
-        'line'
+        >>> SLUG(layers="encoder.*", step_margin=0.1).direction
+        'covariance'
     """
 
     layers: Union[str, list[str]] = "*"

@@ -336,8 +336,12 @@ class LayerSearch:
             return chosen
         if chosen is not None:
             return max([*self._refined(self._ways[chosen.way]), chosen], key=lambda trial: trial.margin)
-        costs = {t.way: t.constraint_usage for t in self.trials if t.forgotten and t.constraint_usage is not None and not t.margin}
-        found = [trial for way in sorted(costs, key=lambda way: costs[way])[:FOLLOWED] for trial in self._refined(self._ways[way])]
+        costs = {
+            t.way: t.constraint_usage for t in self.trials if t.forgotten and t.constraint_usage is not None and not t.margin
+        }
+        found = [
+            trial for way in sorted(costs, key=lambda way: costs[way])[:FOLLOWED] for trial in self._refined(self._ways[way])
+        ]
         return self.choice(self._eligible()).trial if found else None
 
     def _refined(self, way: Way) -> list[Trial]:

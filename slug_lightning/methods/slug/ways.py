@@ -155,7 +155,10 @@ def _once_asked(
     curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent], known: Tangent | None
 ) -> tuple[Point, Callable[[], float]]:
     """Make a curve, and its first tangent, when they are asked for: a direction takes as much memory as its layer."""
-    first, made = cache(lambda: known or tangent()), cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at)))
+    first, made = (
+        cache(lambda: known or tangent()),
+        cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at))),
+    )
 
     def point(distance: float, straight_after: float = math.inf) -> EditStep:
         return made()(distance, straight_after=straight_after)
