@@ -90,7 +90,7 @@ def test_the_configuration_runs_and_leaves_report_patch_pictures_and_pipeline(tm
     folder = tmp_path / "run"
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "unlearned" and report["concept"] == "van gogh"
-    assert (report["before"]["forget"], report["after"]["forget"]) == ({"accuracy": 1.0}, {"accuracy": 0.0})
+    assert (report["search_before"]["forget"], report["search_after"]["forget"]) == ({"accuracy": 1.0}, {"accuracy": 0.0})
     assert report["bounds"]["retain_metrics"] == ["style_accuracy"]
     assert any("in 2 and 2 steps" in note for note in report["notes"])
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -182,7 +182,7 @@ def test_an_anchored_gradient_is_that_of_the_loss_less_the_loss_of_the_mean_reta
     others = {f"{kind}_{split}": part for kind, part in (("forget", forget), ("retain", retain)) for split in ("val", "test")}
     data = UnlearnDataModule(forget, retain, **others, batch_size=7)  # the last batches are smaller
     name = "model.transformer.resblocks.0.mlp.c_fc.weight"
-    method = SLUG(name, direction=watched, source="anchored", max_evaluations=2)
+    method = SLUG(name, direction=watched, curve="line", source="anchored", max_evaluations=2)
     trainer(unlearn_callback(method=method)).fit(clip_module(model.train()), datamodule=data)
     plain = tiny_clip()
     plain.load_state_dict(knowing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -117,7 +119,7 @@ def test_a_request_of_now_is_the_same_only_if_all_of_it_is(other):
 
 
 def test_an_option_that_is_newer_than_a_checkpoint_had_its_default():
-    recorded = PAPER._request()
+    recorded = copy.deepcopy(PAPER._request())
     del recorded["method"]["step_margin"]
     assert PreviousRun(None, recorded, None).is_same_request(PAPER._request())
     assert not PreviousRun(None, recorded, None).is_same_request(UnlearnCallback(method=SLUG.paper(step_margin=0.1))._request())

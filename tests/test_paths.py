@@ -162,11 +162,11 @@ def test_without_a_retain_gradient_there_is_no_front_and_the_rest_comes_in_small
 # ---- as a user gets them
 
 
-def forgetting(metric="val_acc", target=0.0, tolerance=0.02, **options):
+def forgetting(metric="val_acc", target=0.0, tolerance=0.02, retain="val_acc", **options):
     """Run the callback on a small classifier; returns the module, its weights before, and the report."""
     module = trained()
     before = snapshot(module)
-    data = {"forget": loader(True), "retain": loader(False), "forget_metric": metric, "retain_metric": "val_acc"}
+    data = {"forget": loader(True), "retain": loader(False), "forget_metric": metric, "retain_metric": retain}
     callback = unlearn_callback(**data, forget_target=target, retain_tolerance=tolerance, **options)
     fit(callback, module)
     return module, before, callback.report
@@ -177,12 +177,19 @@ def test_directions_and_curves_compete_and_the_report_says_which_won():
     module, before, report = forgetting(**contest)
     ways = {(t["layer"], t.get("direction", "gradient"), t.get("curve", "line")) for t in report.trace}
     assert {(direction, curve) for _, direction, curve in ways} >= {("covariance", "line"), ("gradient", "line")}
-    followed = {layer for layer, _, curve in ways if curve == "path"}
-    assert 1 <= len(followed) <= 3  # one direction each
     assert report.status == "unlearned" and changed(module, before) == {report.layer}
     assert accuracy(module, forget=True) < 0.1 and accuracy(module, forget=False) > 0.95
     moved = module.state_dict()[report.layer] - before[report.layer]
     assert report.relative_step == pytest.approx((moved.norm() / before[report.layer].norm()).item(), rel=1e-5)
+
+
+def test_paths_are_followed_where_each_line_costs_something():
+    rules = {"direction": "covariance", "curve": "both", "choice": "least_damage", "layers": "net.0.weight"}
+    for retain, curves in (("val_loss", {"line", "path"}), ("val_acc", {"line"})):
+        _, _, report = forgetting(**rules, retain=retain, tolerance=1.0)
+        (least, *_) = [t["constraint_usage"] for t in report.trace if t["forgotten"] and t["retain"]]
+        assert (least > 0) == ("path" in curves)
+        assert {t.get("curve", "line") for t in report.trace} == curves
 
 
 @pytest.mark.parametrize("direction", ["kfac", "batch", "engram", "retain_null_space"])
@@ -263,7 +270,7 @@ def test_paper_is_what_it_says_and_the_default_is_not():
         ({"max_layers": 1.5}, "max_layers must be a whole number >= 1, got 1.5"),
         ({"curve": ["line", "path"]}, "curve must be 'line' or 'path' or 'both'"),
         ({"source": "retain"}, "source must be 'forget' or 'anchored'"),
-        ({"front": False}, "score='measured'"),
+        ({"front": False, "score": "pareto"}, "score='measured'"),
         ({"curve": "circle"}, "curve must be"),
     ],
 )
