@@ -146,17 +146,31 @@ def statistics(name, importance, alignment, known):
     return LayerStatistics(Layer(name, {}), 1.0, importance, None if inner is None else 1.0, inner, is_known=known)
 
 
-def test_known_layers_go_every_way_and_the_front_goes_along_the_gradient():
-    layers = [statistics("known", 1.0, 0.9, True), statistics("front", 2.0, 0.1, False), statistics("rest", 0.5, 0.5, False)]
-    found = measured(layers)
-    assert [(c.layer, c.round, c.along) for c in found] == [("known", 0, None), ("front", 0, "gradient"), ("rest", 1, None)]
-    assert [c.layer for c in pareto(layers)] == ["front"]
+def test_known_layers_go_every_way_then_the_front_goes_along_the_gradient():
+    layers = [statistics("known", 1.0, 0.05, True), statistics("front", 2.0, 0.1, False), statistics("rest", 0.5, 0.5, False)]
+    found = [(c.layer, c.round, c.along) for c in measured(layers)]
+    published = [("known", 1, "gradient"), ("front", 1, "gradient")]
+    assert found == [("known", 0, None), *published, ("front", 2, None), ("rest", 2, None)]
+    assert [c.layer for c in pareto(layers)] == ["known", "front"]
 
 
 def test_without_a_retain_gradient_there_is_no_front_and_the_rest_comes_in_small_rounds():
     layers = [statistics(str(number), 1.0, None, number == 0) for number in range(2 * REST + 2)]
     rounds = [candidate.round for candidate in measured(layers)]
-    assert rounds == [0] + [1] * REST + [2] * REST + [3]
+    assert rounds == [0] + [2] * REST + [3] * REST + [4]
+
+
+def test_what_the_published_procedure_forgets_is_feasible_by_default_though_no_sparing_way_is():
+    class Nowhere(Covariance):
+        """Leads downhill as far as anybody can see."""
+
+        def __call__(self, layer, forget_gradient):
+            return {name: torch.ones_like(g) for name, g in forget_gradient.items()}
+
+    _, _, report = forgetting(direction=Nowhere(), score="measured", max_evaluations=4)
+    assert report.status == "unlearned"
+    (trial,) = [t for t in report.trace if t["retain"]][-1:]
+    assert trial.get("direction", "gradient") == "gradient"
 
 
 # ---- as a user gets them

@@ -45,24 +45,22 @@ def pareto(layers: Sequence[LayerStatistics]) -> list[Candidate]:
 
 
 REST = 16
-"""Layers in each further round, where none of the first is feasible."""
+"""Layers in each further round, where none of the first two is feasible."""
 
 
 def measured(layers: Sequence[LayerStatistics]) -> list[Candidate]:
-    """Search the layers known by their place, and the front along the raw gradient; the rest only if none of these is feasible.
+    """Search the layers known by their place; if none is feasible, the front along the raw gradient, and then all others.
 
     The known layers (`slug_lightning.methods.slug.structure.short_list`) go along all directions, as what these need came with
-    the retain gradient. The paper's front always takes part; without a retain gradient there is none. Late layers come first:
-    their evaluations are cheapest, and tell about where the others need to be tried.
+    the retain gradient. Then comes the published procedure; without a retain gradient there is no front. Late layers come
+    first: their evaluations are cheapest, and tell about where the others need to be tried.
     """
     layers = sorted(layers, key=lambda layer: -layer.depth)
     known = [Candidate(layer.name) for layer in layers if layer.is_known]
-    names = {candidate.layer for candidate in known}
     front = pareto(layers) if all(layer.alignment is not None for layer in layers) else []
-    first = known + [candidate._replace(along="gradient") for candidate in front if candidate.layer not in names]
-    tried = {candidate.layer for candidate in first}
-    rest = [layer.name for layer in layers if layer.name not in tried]
-    return first + [Candidate(name, round=1 + place // REST) for place, name in enumerate(rest)]
+    published = [candidate._replace(along="gradient", round=1) for candidate in front]
+    rest = [layer.name for layer in layers if not layer.is_known]
+    return known + published + [Candidate(name, round=2 + place // REST) for place, name in enumerate(rest)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -243,15 +243,18 @@ class ConceptSearch:
 
     def _rounds(self) -> Iterator[list[tuple[LayerStatistics, str]]]:
         """Layers and directions to search, round by round; of many, those first that change least of what is retained."""
+        done = set[tuple[str, str]]()
         for number in sorted({candidate.round for candidate in self._candidates}):
-            pairs = self._pairs(number)
+            pairs = [(one, direction) for one, direction in self._pairs(number) if (one.name, direction) not in done]
+            done |= {(one.name, direction) for one, direction in pairs}
             if is_contest(self.rules.directions, self.rules.curves) and len(pairs) > SCREENED:
                 changes = self._ways.output_changes(pairs)
                 if any(map(math.isfinite, changes)):
                     first = sorted(range(len(pairs)), key=lambda i: changes[i])[:SCREENED]
                     yield [pair for i, pair in enumerate(pairs) if i in first]
                     pairs = [pair for i, pair in enumerate(pairs) if i not in first]
-            yield pairs
+            if pairs:
+                yield pairs
 
     def _pairs(self, number: int) -> list[tuple[LayerStatistics, str]]:
         """Layers and directions of a round, in the order of the candidates."""

@@ -57,7 +57,8 @@ class SLUG(Method):
             unless one costs nothing, the paths of the three layers whose line did best), or a
             `slug_lightning.methods.slug.curves.Curve`.
         score: which layers are searched: "pareto", the front of importance and alignment; "measured", the outer blocks,
-            projections and heads of each tower, and the front, and if none of these is feasible, all others; or a
+            projections and heads of each tower, and if none of these is feasible, the front along the raw gradient, then all
+            others; or a
             `slug_lightning.methods.slug.candidates.LayerScore`. Of more than six ways those come first that change least of what
             their layers give out on the retain set, and the others only if none of them is feasible.
         choice: "least_usage"; "least_damage", which takes differences within noise for ties; or a
