@@ -54,7 +54,7 @@ class SLUG(Method):
         source: whose gradient directions are made of: "forget", the forget loss, or "anchored", that loss less the one of the
             retain set's mean feature, so that what all inputs share counts for nothing; for modules with an `anchored_step`.
         curve: how the way goes on: "line", "path" (a new forget gradient whenever the way has doubled), "both" (lines, then,
-            unless one costs nothing, the paths of the three layers whose line did best), or a
+            unless one costs nothing, the paths of up to three layers whose line did best), or a
             `slug_lightning.methods.slug.curves.Curve`.
         score: which layers are searched: "pareto", the front of importance and alignment; "measured", the outer blocks,
             projections and heads of each tower, and if none of these is feasible, the front along the raw gradient, then all

@@ -228,7 +228,7 @@ class LayerSearch:
         return list(self._ways.values())
 
     def best(self, ways: Sequence[Way]) -> list[Way]:
-        """Rank ways that were searched, the best of each layer: feasible ones by usage, then those that went furthest."""
+        """Rank ways that were searched, the best of each layer: feasible ones by usage, else those that went furthest."""
         ranked: dict[str, tuple[tuple[int, float], Way]] = {}
         for way in ways:
             trials = [trial for trial in self.trials if trial.way == way.key]
@@ -238,7 +238,8 @@ class LayerSearch:
             name = way.layer.name
             if name not in ranked or rank < ranked[name][0]:
                 ranked[name] = rank, way
-        return [way for _, way in sorted(ranked.values(), key=lambda pair: pair[0])]
+        in_order = sorted(ranked.values(), key=lambda pair: pair[0])
+        return [way for rank, way in in_order if rank[0] == in_order[0][0][0]]
 
     def furthest_within_bounds(self) -> Trial | None:
         """Find the trial that goes furthest towards the target within the retain bounds, where none reaches it.
