@@ -41,11 +41,10 @@ from slug_lightning.utils.names import concept_of
 class UnlearnCallback(OldKeywords):
     """Make the model forget when training would start, by one searched step along one layer.
 
-    The method is SLUG (arXiv 2407.11867): the gradient of the forget loss and that of the retain loss, both at the
-    weights as they are, score every layer; those on the Pareto front of importance and alignment are tried; the step
-    that brings `forget_metric` to `forget_target` and costs the retain metrics least, within `retain_tolerance`, is
-    kept. It is chosen on the validation split and reported on data that the search never saw. If no step meets both bounds the
-    weights stay as they are, bit for bit. A model that holds this request's edit already, by a checkpoint or by the last fit,
+    The method is SLUG (after arXiv 2407.11867): along the gradient of the forget loss, turned away from what the retain set
+    needs, the step is searched for each promising layer that brings `forget_metric` to `forget_target`; the layer that costs
+    the retain metrics least, within `retain_tolerance` and `near_tolerance`, is edited. It is chosen on the validation split
+    and reported on data that the search never saw. If no step meets all bounds the weights stay as they are, bit for bit. A model that holds this request's edit already, by a checkpoint or by the last fit,
     is left alone, and `report` is the one of that edit.
 
     Args:
