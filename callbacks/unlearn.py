@@ -44,8 +44,9 @@ class UnlearnCallback(OldKeywords):
     The method is SLUG (after arXiv 2407.11867): along the gradient of the forget loss, turned away from what the retain set
     needs, the step is searched for each promising layer that brings `forget_metric` to `forget_target`; the layer that costs
     the retain metrics least, within `retain_tolerance` and `near_tolerance`, is edited. It is chosen on the validation split
-    and reported on data that the search never saw. If no step meets all bounds the weights stay as they are, bit for bit. A model that holds this request's edit already, by a checkpoint or by the last fit,
-    is left alone, and `report` is the one of that edit.
+    and reported on data that the search never saw. If no step meets all bounds the weights stay as they are, bit for bit. A
+    model that holds this request's edit already, by a checkpoint or by the last fit, is left alone, and `report` is the one of
+    that edit.
 
     Args:
         forget: the forget set: a DataLoader (or any iterable of batches), a list of them, a LightningDataModule, or a
@@ -63,7 +64,8 @@ class UnlearnCallback(OldKeywords):
             Default: the module's own `forget_target`, else chance for an accuracy, or for a loss a hundred times
             less likely data (see `slug_lightning.objective.metrics.Metric.default_target`). The report states it.
         retain_metric: name or names of logged values that must not get worse. Default: the module's own, else the loss.
-        retain_tolerance: how much each of them may lose, at least 0: absolute for an accuracy, relative for a loss.
+        retain_tolerance: how much each of them may lose, at least 0: absolute for an accuracy, relative for a loss (to 0.1 if
+            it is smaller).
         near_retain: retain data that lie near what is forgotten and pay first; they are measured by themselves, too. "auto": the
             five concepts nearest by the module's `embed`, or without labels the nearest 5 % of the retain samples, chosen from
             gradient data; nothing if the module has no `embed`. Or names of concepts; a loader, list, dict by split or

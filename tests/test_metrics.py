@@ -63,16 +63,53 @@ def test_no_default_target_of_a_loss_is_met_before_the_edit(before):
 # ---- what is lost
 
 
-@given(values, st.floats(-0.5, 0.5), tolerances)
+@given(st.floats(0, 1), st.floats(-0.5, 0.5), tolerances)
 def test_an_accuracy_may_lose_the_tolerance_in_points(before, change, tolerance):
     if abs(-change - tolerance) > 1e-6:
         assert (one(accuracy, before, before + change, tolerance) <= 1) == (-change <= tolerance)
 
 
 @given(values, st.floats(-0.5, 0.5), tolerances)
-def test_a_loss_may_lose_the_tolerance_as_a_share_of_itself(before, change, tolerance):
+def test_a_loss_may_lose_the_tolerance_as_a_share_of_itself_or_of_a_tenth(before, change, tolerance):
     if abs(change - tolerance) > 1e-6:
-        assert (one(loss, before, before * (1 + change), tolerance) <= 1) == (change <= tolerance)
+        assert (one(loss, before, before + change * max(before, 0.1), tolerance) <= 1) == (change <= tolerance)
+
+
+@given(st.floats(1e-6, 0.1), st.floats(-0.5, 0.5), tolerances)
+def test_an_error_has_no_such_floor_as_its_scale_is_anybodys(before, change, tolerance):
+    error = Metric("val_mae", False)
+    if abs(change - tolerance) > 1e-3:
+        assert (one(error, before, before * (1 + change), tolerance) <= 1) == (change <= tolerance)
+
+
+@given(st.floats(0.02, 1), st.floats(-0.5, 0.5), tolerances)
+def test_an_accuracy_in_per_cent_counts_as_a_share(before, change, tolerance):
+    share, percent = Metric("val_acc", True, chance=0.1), Metric("val_acc", True, chance=0.1)
+    if abs(-change - tolerance) > 1e-3:
+        assert (one(percent, 100 * before, 100 * (before + change), tolerance) <= 1) == (
+            one(share, before, before + change, tolerance) <= 1
+        )
+        assert percent.default_target(100 * before)[0] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("name", ["val_psnr", "reward", "bleu"])
+def test_a_score_of_another_scale_stays_as_it_is(name):
+    assert Metric(name, True).loss_of_retain(30.0, 29.0) == 1.0
+
+
+@given(st.sampled_from([accuracy, loss, Metric("val_mae", False)]), st.floats(0.01, 5), tolerances)
+def test_a_limit_is_where_the_tolerance_is_used_up(metric, before, tolerance):
+    assert one(metric, before, metric.limit(before, tolerance), tolerance) == pytest.approx(1, abs=1e-3) or tolerance < 1e-5
+
+
+@pytest.mark.parametrize("name", ["val_mae", "dice_loss", "l1_loss", "cosine_loss", "val_error"])
+def test_of_what_is_no_likelihood_a_target_must_be_given(name):
+    with pytest.raises(UnlearnError, match=f"forget_target: '{name}' is 0.3 and no negative log-likelihood"):
+        Metric(name, False).default_target(0.3)
+
+
+def test_a_perplexity_must_grow_a_hundredfold():
+    assert Metric("val_perplexity", False).default_target(7.0)[0] == 700
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
@@ -103,7 +140,7 @@ def test_losing_more_is_never_less_damage():
 
 def test_a_negative_loss_is_measured_against_its_size():
     assert loss.loss_of_retain(-2.0, -1.9) == pytest.approx(0.05)
-    assert loss.loss_of_retain(0.0, 0.3) == 0.3
+    assert loss.loss_of_retain(0.0, 0.3) == pytest.approx(3.0)  # of a tenth
 
 
 def test_the_worst_of_several_metrics_counts_each_in_its_own_direction():

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
 from slug_lightning.methods.base import Context, Method, Outcome, recorded
+from slug_lightning.methods.caveats import few_samples, frozen
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.cross_effects import MAX_CONCEPTS, collateral, strength_curves
 from slug_lightning.methods.near import Near
@@ -136,7 +137,7 @@ class Harness:
         self.near: Mapping[str, NearBatches] = {}
         self.objectives = {name: self.objective.about(splits) for name, splits in forget.items()}
         self.concepts: list[Concept] = []
-        self.notes: list[str] = [*notes, *runner.notes()]
+        self.notes: list[str] = [*notes, *runner.notes(), *frozen(module, self.layers)]
         self.before, self.after = Measured(), Measured()
         """On the test split."""
 
@@ -168,6 +169,7 @@ class Harness:
         with self.meter.phase("report"):
             self._measure(context, edits)
         context.until_report.close()
+        self.notes += few_samples(self.new, self.objective, self.request.retain_tolerance)
         findings = Findings(outcomes, edits, self.before, self.after, found)
         if self.scales and edits:
             with self.meter.phase("strength"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from slug_lightning.objective.metrics import Goal, Metric
+from slug_lightning.objective.metrics import USAGE_SLACK, Goal, Metric
 from slug_lightning.objective.samples import Gallery
 from slug_lightning.patches.patch import UnlearnPatch
 from slug_lightning.reports.base import Report, number, table
@@ -105,15 +106,48 @@ class UnlearnReport(Report):
                 for kind in ("near", "retain")
                 for name, value in (near.get(kind) or {}).items()
             )
-            return (
+            is_near = near["retain"] is None and near.get("near") is not None
+            which = "near_tolerance" if is_near else "retain_tolerance"
+            nearest = (
                 f"{verdict} Nearest: {near['layer']} reaches the forget target at relative step {near['relative_step']:.4f}, "
-                f"but violates {'retain_tolerance' if near['retain'] else 'near_tolerance'}: {kept}."
+                f"but violates {which}: {kept}."
             )
+            enough = near["constraint_usage"] * (self.bounds[which] + USAGE_SLACK)
+            if not math.isfinite(enough):
+                return nearest
+            found = "it; what the rest loses was not measured" if is_near else "all bounds"
+            return f"{nearest} With {which}={math.ceil(1000 * enough) / 1000:g} it would be within {found}."
         if any(t.get("forgotten") for t in self.trace):
             return f"{verdict} Some reach the forget target, and then the model breaks or a bound fails; see the notes."
         ended = any(str(t.get("ended")).startswith("max_step") for t in self.trace)
         options = "max_step, or max_evaluations" if ended else "max_evaluations"
-        return f"{verdict} None reaches the forget target: raise {options}, or give a forget_target that can be reached."
+        return f"{verdict} None reaches the forget target{self._furthest()}: raise {options}, or give another forget_target."
+
+    def _furthest(self) -> str:
+        """How far the trial came that came furthest, in words."""
+        tried = [t for t in self.trace if math.isfinite(t["forget"])]
+        if not tried:
+            return ""
+        best = min(tried, key=self._missing)
+        values = self._forgotten_by(best)
+        shown = ", ".join(f"{name}={number(value)} (target {self.bound('forget', name, None)})" for name, value in values.items())
+        usage = best.get("constraint_usage")
+        cost = "" if usage is None else f" and uses {usage:.2f} of what may be lost"
+        return f"; the furthest, {best['layer']} at relative step {best['relative_step']:.4f}, comes to {shown}{cost}"
+
+    def _forgotten_by(self, trial: Mapping[str, Any]) -> dict[str, float]:
+        """The forget metrics of a trial; of one, what the trace has."""
+        return trial.get("forget_metrics") or {next(iter(self.goals)): trial["forget"]}
+
+    def _missing(self, trial: Mapping[str, Any]) -> float:
+        """What share of the way a trial's forget metric is from its target that is furthest."""
+        missing = [0.0]
+        for name, value in self._forgotten_by(trial).items():
+            goal, before = self.goals[name], self.search_before["forget"][name]
+            if not Metric(name, self.bounds["higher_is_better"][name]).reaches(value, goal):
+                edges = [goal] if isinstance(goal, (int, float)) else goal
+                missing.append(min(abs(value - edge) / (abs(before - edge) or 1.0) for edge in edges))
+        return max(missing)
 
     def bound(self, kind: str, name: str, before: float | None) -> str:
         """What a metric must meet, in words."""
@@ -142,8 +176,7 @@ class UnlearnReport(Report):
 
     def limit(self, name: str, before: float, kind: str = "retain") -> float:
         """What a retain metric may be at worst, on retain data or on near ones."""
-        tolerance = self.bounds[f"{kind}_tolerance"]
-        return before - tolerance if self.bounds["higher_is_better"][name] else before + tolerance * abs(before)
+        return Metric(name, self.bounds["higher_is_better"][name]).limit(before, self.bounds[f"{kind}_tolerance"])
 
     def limits(self) -> Values:
         """What each retain metric may be at worst, on the validation split."""
