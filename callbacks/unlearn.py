@@ -27,8 +27,9 @@ from slug_lightning.reports.several import AnyReport, JointReport, report_from_d
 from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import plain_parameters
-from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_overwritten, refuse_surroundings
 from slug_lightning.trainer.limits import as_trainer_limits
+from slug_lightning.trainer.module_start import started
 from slug_lightning.trainer.near_data import near_data, near_words
 from slug_lightning.trainer.previous_run import PreviousRun, digest_of_edited
 from slug_lightning.trainer.progress import progress_of
@@ -175,7 +176,7 @@ class UnlearnCallback(OldKeywords):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget: here checkpoint weights are restored, and no batch has been trained on."""
         runner = Runner(trainer.strategy, trainer.state)
-        with runner.processes.together():
+        with runner.processes.together(), started(trainer, pl_module):
             if not self._was_done_before(trainer, pl_module, runner):
                 self._keep(trainer, pl_module, self._forget(trainer, pl_module, runner), runner.processes)
                 outdate_checkpoints(trainer)
@@ -187,7 +188,7 @@ class UnlearnCallback(OldKeywords):
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if Lightning left out the training loop, and with it the edit."""
+        """Refuse to end well if Lightning left out the training loop, and with it the edit, or if something came over it."""
         if self._report is None:
             runner = Runner(trainer.strategy, trainer.state)
             with runner.processes.together():
@@ -198,6 +199,9 @@ class UnlearnCallback(OldKeywords):
                     "had finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing "
                     "ckpt_path"
                 )
+        assert self._report is not None
+        if not self.continue_training and self._last is not None and self._report.status != "infeasible":
+            refuse_overwritten(trainer, pl_module, self._report, self._last.weights)
         self._remember(pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.reports.several import AnyReport
+from slug_lightning.trainer.previous_run import digest_of_edited
+from slug_lightning.utils.names import some_of
 
+OURS = {"slug_lightning", "lightning", "pytorch_lightning"}
+"""Packages whose callbacks don't come over an edit, as far as they are not refused."""
 AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
@@ -39,6 +44,26 @@ def refuse_surroundings(trainer: Any) -> None:
         )
 
 
+def refuse_overwritten(trainer: Any, module: Any, report: AnyReport, weights: str | None) -> None:
+    """Refuse to end a fit in which nothing was trained, where the edited tensors are not what the edit made of them.
+
+    Args:
+        trainer: whose callbacks may have done it.
+        module: the edited module.
+        report: of the edit.
+        weights: digest of the edited tensors right after the edit.
+    """
+    if weights in (None, digest_of_edited(module, report)):
+        return
+    suspects = [type(c).__name__ for c in trainer.callbacks if type(c).__module__.split(".")[0] not in OURS]
+    raise UnlearnError(
+        f"the edit of {some_of(report.tensors)} was overwritten before the fit ended, though nothing was trained: nothing is "
+        f"forgotten. Leave out what restores or averages weights"
+        + (f" (callbacks: {some_of(suspects)})" if suspects else "")
+        + ", and unlearn in a fit of its own; the patch that was saved can be applied to the weights afterwards"
+    )
+
+
 def outdate_checkpoints(trainer: Trainer) -> None:
     """Let each ModelCheckpoint save again: what it saved in the training before is not the edited model.
 
@@ -49,11 +74,12 @@ def outdate_checkpoints(trainer: Trainer) -> None:
 
 
 def folder_of(trainer: Any) -> str | None:
-    """The folder of the first logger's run; None without a logger, or with one that writes nothing."""
+    """The folder of the first logger's run, or one of its own below the trainer's; None without a logger."""
     if not trainer.loggers or trainer.fast_dev_run:
         return None
     logger = trainer.loggers[0]
-    if hasattr(logger, "log_dir"):
-        return logger.log_dir
-    # Such a logger's save_dir is shared by all its runs, often the working folder.
-    return str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version)))
+    if folder := getattr(logger, "log_dir", None):
+        return str(folder)
+    # Such a logger's save_dir is shared by all its runs, often the working folder, or is no folder at all.
+    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
+    return str(Path(logger.save_dir or trainer.default_root_dir, *(parts or ["unlearned"])))
