@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from _tiny import Classifier, blobs, fit, loader, trained
+from slug_lightning.methods import SLUG
 from slug_lightning.methods.slug.candidates import Candidate
 from slug_lightning.methods.slug.concept_search import SCREENED, ConceptSearch
 from slug_lightning.methods.slug.layer_search import ROUGH
@@ -216,3 +217,64 @@ def test_layers_that_change_least_of_what_is_retained_come_first_and_the_others_
     is_enough = any(t["retain"] and t["constraint_usage"] <= 1 for t in report.trace if t["layer"] in first)
     assert is_enough == (evaluations == 10)
     assert searched == (set(first) if is_enough else asked.keys())
+
+
+class Deep(Classifier):
+    """Two dozen layers, most of which are neither known by their place nor on the front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = [nn.Linear(12, 12, bias=False) for _ in range(22)]
+        self.net = nn.Sequential(nn.Linear(8, 12), *inner, nn.Linear(12, 4))
+
+
+def test_of_a_later_round_with_many_layers_the_best_come_first_as_well():
+    callback = unlearn_callback(
+        forget=loader(True), retain=loader(False), method=SLUG(max_evaluations=1, max_step=1e-3), retain_tolerance=0.5
+    )
+    module = Deep()
+    fit(callback, module)
+    layers = [name for name, p in module.named_parameters() if p.ndim == 2]
+    assert callback.report.status == "infeasible"
+    assert {trial["layer"] for trial in callback.report.trace} == set(layers)
+
+
+def test_the_edit_of_a_rough_trial_is_the_one_that_was_measured_whatever_was_found_since():
+    """A path bends where the search has bent it, and goes straight from the step that the margin is counted from."""
+    world = World({"a": lambda step: 2.0 * (step >= 0.62)}, {None: rows(0.9), "a": rows(0.9)})
+    search, (way,) = competition(world, is_contest=True, max_step=2.0, step_margin=0.5)
+    bends = []
+    way = way._replace(point=lambda at, straight_after=math.inf, own=way.point: bends.append(straight_after) or own(at))
+    decision, _ = search.run([way], is_last=False)
+    rough = search.smallest[way.key].relative_step
+    assert decision.trial.margin == 0.5
+    search.refine(decision.trial)
+    assert search.smallest[way.key].relative_step < rough
+    search.edit(decision.trial)
+    assert bends[-1] == rough
+
+
+@pytest.mark.parametrize("names", ["abcd", "dcba"])
+def test_however_many_ways_come_near_each_is_searched_to_its_end_before_none_is_called_feasible(names):
+    """Three cost a little too much whatever their step; the fourth comes within bounds at its narrow step."""
+
+    class Four(Costly):
+        def validation_step(self, batch, batch_idx):
+            name, _ = self.edit()
+            if name in ("a", "b", "c") and int(batch[0, 0]) == KEEPING:
+                self.log("acc", 0.9 - 1.02 * TOLERANCE)
+            else:
+                super().validation_step(batch, batch_idx)
+
+    def searched(most):
+        world = Four(dict.fromkeys(names, lambda step: 2.0 * (step >= 0.62)), {None: rows(0.9)})
+        world.most = most
+        search, ways = competition(world, is_contest=True, max_step=2.0)
+        return search, search.run(ways, is_last=False)[0].trial
+
+    search, rough = searched(math.inf)
+    narrow = search.refine(rough)
+    search, found = searched((narrow.relative_step + rough.relative_step) / 2)
+    assert found is None
+    found = search.refine(None)
+    assert found is not None and found.layer == "d"

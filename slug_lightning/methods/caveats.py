@@ -36,7 +36,12 @@ def few_samples(concepts: Sequence[Concept], retain: Objective, tolerance: float
         for target in concept.targets:
             name, goal = target.metric.name, target.goal
             count = _counted(concept.objective, "forget", name)
-            if count < ENOUGH and isinstance(goal, (int, float)) and _is_share(target.metric, target.before) and 0 <= goal < 1:
+            if (
+                0 < count < ENOUGH
+                and isinstance(goal, (int, float))
+                and _is_share(target.metric, target.before)
+                and 0 <= goal < 1
+            ):
                 notes.append(
                     f"forget {concept.name}: of {count} samples in the search, a {name} of {goal:.3g} may be one of up to "
                     f"{upper_end(goal, count):.2f} (95 %); give at least {ENOUGH}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ SAMPLES = 16
 """each known by at most so many samples of the gradient data;"""
 SHARE = 0.05
 """where samples have no labels, the nearest so many of them,"""
-UNLABELLED = 1_000
+UNLABELLED = 10_000
 """told by the first so many."""
 
 
@@ -84,7 +85,7 @@ def find_nearest(forget: Features, retain: Callable[[Kinds], Features]) -> Neare
     for kind in kinds:
         asked = {labels[kind] for _, labels in forget}
         # As where samples of any class are to be forgotten, and not a class; a few may be there by mistake.
-        if sum(labels.get(kind) in asked for _, labels in labelled) >= len(forget):
+        if _counted(labelled, kind, asked) >= _counted(forget, kind, asked):
             is_same = True
             continue
         groups: dict[str, list[Tensor]] = {}
@@ -108,6 +109,12 @@ def find_nearest(forget: Features, retain: Callable[[Kinds], Features]) -> Neare
     towards = _unit(own - centre)
     threshold = (_unit(features - centre) @ towards).quantile(1 - SHARE)
     return Nearest(None, [], centre, towards, float(threshold))
+
+
+def _counted(samples: Features, kind: str, labels: Collection[str | None]) -> int:
+    """How many samples have one of these labels; of each label, no more than are known of any."""
+    counts = Counter(own.get(kind) for _, own in samples)
+    return sum(min(counts[label], SAMPLES) for label in labels)
 
 
 def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest:

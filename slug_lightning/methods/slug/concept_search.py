@@ -156,11 +156,10 @@ class ConceptSearch:
         before = self.context.retain_before()
         search = self._layer_search(before)
         _, without = search.run(self._kept, is_last=not search.is_contest)
-        able = [t for t in search.trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
-        # One that was broken off may cost more than is known.
-        cheapest = min(able, key=lambda t: (t.retain is None, t.constraint_usage, t.relative_step), default=None)
-        self.chosen = search.refine(cheapest)
+        if (cheapest := _cheapest(search.trials)) is not None:
+            search.refine(cheapest)
         search.let_go()
+        self.chosen = _cheapest(search.trials)
         self.outcome.trials += [replace(trial, together=True) for trial in search.trials]
         if self.chosen is None or self.chosen.constraint_usage is None:
             return math.inf
@@ -226,7 +225,8 @@ class ConceptSearch:
                 with self._recorded(name, ways):
                     # What a search that rests needs stays recorded.
                     decision, _ = search.run(ways, is_last=not search.is_contest)
-                if decision.trial is not None and not decision.search_more and (decision.trial.constraint_usage or 0.0) <= 0:
+                found = decision.trial
+                if found is not None and not decision.search_more and found.margin >= search.step_margin and _is_free(found):
                     break  # nothing is lost, which no other curve can better
                 # For the next curve, if there is one: the cheapest suffix first, and none of a direction that never turns.
                 best = search.best([way for way in ways if not self._ways.is_fixed(way.direction)])[:FOLLOWED]
@@ -322,6 +322,18 @@ class ConceptSearch:
         able = [t for t in search.trials if t.dropped or (t.forgotten and t.retain is not None)]
         able.sort(key=lambda t: (t is not self.chosen, math.inf if t.constraint_usage is None else t.constraint_usage))
         alternatives = ALTERNATIVES if len(self.context.concepts) > 1 else 0
-        keep = {t.way for t in able[: alternatives + 1]} if self.chosen else set()
+        keep = list(dict.fromkeys(t.way for t in able))[: alternatives + 1] if self.chosen else []
         self._kept = [way for way in search.ways if way.key in keep]
         self._ways.let_go(self._kept)
+
+
+def _is_free(trial: Trial) -> bool:
+    """Whether a step loses nothing of what was measured."""
+    return trial.constraint_usage is not None and trial.constraint_usage <= 0
+
+
+def _cheapest(trials: Sequence[Trial]) -> Trial | None:
+    """The trial that forgets and costs least, whether it is within bounds or not."""
+    able = [t for t in trials if t.forgotten and t.constraint_usage is not None and math.isfinite(t.constraint_usage)]
+    # One that was broken off may cost more than is known.
+    return min(able, key=lambda t: (t.retain is None, t.constraint_usage, t.relative_step), default=None)

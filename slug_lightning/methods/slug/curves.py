@@ -29,12 +29,14 @@ class Tangent(NamedTuple):
         norm: its length, over all tensors and processes.
         loss: the mean forget loss at that point, if the gradient pass has told.
         slope: by how much the forget loss rises along it, for a step of length 1; None if unknown.
+        reversed: whether the rule that made it led downhill.
     """
 
     direction: Mapping[str, Tensor]
     norm: float
     loss: Optional[float] = None
     slope: Optional[float] = None
+    reversed: bool = False
 
 
 class TangentAt(Protocol):

@@ -104,6 +104,10 @@ class LayerSearch:
         self._tried: dict[tuple[str, str, str], dict[float, Trial]] = {}
         """By way, then by distance, what was measured of the forget set, so that a search can go on where it rested."""
         self._starts: dict[tuple[str, str, str], tuple[float, ...]] = {}
+        self._bent: dict[tuple[tuple[str, str, str], float, float], float] = {}
+        """By way, distance and margin of a trial, where its way goes on straight."""
+        self._complete: set[tuple[str, str, str]] = set()
+        """Ways whose search has not rested."""
         self._gains: dict[tuple[str, ...], list[float]] = {}
         """What the forget loss gained at first order where it was enough: of all, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
@@ -151,6 +155,7 @@ class LayerSearch:
         Where it is `roughly` known the search rests, and a further call goes on from there.
         """
         self._ways[way.key] = way
+        self._complete.add(way.key)
         known = self._tried.setdefault(way.key, {})
         before, tried = set(known), list[Trial]()
 
@@ -159,6 +164,7 @@ class LayerSearch:
             if is_beyond and tried and _distance(tried[-1]) >= self.max_step:
                 raise CurveEnd(f"max_step: {distance:.3g} would be beyond {self.max_step:.3g}")
             if roughly and _is_rough_enough(tried):
+                self._complete.discard(way.key)
                 raise _RoughlyKnown
             at = min(distance, self.max_step)
             if at not in known:
@@ -272,8 +278,8 @@ class LayerSearch:
 
     def edit(self, trial: Trial) -> EditStep:
         """The edit of a trial."""
-        smallest = self.smallest.get(trial.way, trial)
-        return self._ways[trial.way].point(_distance(trial), straight_after=_distance(smallest))
+        distance = _distance(trial)
+        return self._ways[trial.way].point(distance, straight_after=self._bent.get((trial.way, distance, trial.margin), math.inf))
 
     def _forget(self, way: Way, advance: Callable[[], None], distance: float, straight_after: float = math.inf) -> Trial:
         """Measure only whether a step forgets."""
@@ -288,7 +294,9 @@ class LayerSearch:
     def _beyond(self, way: Way, smallest: Trial, margin: float, advance: Callable[[], None] = lambda: None) -> Trial:
         """Go further than the smallest step that forgets, by a share of it."""
         at = _distance(smallest)
-        return replace(self._forget(way, advance, min(at * (1 + margin), self.max_step), at), margin=margin)
+        trial = replace(self._forget(way, advance, min(at * (1 + margin), self.max_step), at), margin=margin)
+        self._bent[way.key, _distance(trial), margin] = at
+        return trial
 
     def go_on(self, chosen: Trial) -> Trial:
         """Go as far into the margin as all bounds hold, where the whole of it isn't within them; halving finds how far."""
@@ -323,6 +331,8 @@ class LayerSearch:
     def _cost(self, trial: Trial) -> Trial:
         """Measure what a trial costs, unless it can't win against those that hold the whole margin."""
         rivals = [t for t in self.trials if t.retain is not None and t.margin >= self.step_margin]
+        if self.is_contest:  # a step that is known roughly and breaks a bound sets none, as it may yet come within
+            rivals = [t for t in rivals if t.feasible]
         whole = self.evaluation.cost(trial, self.edit(trial), self.choice.usage_limit(rivals), self.error)
         self.trials[self.trials.index(trial)] = whole
         return whole
@@ -336,17 +346,24 @@ class LayerSearch:
         if not self.is_contest:
             return chosen
         if chosen is not None:
-            return max([*self._refined(self._ways[chosen.way]), chosen], key=lambda trial: trial.margin)
+            rough = self.smallest[chosen.way]
+            best = max([*self._refined(self._ways[chosen.way]), chosen], key=lambda trial: trial.margin)
+            if best is chosen:
+                self.smallest[chosen.way] = rough  # which its margin is counted from
+            return best
         costs = {
             t.way: t.constraint_usage for t in self.trials if t.forgotten and t.constraint_usage is not None and not t.margin
         }
-        found = [
-            trial for way in sorted(costs, key=lambda way: costs[way])[:FOLLOWED] for trial in self._refined(self._ways[way])
-        ]
-        return self.choice(self._eligible()).trial if found else None
+        for way in sorted(costs.keys() - self._complete, key=lambda way: costs[way]):
+            # A step that is smaller by what the bracket leaves open hardly costs less by more.
+            if costs[way] * (1 - ROUGH) <= 1:
+                self._refined(self._ways[way])
+        return self.choice(self._eligible()).trial
 
     def _refined(self, way: Way) -> list[Trial]:
         """Search a way on; returns what is within all bounds of what that has found."""
+        if way.key in self._complete:
+            return []
         rough = self.smallest[way.key]
         self.search_steps(way)
         return [] if self.smallest[way.key] == rough else [trial for trial in self._measure_retain(way) if trial.feasible]

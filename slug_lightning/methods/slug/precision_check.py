@@ -79,7 +79,8 @@ def _alignment(layer: LayerStatistics) -> float:
 
 def close_calls(precision: str, trials: Sequence[Trial], best: Trial | None, error: float) -> list[str]:
     """Note which layers' costs are as good as the same, given the error of the constraint usage (`usage_error`)."""
-    rivals = [t for t in trials if best and t.layer != best.layer and t.feasible]
+    # Of those that hold as much of the margin: a smaller step costs less all the same.
+    rivals = [t for t in trials if best and t.layer != best.layer and t.feasible and t.margin >= best.margin]
     near = list(
         dict.fromkeys(t.layer for t in rivals if t.constraint_usage - best.constraint_usage < error)  # type: ignore[operator,union-attr]
     )

@@ -39,6 +39,8 @@ class Ways:
         self._gradient: dict[str, Tensor] = {}
         self._first: dict[tuple[str, str], Tangent] = {}
         """Directions at W that were looked at, but whose ways are not made yet."""
+        self._informed: dict[str, LayerStatistics] = {}
+        """Layers with their factors, of the model as it is."""
         self._loss: float | None = None
 
     def keep(self, gradient: Mapping[str, Tensor], loss: float, layers: Sequence[LayerStatistics]) -> None:
@@ -46,19 +48,20 @@ class Ways:
         # Copies: the gradients lie in one piece, which would be kept for the sake of a few.
         self._gradient = {name: gradient[name].clone() for one in layers for name in one.layer.parameters}
         self._loss = loss
+        self._informed.clear()
 
     def along(self, pairs: Sequence[tuple[LayerStatistics, str]], curve_name: str, curve: Curve) -> list[Way]:
         """Make the ways of layers along directions, all on one curve."""
-        missing = {one.name: one.layer for one, _ in pairs if not one.layer.parameters.keys() <= self._gradient.keys()}
-        if missing:
-            self._gradient |= self.context.passes.forget_gradient(self.concept, list(missing.values())).tensors
-        informed = self._with_factors(pairs)
+        informed = self._known_of(pairs)
         ways, known = [], self._first
         self._first = {}  # those of other ways are not worth their memory
         for one, name in pairs:
             layer = informed.get(one.name, one)
             tangent = partial(self._tangent, layer, name)
-            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, tangent, known.get((one.name, name)))))
+            first = known.get((one.name, name))
+            if first is not None and first.reversed:
+                self._say_reversed(layer, name)
+            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, tangent, first)))
         return ways
 
     def output_changes(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> list[float]:
@@ -67,7 +70,7 @@ class Ways:
         E‖ΔW x‖²/E‖W x‖² = ⟨D, D A⟩/⟨W, W A⟩ · 1/⟨g, D⟩² for an edit that raises the forget loss by one at first order: it
         neither depends on how a layer's outputs are scaled nor needs an evaluation. Infinite where A is not known.
         """
-        informed = self._with_factors(pairs)
+        informed = self._known_of(pairs)
         changes = [self._output_change(informed.get(one.name, one), name) for one, name in pairs]
         return list(self.context.objective.processes.broadcast("output changes", changes))
 
@@ -76,7 +79,7 @@ class Ways:
         if inputs is None or not all(key in inputs for key in layer.layer.parameters):
             return math.inf
         try:
-            tangent = self._first[layer.name, name] = self._tangent(layer, name)
+            tangent = self._first[layer.name, name] = self._tangent(layer, name, quietly=True)
         except CurveEnd:  # which its way will say
             return math.inf
         changed = kept = 0.0
@@ -87,6 +90,14 @@ class Ways:
                 changed, kept = (changed + energy, kept) if is_edit else (changed, kept + energy)
         gain = (tangent.slope or 0.0) * tangent.norm
         return changed / kept / gain**2 if kept > 0 and gain > 0 else math.inf
+
+    def _known_of(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
+        """Fetch what is missing of these layers: their forget gradient, and the factors that their directions need."""
+        missing = {one.name: one.layer for one, _ in pairs if not one.layer.parameters.keys() <= self._gradient.keys()}
+        if missing:
+            self._gradient |= self.context.passes.forget_gradient(self.concept, list(missing.values())).tensors
+        self._informed |= self._with_factors([(self._informed.get(one.name, one), name) for one, name in pairs])
+        return self._informed
 
     def _with_factors(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> dict[str, LayerStatistics]:
         """By name, the layers of whose factors a direction needs some, with these."""
@@ -102,7 +113,7 @@ class Ways:
         }
         return {name: replace(one, factors=factors[name]) for name, one in layers.items()}
 
-    def _tangent(self, layer: LayerStatistics, name: str, at: EditStep | None = None) -> Tangent:
+    def _tangent(self, layer: LayerStatistics, name: str, at: EditStep | None = None, quietly: bool = False) -> Tangent:
         """The direction of a layer at W, or at an edit of it."""
         if at is None:
             gradient, loss = {key: self._gradient[key] for key in layer.layer.parameters}, self._loss
@@ -115,13 +126,19 @@ class Ways:
         # Further on, a built-in one may come to nothing; what is wrong with somebody's own at W must be said.
         error = CurveEnd if at is not None or name in DIRECTIONS else UnlearnError
         length = direction_norm(layer.layer, direction, processes, error)
-        slope = length
+        slope, is_reversed = length, False
         if not is_gradient:
             slope = product(layer.layer, direction, gradient, processes) / length
             if slope < 0 and not self.is_fixed(name):
-                self.notes.append(f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed")
-                direction, slope = {key: -d for key, d in direction.items()}, -slope
-        return Tangent(direction, length, loss, slope)
+                direction, slope, is_reversed = {key: -d for key, d in direction.items()}, -slope, True
+                if not quietly:
+                    self._say_reversed(layer, name)
+        return Tangent(direction, length, loss, slope, is_reversed)
+
+    def _say_reversed(self, layer: LayerStatistics, name: str) -> None:
+        note = f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed"
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
@@ -149,6 +166,7 @@ class Ways:
         held = {name for way in ways for name in way.layer.layer.parameters}
         self._gradient = {name: gradient for name, gradient in self._gradient.items() if name in held}
         self._first.clear()
+        self._informed.clear()
 
 
 def _once_asked(
