@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from slug_lightning.reports.loggers import STEP_SCALE, front_rows, front_table, publish
+from slug_lightning.reports.loggers import FRONT, STEP_SCALE, front_rows, front_table, publish
 from slug_lightning.reports.single import UnlearnReport
 
 pytestmark = [pytest.mark.figures, pytest.mark.uncovered]
@@ -163,3 +166,75 @@ def test_the_front_table_lists_the_front_alone_most_important_first():
         "| model | a.weight | 2 | 0.100 | yes |",
     ]
     assert "yes" not in front_table(front_rows(an_infeasible_report()))
+
+
+# ---- loggers whose packages are not among those of the tests: the calls that they get
+
+
+class Elsewhere(Logger):
+    """Keeps what it is given, by the method that was called."""
+
+    name, version, run_id = "p", "1", "run"
+
+    def __init__(self, **experiment):
+        self.calls = []
+        self.numbers = {}
+        self._experiment = SimpleNamespace(**{name: partial(self.called, name) for name in experiment})
+
+    def called(self, name, *args, **kwargs):
+        self.calls.append((name, args, kwargs))
+
+    @property
+    def experiment(self):
+        return self._experiment
+
+    def log_metrics(self, metrics, step=None):
+        self.numbers |= metrics
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Wandb(Elsewhere):
+    def log_image(self, key, images):
+        self.called("log_image", key, images)
+
+    def log_table(self, key, columns, data):
+        self.called("log_table", key, columns, data)
+
+
+def test_weights_and_biases_gets_figures_as_images_and_both_tables():
+    logger = Wandb()
+    publish(a_report(), [logger])
+    figures = {args[0]: args[1] for name, args, _ in logger.calls if name == "log_image"}
+    assert figures.keys() == {"unlearn/pareto", "unlearn/trade_off"}
+    assert all(isinstance(one, Figure) for (one,) in figures.values())
+    tables = {args[0]: args[1:] for name, args, _ in logger.calls if name == "log_table"}
+    assert tables["unlearn/front"] == (FRONT, front_rows(a_report()))
+    assert tables["unlearn/report"] == (["report"], [[a_report().to_text()]])
+    assert logger.numbers["after/forget_acc"] == 0.3125
+
+
+def test_mlflow_gets_files_of_its_run():
+    logger = Elsewhere(log_figure=1, log_text=1, log_artifact=1)
+    publish(a_report(), [logger])
+    files = {args[2]: args[:2] for _, args, _ in logger.calls}
+    assert files.keys() == {
+        "unlearn/pareto.png", "unlearn/trade_off.png", "unlearn/front.md", "unlearn/report.txt",
+    }  # fmt: skip
+    assert {run for run, _ in files.values()} == {"run"}
+    assert files["unlearn/front.md"][1] == front_table(front_rows(a_report()))
+
+
+def test_comet_gets_figures_a_table_and_a_text():
+    logger = Elsewhere(log_figure=1, log_text=1, log_table=1)
+    publish(a_report(), [logger])
+    names = [name for name, _, _ in logger.calls]
+    assert names == ["log_figure", "log_figure", "log_table", "log_text"]
+    assert logger.calls[2][2] == {"tabular_data": front_rows(a_report()), "headers": FRONT}
+
+
+def test_a_logger_of_numbers_gets_numbers_alone():
+    logger = Elsewhere()
+    publish(a_report(), [logger])
+    assert logger.calls == [] and logger.numbers["before/forget_acc"] == 0.875
