@@ -20,6 +20,10 @@ OVERSHOOT = 0.05
 class StepSearch(Protocol):
     """A rule that says which distances along one layer are tried. It sees numbers only, no model.
 
+    Where ways compete, `evaluate` breaks off a search once the step is roughly known; the search of the one that wins is run
+    again from its beginning, and gets the trials that are there. So let an exception of `evaluate` pass, and try the same
+    distances whenever the trials are the same.
+
     Example:
         >>> def doubling(evaluate, share, max_evaluations, start):
         ...     trials = [evaluate(start)]
