@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
@@ -28,13 +29,14 @@ from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import plain_parameters
 from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_overwritten, refuse_surroundings
+from slug_lightning.trainer.drift import drift
 from slug_lightning.trainer.limits import as_trainer_limits
 from slug_lightning.trainer.module_start import started
 from slug_lightning.trainer.near_data import near_data, near_words
 from slug_lightning.trainer.previous_run import PreviousRun, digest_of_edited
 from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.report_transfer import ReportTransfer
-from slug_lightning.trainer.run_folder import save_run
+from slug_lightning.trainer.run_folder import save_report, save_run
 from slug_lightning.utils.modules import unwrap_model
 from slug_lightning.utils.names import concept_of
 
@@ -146,6 +148,8 @@ class UnlearnCallback(OldKeywords):
         self.runtime = runtime
         self._method_request = method.request()
         self._report: Optional[AnyReport] = None
+        self._folder: Optional[Path] = None
+        """Of this fit's run, if it writes one."""
         self._data: Optional[str] = None
         self._last: Optional[PreviousRun] = None
         self._earlier: Optional[PreviousRun] = None
@@ -167,7 +171,7 @@ class UnlearnCallback(OldKeywords):
         refuse_unsupported(trainer.strategy)
         refuse_unusable_steps(pl_module)
         refuse_surroundings(trainer)
-        self._report = None
+        self._report = self._folder = None
         self._method_request = self.method.request()  # not later: a method may collect what it finds
         if trainer.is_global_zero:
             self._transfer.fetch()  # what nobody has asked for
@@ -202,6 +206,11 @@ class UnlearnCallback(OldKeywords):
         assert self._report is not None
         if not self.continue_training and self._last is not None and self._report.status != "infeasible":
             refuse_overwritten(trainer, pl_module, self._report, self._last.weights)
+        if self.continue_training and self._folder is not None and (said := drift(self._report, pl_module)) is not None:
+            self._report.notes.append(said)
+            progress_of(trainer).say(said)
+            if trainer.is_global_zero:
+                save_report(self._folder, self._report)
         self._remember(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,6 +333,7 @@ class UnlearnCallback(OldKeywords):
                 publish(report, trainer.loggers)
             asked = self.output_dir or folder_of(trainer)
             folder = processes.broadcast("the folder", None if asked is None else fresh_folder(asked))
+            self._folder = folder
             if folder is not None:
                 save_run(folder, report, trainer, module, processes)
             processes.all_gather_object("all is written", None)  # else the others would keep an edit that the first takes back

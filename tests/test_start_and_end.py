@@ -10,7 +10,8 @@ import torch
 from _callback import unlearn_callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from _tiny import Classifier, accuracy, fit, loader, snapshot, trained, trainer
+from _tiny import Classifier, accuracy, fit, loader, trained, trainer
+from slug_lightning import UnlearnReport
 from slug_lightning.errors import UnlearnError
 from slug_lightning.trainer.checks import folder_of
 
@@ -75,12 +76,28 @@ def test_an_edit_that_something_came_over_is_not_called_unlearned():
         trainer(Average(), callback).fit(module, loader(False), loader(False))
 
 
-def test_where_training_goes_on_the_edit_may_move():
-    module = trained()
-    callback = unlearn_callback(loader(True), loader(False), continue_training=True)
+def test_where_training_goes_on_the_report_says_how_far_the_edit_was_moved(tmp_path):
+    class Nudged(Classifier):
+        """Trains by moving one edited tensor by a known way."""
+
+        def on_train_batch_end(self, *_):
+            if not self.trained_batches:
+                edit = self.state_dict()[self.edited] - self.start[self.edited]
+                self.get_parameter(self.edited).data += 0.25 * edit
+            self.trained_batches += 1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = trained(Nudged)
+    module.start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    asked = {"layers": "net.6.weight", "continue_training": True, "output_dir": str(tmp_path / "run")}
+    module.edited = "net.6.weight"
+    callback = unlearn_callback(loader(True), loader(False), **asked)
     fit(callback, module)
-    before = callback.report.patch
-    assert callback.report.status == "unlearned" and before is not None and snapshot(module)
+    said = "continue_training: since the edit, training has moved the edited tensors by 25.0% of the edit's length"
+    assert callback.report.notes[-1] == said
+    assert UnlearnReport.from_json(tmp_path / "run" / "report.json").notes[-1] == said
 
 
 class Online(Logger):

@@ -80,8 +80,13 @@ def _finish(
         with processes.elsewhere():  # the Trainer has its own ways to wait for the others
             trainer.save_checkpoint(folder / CHECKPOINT, weights_only=False)
     if processes.is_first:
-        with atomic_write(folder / REPORT) as part:
-            report.to_json(part)
+        save_report(folder, report)
+
+
+def save_report(folder: Path, report: UnlearnReport | JointReport | PassagesReport) -> None:
+    """Write the report of a run, in place of an earlier one."""
+    with atomic_write(folder / REPORT) as part:
+        report.to_json(part)
 
 
 def _saves_itself(module: LightningModule) -> bool:
