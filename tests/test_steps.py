@@ -25,6 +25,7 @@ from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.batch_utils import batch_samples, loss_in
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import Attempt, LogReader, read_logs
+from slug_lightning.objective.module_hooks import ModuleHooks
 
 PREDICTED, TRUE = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 0])
 
@@ -390,7 +391,11 @@ class Pair:
         [torch.ones(5), torch.ones(5, 3)],
         {"image": torch.ones(5, 3, 2, 2)},
         {"text": ["a"] * 5, "image": torch.ones(5, 3)},
-        [["a", "b"], [["c"], torch.ones(5)], torch.ones(2)],
+        [["a", "b"], [["c"], torch.ones(5)], torch.ones(5, 2)],
+        {"index": torch.ones(5), "image": [torch.ones(3, size) for size in range(5)]},
+        [(torch.ones(8), 1)] * 5,
+        [{"image": torch.ones(3, 4, 4), "label": torch.tensor(2)}] * 5,
+        {"temperature": torch.tensor(0.1), "image": torch.ones(5, 3)},
         Pair(["a"] * 5, torch.ones(5)),
         UserDict(input_ids=torch.ones(5, 7), names=np.array(["a"] * 5)),
     ],
@@ -400,7 +405,40 @@ def test_samples_are_counted_along_the_first_dimension(batch):
 
 
 def test_a_scalar_is_one_sample():
-    assert batch_samples({"loss": torch.tensor(3.0), "image": torch.ones(5, 3)}) == 1
+    assert batch_samples({"loss": torch.tensor(3.0)}) == 1
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"boxes": torch.ones(7, 4), "image": torch.ones(5, 3)},
+        {"x": torch.ones(9, 2), "edge_index": torch.ones(2, 20), "y": torch.ones(5)},
+        ([torch.ones(3, 8, 8)] * 5, [{"boxes": torch.ones(count, 4)} for count in (1, 2, 4, 6, 7)]),
+        torch.nn.utils.rnn.pack_sequence([torch.ones(4, 2), torch.ones(3, 2), torch.ones(3, 2)]),
+        [["a", "b"], [["c"], torch.ones(5)], torch.ones(2)],
+    ],
+)
+def test_first_dimensions_that_disagree_are_refused_unless_the_module_counts(batch):
+    class Counting:
+        def batch_size(self, batch):
+            return 5
+
+    class Plain:
+        batch_size = 32
+
+    with pytest.raises(UnlearnError, match=r"first dimensions .* disagree.*define a method batch_size\(batch\)"):
+        ModuleHooks(Plain()).samples(batch)
+    assert ModuleHooks(Counting()).samples(batch) == 5
+
+
+@pytest.mark.parametrize("count", [-1, 2.5])
+def test_a_module_must_count_in_whole_numbers(count):
+    class Counting:
+        def batch_size(self, batch):
+            return count
+
+    with pytest.raises(UnlearnError, match=r"batch_size\(batch\) must return the number of samples, got"):
+        ModuleHooks(Counting()).samples(torch.ones(5))
 
 
 @pytest.mark.parametrize("batch", [["a", "b"], {"text": ["a"], "length": 3}, np.ones(4), None, Pair])

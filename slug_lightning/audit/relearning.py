@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch.optim import Adam, Optimizer
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples, call_step, joined, loss_in
+from slug_lightning.objective.batch_utils import call_step, joined, loss_in
 from slug_lightning.objective.eval_mode import preserve_state
 from slug_lightning.objective.log_capture import read_logs
 from slug_lightning.objective.module_hooks import ModuleHooks
@@ -100,15 +100,15 @@ class Relearning:
         _refuse_unusable(module, metric)
         with preserve_state(module), torch.inference_mode(False), torch.enable_grad():
             seed_for_batch(self.seed)
-            lessons = self._lessons(taught, retain)
+            lessons = self._lessons(ModuleHooks(module), taught, retain)
             return [row for rate in self.learning_rates for row in self._attack(module, rate, lessons, asked, metric)]
 
-    def _lessons(self, taught: Iterable[Any], retain: Optional[Iterable[Any]]) -> list[Any]:
+    def _lessons(self, hooks: ModuleHooks, taught: Iterable[Any], retain: Optional[Iterable[Any]]) -> list[Any]:
         """Return the batch of each step."""
         parts: list[Any] = []
         found = 0
         for batch in taught:
-            size = batch_samples(batch)
+            size = hooks.samples(batch)
             more = min(size, self.samples - found)
             parts.append(take(batch, range(more), size))
             found += more
@@ -183,7 +183,7 @@ def _measured(student: LightningModule, asked: Iterable[Any], metric: str) -> fl
     """Return the mean of a metric over all samples."""
     with torch.no_grad(), read_logs(student) as reader:
         for number, batch in enumerate(asked):
-            reader.number, reader.samples = number, batch_samples(batch)
+            reader.number, reader.samples = number, ModuleHooks(student).samples(batch)
             seed_for_batch(number)
             call_step(student.validation_step, _transferred(student, batch), number)
         found = reader.values()

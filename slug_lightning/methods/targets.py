@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples
 from slug_lightning.objective.metrics import NORMAL_95, Goal, Metric
 from slug_lightning.objective.objective import Objective, metric_names
 from slug_lightning.utils.loaders import Batches
@@ -125,12 +124,13 @@ def _of(goals: Goal | Mapping[str, Goal] | None, name: str) -> Goal | None:
 class Singles:
     """The samples of a loader, each as a batch of its own."""
 
-    def __init__(self, loader: Batches) -> None:
+    def __init__(self, loader: Batches, samples_of: Callable[[Any], int]) -> None:
         self.loader = loader
+        self.samples_of = samples_of
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            count = batch_samples(batch)
+            count = self.samples_of(batch)
             yield from (take(batch, [row], count) for row in range(count))
 
 
@@ -145,7 +145,7 @@ def holdout_goals(objective: Objective, holdout: Batches) -> dict[str, Goal]:
         UnlearnError: if there are fewer, which cannot tell, or if a metric is no mean over samples.
     """
     forgotten = sum(objective.complete["forget", "val"].of(objective.names["forget"][0])[1])
-    objective.about({"val": Singles(holdout)}).measured("forget", "val")
+    objective.about({"val": Singles(holdout, objective.hooks.samples)}).measured("forget", "val")
     reader = objective.complete["forget", "val"]
     goals: dict[str, Goal] = {}
     for name in objective.names["forget"]:

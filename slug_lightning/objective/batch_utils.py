@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
 
+REMEDY = "define a method batch_size(batch) of the module, whose argument is called batch, that returns their number"
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -39,31 +42,68 @@ def call_step(step: Callable[..., Any], batch: Any, number: int) -> Any:
 
 
 def batch_samples(batch: Any) -> int:
-    """Count the samples of a batch: the first dimension of the first tensor in its containers; 1 if that is a scalar.
+    """Count the samples of a batch: the first dimension of the tensors in its containers; 1 if there are only scalars.
 
-    Texts are not counted, as a sample may have several.
+    A list of so many values is a column as well, whatever its tensors' shapes. Texts are not counted, as a sample may have
+    several.
+
+    Raises:
+        UnlearnError: if there is no tensor, or if the first dimensions disagree, as where pictures have many boxes.
+
+    Example:
+        >>> batch_samples({"label": torch.tensor([1, 2]), "boxes": [torch.zeros(3, 4), torch.zeros(7, 4)]})
+        2
     """
-    first = next(_tensors_in(batch), None)
-    if first is None:
+    counts = list(_counts_in(batch))
+    every = list(dict.fromkeys(count for count, _ in counts))
+    fitting = [one for one in every if all(count == one or one in lengths for count, lengths in counts)]
+    kind = type(batch).__name__
+    if len(fitting) == 1:
+        return fitting[0]
+    if every:
         raise UnlearnError(
-            f"a batch ({type(batch).__name__}) holds no tensor, so that its samples cannot be counted; let the loader add one "
-            "of shape [B, ...], such as labels or indices"
+            f"the first dimensions of the tensors in a batch ({kind}) disagree, {', '.join(map(str, sorted(every)[:5]))}, so that "
+            f"its samples cannot be counted; {REMEDY}"
         )
-    return len(first) if first.ndim else 1
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException as error:
+        raise UnlearnError(
+            f"a batch ({kind}) holds no tensor, so that its samples cannot be counted; let the loader add one of shape [B, ...], "
+            f"such as labels or indices, or {REMEDY}"
+        ) from error
 
 
-def _tensors_in(content: Any) -> Iterator[Tensor]:
+def _counts_in(content: Any, lengths: tuple[int, ...] = (), is_whole: bool = True) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yield how many samples each part of a batch speaks of, with the lengths of the lists that it is in; a scalar of none."""
     if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors_in(value)
-    elif is_dataclass(content) and not isinstance(content, type):
-        for field in fields(content):
-            yield from _tensors_in(getattr(content, field.name))
-    elif isinstance(content, Iterable) and not isinstance(content, (str, bytes, np.ndarray)):
-        for value in content:
-            yield from _tensors_in(value)
+        if content.ndim:
+            yield len(content), lengths
+    elif (values := _values_of(content)) is not None:
+        if isinstance(content, (list, tuple)) and values:
+            # A number cannot be a column of samples: what holds it is one sample, of a list that was not collated.
+            if all(any(map(_is_number, _values_of(one) or ())) for one in values):
+                yield len(values), lengths
+                lengths += (len(values),)
+            elif not is_whole and len({isinstance(one, Tensor) for one in values}) == 1:  # the batch itself is a list of columns
+                lengths += (len(values),)
+        for value in values:
+            yield from _counts_in(value, lengths, is_whole=False)
+
+
+def _values_of(content: Any) -> list[Any] | None:
+    """List what a container of Lightning's kinds holds; None for anything else."""
+    if isinstance(content, (str, bytes, np.ndarray, Tensor)):
+        return None
+    if isinstance(content, Mapping):
+        return list(content.values())
+    if is_dataclass(content) and not isinstance(content, type):
+        return [getattr(content, field.name) for field in fields(content)]
+    return list(content) if isinstance(content, Iterable) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic)) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def joined(batches: Sequence[Any]) -> Any:
@@ -88,10 +128,10 @@ def joined(batches: Sequence[Any]) -> Any:
             parts = [joined(several) for several in zip(*batches, strict=True)]
             return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     kinds = ", ".join(dict.fromkeys(type(batch).__name__ for batch in batches))
-    raise UnlearnError(f"batches of {kinds} cannot be joined; {_REMEDY}")
+    raise UnlearnError(f"batches of {kinds} cannot be joined; {_JOINABLE}")
 
 
-_REMEDY = "let the loader give tensors [B, ...] and lists of B values, of equal shape in every batch but for B"
+_JOINABLE = "let the loader give tensors [B, ...] and lists of B values, of equal shape in every batch but for B"
 
 
 def _concatenated(leaves: Sequence[Any]) -> Any:
@@ -102,4 +142,4 @@ def _concatenated(leaves: Sequence[Any]) -> Any:
         return torch.cat(list(leaves))
     except RuntimeError as error:
         shapes = " and ".join(dict.fromkeys(str(list(leaf.shape)) for leaf in leaves))
-        raise UnlearnError(f"batches with tensors {shapes} cannot be joined; {_REMEDY}") from error
+        raise UnlearnError(f"batches with tensors {shapes} cannot be joined; {_JOINABLE}") from error

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples
 from slug_lightning.objective.curvature import Curvature
 from slug_lightning.objective.eval_mode import snapshot
 from slug_lightning.objective.evaluators import Evaluator, WholeForward
 from slug_lightning.objective.gradients import Gradient, mean_gradient
 from slug_lightning.objective.log_capture import Attempt, LogReader, read_logs
+from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.utils.random import seed_for_batch
 
@@ -101,6 +101,7 @@ class LossPasses:
     ) -> None:
         self.module = module
         self.runner = runner
+        self.samples_of = ModuleHooks(module).samples
         self.loss = loss
         self.kind = kind
         self.forward = forward
@@ -142,7 +143,7 @@ class LossPasses:
         with torch.no_grad(), self.runner.passing(), read_logs(self.module), watch.watching(forward_only=True):
             for number, batch, is_real in batches:
                 self._loss_of(batch, number)
-                watch.fold(1.0, batch_samples(batch) * is_real, batch)
+                watch.fold(1.0, self.samples_of(batch) * is_real, batch)
         watch.finish()
         return watch.samples
 
@@ -191,7 +192,7 @@ class LossPasses:
         return samples
 
     def _step(self, batch: Any, number: int, parameters: Mapping[str, Tensor], reader: LogReader) -> LossStep:
-        reader.number, reader.samples = number, batch_samples(batch)
+        reader.number, reader.samples = number, self.samples_of(batch)
         return LossStep(self.module, partial(self._loss_of, batch, number), parameters, reader, self.kind)
 
     def _loss_of(self, batch: Any, number: int) -> Tensor | None:

@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.batch_utils import batch_samples
+
 
 class ModuleHooks:
     """Attributes and methods that a module may define; all are optional, None without, and read only when they are needed.
@@ -18,6 +21,8 @@ class ModuleHooks:
         embed: a method `(batch, batch_idx) -> features [B, D]`, by which near data are found: what has similar ones is near.
         labels: a method `(batch) -> {kind: B names, or None where a sample has none}`, the concepts that samples show, such as
             `{"thing": ["cat", None]}`.
+        batch_size: a method `(batch) -> int`, how many samples a batch has, where the first dimensions of its tensors don't say
+            so, as of graphs and of boxes in pictures. Samples weigh equally in every mean.
         forget_metric: name or names of the values, logged by `validation_step`, that forgetting must change; the loss without.
         forget_target: value of it that counts as forgotten, or one by metric name; without one,
             `slug_lightning.objective.metrics.Metric.default_target`.
@@ -45,6 +50,7 @@ class ModuleHooks:
     anchored_step: Callable[..., Any] | None
     embed: Callable[..., Any] | None
     labels: Callable[[Any], Mapping[str, Sequence[str | None]]] | None
+    batch_size: Callable[[Any], int] | None
     forget_metric: str | Sequence[str] | None
     forget_target: float | Mapping[str, float] | None
     retain_metric: str | Sequence[str] | None
@@ -67,9 +73,27 @@ class ModuleHooks:
         found = getattr(self._module, name, None)
         return found if name not in COMMON or _takes_batch(self._module, name) else None
 
+    def samples(self, batch: Any) -> int:
+        """Count the samples of a batch, by the module's `batch_size` or else by its tensors.
 
-COMMON = ("embed", "labels")
-"""Names that modules have for other things, too, such as an embedding or a list of classes."""
+        Example:
+            >>> import torch
+            >>> class Detector:
+            ...     def batch_size(self, batch):
+            ...         return len(batch["boxes"])
+            >>> ModuleHooks(Detector()).samples({"boxes": [torch.zeros(3, 4), torch.zeros(7, 4)]})
+            2
+        """
+        if self.batch_size is None:
+            return batch_samples(batch)
+        count = self.batch_size(batch)
+        if count < 0 or int(count) != count:
+            raise UnlearnError(f"batch_size(batch) must return the number of samples, got {count}")
+        return int(count)
+
+
+COMMON = ("embed", "labels", "batch_size")
+"""Names that modules have for other things, too, such as an embedding, a list of classes, or a hyperparameter."""
 
 
 def _takes_batch(module: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples, call_step
+from slug_lightning.objective.batch_utils import call_step
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import NearBatches, Split
 from slug_lightning.utils.names import listed, some_of
@@ -160,7 +160,7 @@ def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
         found: list[tuple[int, list[int], int]] = []
         for number, batch, labels, features in _embedded(objective, "retain", split, nearest.kind is None):
             own = labels.get(nearest.kind) if nearest.kind is not None else None
-            found.append((number, nearest.rows(own, features), batch_samples(batch)))
+            found.append((number, nearest.rows(own, features), objective.hooks.samples(batch)))
         everywhere = objective.processes.all_gather_object("near rows", found, each_data_rank=True)
         told = sorted(row for rows in everywhere for row in rows)
         objective.forward_samples += sum(size for *_, size in told) if nearest.kind is None else 0
@@ -187,7 +187,7 @@ def features_of(objective: Objective, kind: Kind, kinds: Kinds | None = None) ->
     found, counted = list[_Sample](), _Counted(kinds)
     for number, batch, labels, features in _embedded(objective, kind, "train", True, counted.is_wanted):
         assert features is not None
-        for row in range(batch_samples(batch)):
+        for row in range(objective.hooks.samples(batch)):
             own = {name: values[row] for name, values in labels.items()}
             if counted.takes(own):  # copies, as what goes to other processes is whole storages
                 found.append(_Sample(number, row, features[row].clone(), own))

@@ -19,7 +19,7 @@ from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.distributed.processes import Collectives
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.batch_utils import batch_samples, call_step, loss_in
+from slug_lightning.objective.batch_utils import call_step, loss_in
 from slug_lightning.objective.curvature import Curvature
 from slug_lightning.objective.evaluators import Evaluator, WholeForward
 from slug_lightning.objective.gradients import Gradient
@@ -157,7 +157,10 @@ class Objective:
     def sample_gradient(self, kind: Kind, parameters: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Differentiate the mean loss of half a batch, which in 32 bits (`exact`) needs no more memory than a whole one in 16."""
         first = itertools.islice(self._batches(kind, "train"), 1)
-        halves = (IndexedBatch(one.batch_idx, _first_half(one.batch), is_real=one.batch_idx == 0) for one in first)
+        halves = (
+            IndexedBatch(one.batch_idx, _first_half(one.batch, self.hooks.samples(one.batch)), is_real=one.batch_idx == 0)
+            for one in first
+        )
         losses = self._losses(kind, nullcontext if exact else self.runner.forward_context)
         return self._counted(losses.gradient(parameters, halves)).tensors
 
@@ -240,7 +243,7 @@ class Objective:
         # Before anything is edited: does the module itself communicate? Then the processes must run every step together.
         collectives = Collectives() if self.processes.world_size > 1 and not self.complete else nullcontext()
         for number, batch, counts in self._batches(kind, split):
-            reader.number, reader.samples = number, batch_samples(batch)
+            reader.number, reader.samples = number, self.hooks.samples(batch)
             step = Attempt(self.module, partial(self._evaluate, kind, batch, number, reader), reader)
             if counts:
                 with collectives:
@@ -343,10 +346,9 @@ def metric_names(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _first_half(batch: Any) -> Any:
-    """The first half of the samples, rounded up; the whole batch where something in it has no entry for each sample."""
+def _first_half(batch: Any, count: int) -> Any:
+    """The first half of `count` samples, rounded up; the whole batch where something in it has no entry for each sample."""
     leaves = tree_leaves(batch)
-    count = batch_samples(batch)
     if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves):
         return batch
     return tree_map(lambda leaf: leaf[: -(-count // 2)], batch)

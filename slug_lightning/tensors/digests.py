@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ def fingerprint(
         if isinstance(leaf, Mapping):  # of a type that pytree does not know
             return fingerprint(dict(leaf), of_tensor, of_other)
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            return fingerprint(dict(vars(leaf)), of_tensor, of_other)
+            content = {field.name: getattr(leaf, field.name) for field in fields(leaf)}  # with slots they are not in vars()
+            return fingerprint(content | getattr(leaf, "__dict__", {}), of_tensor, of_other)
         return of_other(leaf)
 
     leaves, structure = tree_flatten(batch)
