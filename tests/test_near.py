@@ -9,7 +9,7 @@ from _callback import unlearn_callback
 from _simulated import simulate
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
 
 from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, part, trained, trainer
 from slug_lightning import UnlearnError, UnlearnReport
@@ -421,6 +421,7 @@ def test_rows_of_a_loader_that_shuffles_by_a_generator_of_its_own_are_not_taken(
     shuffled = DataLoader(part(False), batch_size=16, shuffle=True, generator=torch.Generator())
     objective.loaders["retain"]["val"] = shuffled
     assert shuffles_anew(shuffled) and not shuffles_anew(DataLoader(part(False), shuffle=True))
+    assert shuffles_anew(DataLoader(part(False), batch_sampler=BatchSampler(shuffled.sampler, 4, drop_last=False)))
     assert near_rows(objective, nearest(objective)) is None
 
 

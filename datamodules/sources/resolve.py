@@ -10,24 +10,15 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Subset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
 
-from slug_lightning.datamodules.base import UnlearnDataModule, make_splits, no_dataset
+from slug_lightning.datamodules.base import UnlearnDataModule, no_dataset
+from slug_lightning.datamodules.sources.split import SameBatches, Sample, samples_of, split_loader
 from slug_lightning.errors import UnlearnError
-from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, First, Split
+from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, First, Split, reads_as_torch
 from slug_lightning.utils.names import check_names, concept_of, labelled, listed, notes_on
 
 Prepare = Callable[[pl.LightningDataModule], Any]
-Sample = tuple[int, int]
-"""`id` of the dataset, and index; a stream has only its `id`, and the index -1."""
 
 
 class UnlearnLoaders(NamedTuple):
@@ -117,7 +108,7 @@ def _sources(forget: Mapping[str, Any] | None, datamodule: pl.LightningDataModul
 def _seen_twice(loaders: Mapping[Split, Batches]) -> str:
     """Return a sentence if validation and test data overlap, else ""."""
     shared = samples_in(loaders["val"]) & samples_in(loaders["test"])
-    if not shared or min(index for _, index in shared) < 0:  # what two streams share is unknown
+    if not shared or any(key is None for _, key in shared):  # what two streams share is unknown
         return ""
     return f"validation and test split share {len(shared)} samples, so the report is not an independent check"
 
@@ -170,15 +161,11 @@ def _loaders(label: str, concept: str | None, source: Any, ready: Prepare) -> tu
             raise UnlearnError(f"{label}: the list of loaders is empty")
         each = [_loaders(label, concept, loader, ready) for loader in source]
         return {split: Chained(splits[split] for splits, _ in each) for split in SPLITS}, "; ".join(n for _, n in each)
-    if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
-        return _split_loader(label, source)
     if not isinstance(source, Iterable) or isinstance(source, (torch.Tensor, str)):
         raise UnlearnError(f"{label}: must be a DataLoader, LightningDataModule or list of loaders, got {type(source).__name__}")
-    if iter(source) is source:
+    if not isinstance(source, DataLoader) and iter(source) is source:
         raise UnlearnError(f"{label}: an iterator can be read only once; give something that starts anew, like a DataLoader")
-    turns: dict[Split, set[int]] = {"train": {0, 1}, "val": {2}, "test": {3}}
-    note = "of every four batches of the stream, two are train, one validation, one test"
-    return {split: EveryFourth(source, turn) for split, turn in turns.items()}, note
+    return split_loader(label, source)
 
 
 def _served(concept: str | None, source: UnlearnDataModule) -> tuple[dict[Split, Batches], str]:
@@ -202,30 +189,7 @@ def _chained(loader: Any) -> Batches:
     return Chained(loader) if isinstance(loader, (list, tuple)) else loader
 
 
-def _split_loader(label: str, loader: DataLoader) -> tuple[dict[Split, Batches], str]:
-    """Split a DataLoader's dataset, and read the splits with the loader's own settings."""
-    dataset: Any = loader.dataset
-    sampler, batch_size = loader.sampler, loader.batch_size
-    if type(loader.batch_sampler) is BatchSampler:
-        sampler, batch_size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
-    elif loader.batch_sampler is not None:
-        batches: list[Any] = list(loader.batch_sampler)
-        sampler, batch_size = [i for batch in batches for i in batch], max(map(len, batches), default=1)
-    splits, note = make_splits(label, Subset(dataset, indices_of(sampler, len(dataset))))
-    options: dict[str, Any] = {name: getattr(loader, name) for name in ("num_workers", "collate_fn", "pin_memory")}
-    return {split: DataLoader(part, batch_size=batch_size, **options) for split, part in splits.items()}, note
-
-
 # ---- samples that the sets of a run share
-
-
-def indices_of(sampler: Iterable[int], count: int) -> list[int]:
-    """Return which of `count` samples a sampler may draw, each once."""
-    if isinstance(sampler, WeightedRandomSampler):
-        return sampler.weights.nonzero()[:, 0].tolist()
-    if isinstance(sampler, (RandomSampler, DistributedSampler)):  # the latter gives one rank its share
-        return list(range(count))
-    return sorted({int(i) for i in sampler})
 
 
 def samples_in(batches: Any) -> set[Sample]:
@@ -234,15 +198,13 @@ def samples_in(batches: Any) -> set[Sample]:
         return set[Sample]().union(*map(samples_in, batches.values() if isinstance(batches, Mapping) else batches.loaders))
     if isinstance(batches, First):
         return samples_in(batches.loader)
-    loader: Any = batches.loader if isinstance(batches, EveryFourth) else batches
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return {(id(dataset if dataset is not None else loader), -1)}
-    indices = indices_of(getattr(loader.batch_sampler, "sampler", loader.sampler), len(dataset))
-    while isinstance(dataset, Subset):
-        indices = [int(dataset.indices[i]) for i in indices]
-        dataset = dataset.dataset
-    return {(id(dataset), i) for i in indices}
+    loader: Any = batches
+    while isinstance(loader, (EveryFourth, SameBatches)):
+        loader = loader.loader
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        return {(id(loader.dataset), None)}
+    # What a subclass reads, nobody knows.
+    return samples_of(loader) if isinstance(loader, DataLoader) and reads_as_torch(loader) else {(id(loader), None)}
 
 
 def refuse_same_data(forget: Mapping[str, Mapping[Split, Batches]], retain: Mapping[Split, Batches]) -> list[str]:
@@ -261,7 +223,7 @@ def refuse_same_data(forget: Mapping[str, Mapping[Split, Batches]], retain: Mapp
         if own and (first := same.setdefault(frozenset(own), name)) != name:
             raise UnlearnError(f"forget: {first!r} and {name!r} are the same data; give them once")
         for sample in own:
-            if sample[1] >= 0:  # what two streams share is unknown
+            if sample[1] is not None:  # what two streams share is unknown
                 owners[sample].append(name)
     shared: Counter[tuple[str, str]] = Counter()
     for names, count in Counter(map(tuple, owners.values())).items():  # many samples have the same owners

@@ -13,15 +13,13 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
 from slug_lightning.tensors.digests import CannotDigest, fingerprint
-from slug_lightning.utils.loaders import Chained, First
+from slug_lightning.utils.loaders import COPIED, Chained, First, reads_as_torch
 from slug_lightning.utils.random import seed_for_batch
 
 DIFFERENT_BATCHES = (
     "batches differ across ranks, so that samples would be lost or counted twice; give a loader that serves everything, in the "
     "same order, on every rank (without split_by_node, and with the same seed): the callback shares out the batches itself"
 )
-COPIED = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-"""Options of a loader that the one which reads this rank's batches takes over."""
 
 
 class IndexedBatch(NamedTuple):
@@ -52,8 +50,7 @@ def shard_batches(loader: Iterable[Any], processes: Processes) -> Iterator[Index
         count = 0
         most = part.count if isinstance(part, First) else None
         source: Any = part.loader if isinstance(part, First) else part
-        # A subclass may do anything while it is read.
-        indexable = type(source) is DataLoader and not isinstance(source.dataset, IterableDataset)
+        indexable = isinstance(source, DataLoader) and reads_as_torch(source) and not isinstance(source.dataset, IterableDataset)
         # Persistent workers would be started anew in every pass.
         if indexable and not (processes.data_world_size == 1 and source.persistent_workers):
             found = _by_index(source, processes, most)
@@ -70,7 +67,7 @@ def _by_index(loader: DataLoader, processes: Processes, most: int | None) -> Ite
     seed_for_batch(0)
     # As the loader does before it asks its sampler: one that draws must draw as it does on one device.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    batches = _index_batches(loader)[:most]
+    batches = list(itertools.islice(_index_batches(loader), most))  # as a sampler may have no end
     _refuse_different(processes, [len(loader.dataset) if isinstance(loader.dataset, Sized) else None, batches])
     rank, step = processes.data_rank, processes.data_world_size
     numbers = range(rank, -(-len(batches) // step) * step, step)  # everybody takes part in the last round
@@ -78,26 +75,26 @@ def _by_index(loader: DataLoader, processes: Processes, most: int | None) -> Ite
     mine = [batches[number if number < len(batches) else number - rank] for number in numbers]
     how = {"batch_size": None, "sampler": mine} if loader.batch_sampler is None else {"batch_sampler": mine}
     own = DataLoader(loader.dataset, **how, **{name: getattr(loader, name) for name in COPIED})
-    for number, batch in zip(numbers, _drawing_anew(own, numbers), strict=True):
+    for number, batch in zip(numbers, drawing_anew(own, numbers), strict=True):
         yield IndexedBatch(number, batch, number < len(batches))
 
 
-def _index_batches(loader: DataLoader) -> list[Any]:
+def _index_batches(loader: DataLoader) -> Iterable[Any]:
     """The indices of every batch; those of all ranks, where the sampler was made for one."""
     if loader.batch_sampler is None:
-        return list(loader.sampler)
+        return loader.sampler
     sampler, size = getattr(loader.batch_sampler, "sampler", None), getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(sampler, DistributedSampler) and size:
         alone: DistributedSampler[Any] = DistributedSampler(sampler.dataset, 1, 0, sampler.shuffle, sampler.seed)
         alone.set_epoch(sampler.epoch)
-        return list(BatchSampler(alone, size, getattr(loader.batch_sampler, "drop_last", False)))
-    return list(loader.batch_sampler)
+        return BatchSampler(alone, size, getattr(loader.batch_sampler, "drop_last", False))
+    return loader.batch_sampler
 
 
 def _by_iteration(loader: Iterable[Any], processes: Processes) -> Iterator[IndexedBatch]:
     """Read all of whatever else can be iterated, and keep this rank's batches."""
     seed_for_batch(0)
-    batches = enumerate(_drawing_anew(loader, itertools.count()))
+    batches = enumerate(drawing_anew(loader, itertools.count()))
     read = 0
     while group := list(itertools.islice(batches, processes.data_world_size)):
         if read == 0:
@@ -109,7 +106,7 @@ def _by_iteration(loader: Iterable[Any], processes: Processes) -> Iterator[Index
     _refuse_different(processes, read)
 
 
-def _drawing_anew(loader: Iterable[Any], numbers: Iterable[int]) -> Iterator[Any]:
+def drawing_anew(loader: Iterable[Any], numbers: Iterable[int]) -> Iterator[Any]:
     """Read a loader, with random numbers that depend on the index of the batch alone."""
     iterator = iter(loader)
     for number in numbers:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from slug_lightning.errors import UnlearnError
+from slug_lightning.utils.names import some_of
 
 REMEDY = "define a method batch_size(batch) of the module, whose argument is called batch, that returns their number"
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -62,8 +63,8 @@ def batch_samples(batch: Any) -> int:
         return fitting[0]
     if every:
         raise UnlearnError(
-            f"the first dimensions of the tensors in a batch ({kind}) disagree, {', '.join(map(str, sorted(every)[:5]))}, so that "
-            f"its samples cannot be counted; {REMEDY}"
+            f"the first dimensions of the tensors in a batch ({kind}) disagree, {some_of(map(str, sorted(every)))}, so that its "
+            f"samples cannot be counted; {REMEDY}"
         )
     try:
         return extract_batch_size(batch)

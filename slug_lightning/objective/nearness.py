@@ -14,7 +14,7 @@ from slug_lightning.objective.batch_utils import call_step
 from slug_lightning.objective.objective import Kind, Objective
 from slug_lightning.utils.loaders import NearBatches, Split
 from slug_lightning.utils.names import listed, some_of
-from slug_lightning.utils.rows import rows_of, shuffles_anew
+from slug_lightning.utils.rows import Rows, rows_of, shuffles_anew
 
 CONCEPTS = 5
 """The nearest so many concepts are near,"""
@@ -151,7 +151,8 @@ def named_nearest(objective: Objective, names: Sequence[str]) -> Nearest:
 def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
     """Take the near rows of the retain set's validation and test split; None if one has none. It is collective.
 
-    A loader that shuffles by a generator of its own serves other batches each time, of which no rows can be named.
+    A loader that shuffles by a generator of its own serves other batches each time, of which no rows can be named; nor can they
+    be taken out of batches whose samples only the module can count.
     """
     splits: dict[Split, Any] = {}
     if any(shuffles_anew(objective.loaders["retain"][split]) for split in ("val", "test")):
@@ -168,6 +169,8 @@ def near_rows(objective: Objective, nearest: Nearest) -> NearBatches | None:
             return None
         loader = objective.loaders["retain"][split]
         splits[split] = rows_of(loader, [rows for _, rows, _ in told], [size for *_, size in told])
+        if objective.hooks.batch_size is not None and isinstance(splits[split], Rows):
+            return None
     return NearBatches(splits, f"{nearest.what}; of the retain data", nearest.concepts, is_part=True)
 
 

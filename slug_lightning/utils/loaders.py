@@ -6,11 +6,24 @@ from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
+from torch.utils.data import DataLoader
+
 from slug_lightning.errors import UnlearnError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Batches = Iterable[Any]
+COPIED = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+"""Options of a DataLoader that another one takes over, which reads some of its batches once;"""
+KEPT = (*COPIED, "generator", "persistent_workers")
+"""and one that is read again and again."""
+READING = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
+"""What of a DataLoader decides which batches it serves."""
+
+
+def reads_as_torch(loader: DataLoader) -> bool:
+    """Whether a DataLoader serves what torch's own would with its arguments: a subclass may do anything while it is read."""
+    return all(getattr(type(loader), name) is getattr(DataLoader, name) for name in READING)
 
 
 class NearBatches(NamedTuple):
@@ -46,8 +59,9 @@ class Chained:
 class EveryFourth:
     """The batches of a stream whose number modulo 4 is in `remainders`: how a stream without indices is split."""
 
-    def __init__(self, loader: Batches, remainders: set[int]) -> None:
+    def __init__(self, loader: Batches, remainders: set[int], name: str = "a stream") -> None:
         self.loader = loader
+        self.name = name
         self.remainders = remainders
 
     def __iter__(self) -> Iterator[Any]:
@@ -56,7 +70,7 @@ class EveryFourth:
             if number % 4 in self.remainders:
                 yield batch
         if number < min(self.remainders):
-            raise UnlearnError(f"a stream has only {number + 1} batches; give at least 4, or a loader for each split")
+            raise UnlearnError(f"{self.name} has only {number + 1} batches; give at least 4, or a loader for each split")
 
     def __len__(self) -> int:
         return sum(number % 4 in self.remainders for number in range(len(cast(Sized, self.loader))))

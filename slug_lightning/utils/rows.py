@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from slug_lightning.utils.loaders import Batches
+from slug_lightning.utils.loaders import KEPT, Batches, reads_as_torch
 
 
 class Rows:
@@ -40,18 +40,30 @@ class Rows:
 
 def rows_of(loader: Batches, chosen: Sequence[Sequence[int]], size: Sequence[int]) -> Batches:
     """Return some rows of a loader's batches: as batches of its own size where its dataset can be indexed in their order."""
-    if type(loader) is not DataLoader or not isinstance(loader.sampler, SequentialSampler) or loader.batch_size is None:
+    order = _order_of(loader)
+    if order is None or any(one != loader.batch_size for one in size[:-1]) or sum(size) > len(order):
         return Rows(loader, chosen, size)
     starts = [sum(size[:number]) for number in range(len(size))]
-    indices = [start + row for start, rows in zip(starts, chosen, strict=True) for row in rows]
-    options: dict[str, Any] = {name: getattr(loader, name) for name in ("num_workers", "collate_fn", "pin_memory")}
-    return DataLoader(Subset(loader.dataset, indices), batch_size=loader.batch_size, **options)
+    indices = [order[start + row] for start, rows in zip(starts, chosen, strict=True) for row in rows]
+    options: dict[str, Any] = {name: getattr(loader, name) for name in KEPT}
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=indices, **options)
+
+
+def _order_of(loader: Batches) -> Sequence[Any] | None:
+    """What a loader asks its dataset for, one sample after the other; None where that isn't known without reading it."""
+    if not isinstance(loader, DataLoader) or not reads_as_torch(loader) or loader.batch_size is None:
+        return None
+    if isinstance(loader.sampler, list):
+        return loader.sampler
+    is_plain = type(loader.sampler) is SequentialSampler and not isinstance(loader.dataset, IterableDataset)
+    return range(len(loader.sampler)) if is_plain else None
 
 
 def shuffles_anew(loader: Batches) -> bool:
     """Whether a loader serves its samples in another order whenever it is read, whatever the seed."""
-    parts = getattr(loader, "loaders", [getattr(loader, "loader", loader)])
-    return any(isinstance(part, DataLoader) and getattr(part.sampler, "generator", None) is not None for part in parts)
+    parts = [part for part in getattr(loader, "loaders", [getattr(loader, "loader", loader)]) if isinstance(part, DataLoader)]
+    samplers = [one for part in parts for one in (part.sampler, part.batch_sampler, getattr(part.batch_sampler, "sampler", None))]
+    return any(getattr(sampler, "generator", None) is not None for sampler in samplers)
 
 
 def take(batch: Any, rows: Sequence[int], size: int) -> Any:
