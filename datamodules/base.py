@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,7 @@ class UnlearnDataModule(pl.LightningDataModule):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
     ) -> None:
+        _join_pytorch_lightning()
         super().__init__()
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -204,6 +206,13 @@ class UnlearnDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: Dataset) -> DataLoader:
         return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=self.collate_fn)
+
+
+def _join_pytorch_lightning() -> None:
+    """Let a Trainer of the `pytorch_lightning` package take these datamodules as well: it takes only those of its own class."""
+    other = sys.modules.get("pytorch_lightning")
+    if other is not None and not issubclass(UnlearnDataModule, other.LightningDataModule):
+        UnlearnDataModule.__bases__ += (other.LightningDataModule,)
 
 
 def no_dataset(kind: str, datamodule: UnlearnDataModule) -> UnlearnError:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from slug_lightning.datamodules.base import UnlearnDataModule, no_dataset
 from slug_lightning.datamodules.sources.split import SameBatches, Sample, samples_of, split_loader
 from slug_lightning.errors import UnlearnError
 from slug_lightning.utils.loaders import SPLITS, Batches, Chained, EveryFourth, First, Split, reads_as_torch
+from slug_lightning.utils.modules import lightning_base
 from slug_lightning.utils.names import check_names, concept_of, labelled, listed, notes_on
 
 Prepare = Callable[[pl.LightningDataModule], Any]
@@ -132,14 +134,15 @@ def _of_datamodule(kind: str, datamodule: pl.LightningDataModule | None) -> Any:
 def _loader_of(datamodule: pl.LightningDataModule, split: Split) -> Any:
     """Return a datamodule's loader of one split, or None if it defines none."""
     name = f"{split}_dataloader"
-    loader = getattr(datamodule, name)  # `from_datasets` sets it on the instance
-    inherited = getattr(loader, "__func__", None) is getattr(pl.LightningDataModule, name)
-    return None if inherited else loader()
+    base = lightning_base(datamodule, "LightningDataModule")
+    assert base is not None
+    loader = getattr(datamodule, name)() if is_overridden(name, datamodule, base) else None
+    return loader.iterables if lightning_base(loader, "CombinedLoader") else loader
 
 
 def _loaders(label: str, concept: str | None, source: Any, ready: Prepare) -> tuple[dict[Split, Batches], str]:
     """Return the loaders of one concept, or of retain (None), by split, and a sentence on how they came about."""
-    if isinstance(source, pl.LightningDataModule):
+    if lightning_base(source, "LightningDataModule"):
         ready(source)
         if isinstance(source, UnlearnDataModule):
             return _served(concept, source)
@@ -163,6 +166,8 @@ def _loaders(label: str, concept: str | None, source: Any, ready: Prepare) -> tu
         return {split: Chained(splits[split] for splits, _ in each) for split in SPLITS}, "; ".join(n for _, n in each)
     if not isinstance(source, Iterable) or isinstance(source, (torch.Tensor, str)):
         raise UnlearnError(f"{label}: must be a DataLoader, LightningDataModule or list of loaders, got {type(source).__name__}")
+    if lightning_base(source, "CombinedLoader"):
+        raise UnlearnError(f"{label}: a CombinedLoader numbers its batches; give a list of its loaders, which are read in turn")
     if not isinstance(source, DataLoader) and iter(source) is source:
         raise UnlearnError(f"{label}: an iterator can be read only once; give something that starts anew, like a DataLoader")
     return split_loader(label, source)

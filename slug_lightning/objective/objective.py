@@ -29,6 +29,7 @@ from slug_lightning.objective.metrics import Metric, describe_metric
 from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.replay.replay import Replay
 from slug_lightning.tensors.layers import Layer
+from slug_lightning.utils.modules import LIGHTNING
 
 Kind = Literal["forget", "retain", "near"]
 LOSS = "loss"
@@ -358,5 +359,4 @@ def defines(module: LightningModule, name: str) -> bool:
     """Whether a module has a step of its own."""
     # By name, not by class: a module may come from the `pytorch_lightning` package.
     step = getattr(type(module), name)
-    inherited = step.__qualname__ == f"LightningModule.{name}"
-    return not (inherited and step.__module__.startswith(("lightning.", "pytorch_lightning.")))
+    return not (step.__qualname__ == f"LightningModule.{name}" and step.__module__.startswith(LIGHTNING))

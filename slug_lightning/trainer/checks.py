@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.reports.several import AnyReport
 from slug_lightning.trainer.previous_run import digest_of_edited
+from slug_lightning.utils.modules import lightning_base
 from slug_lightning.utils.names import some_of
 
 OURS = {"slug_lightning", "lightning", "pytorch_lightning"}
@@ -64,13 +64,14 @@ def refuse_overwritten(trainer: Any, module: Any, report: AnyReport, weights: st
     )
 
 
-def outdate_checkpoints(trainer: Trainer) -> None:
+def outdate_checkpoints(trainer: Any) -> None:
     """Let each ModelCheckpoint save again: what it saved in the training before is not the edited model.
 
     Those with `save_last` do so when the fit ends, even without a batch, unless they believe that they have saved already.
     """
-    for checkpoint in trainer.checkpoint_callbacks:
-        vars(checkpoint).update(_last_checkpoint_saved="", _last_global_step_saved=0)
+    for callback in trainer.callbacks:
+        if lightning_base(callback, "Checkpoint"):  # `checkpoint_callbacks` has only those of the trainer's own package
+            vars(callback).update(_last_checkpoint_saved="", _last_global_step_saved=0)
 
 
 def folder_of(trainer: Any) -> str | None:
