@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
+from slug_lightning.datamodules.sources.split import split_loader
 from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
@@ -98,6 +99,7 @@ LOADERS = {
     "stream": lambda size: DataLoader(Stream(size), batch_size=2),
     "First": lambda size: First(DataLoader(Numbers(size), batch_size=2), 2),
     "EveryFourth": lambda size: EveryFourth(DataLoader(Stream(size + 8), batch_size=2), {1, 3}),
+    "every fourth of a subclass": lambda size: split_loader("retain", InOrder(Drawing(size + 8), 2, shuffle=True))[0]["train"],
     "drawing": lambda size: DataLoader(Drawing(size), batch_size=2),
     "drawing alone": lambda size: DataLoader(Drawing(size), batch_size=None),
     "drawing stream": lambda size: First(DataLoader(Drawing(size), batch_size=2), 3),

@@ -136,7 +136,7 @@ def _loader_of(datamodule: pl.LightningDataModule, split: Split) -> Any:
     name = f"{split}_dataloader"
     base = lightning_base(datamodule, "LightningDataModule")
     assert base is not None
-    loader = getattr(datamodule, name)() if is_overridden(name, datamodule, base) else None
+    loader: Any = getattr(datamodule, name)() if is_overridden(name, datamodule, base) else None
     return loader.iterables if lightning_base(loader, "CombinedLoader") else loader
 
 

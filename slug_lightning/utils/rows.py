@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
@@ -40,23 +40,24 @@ class Rows:
 
 def rows_of(loader: Batches, chosen: Sequence[Sequence[int]], size: Sequence[int]) -> Batches:
     """Return some rows of a loader's batches: as batches of its own size where its dataset can be indexed in their order."""
-    order = _order_of(loader)
-    if order is None or any(one != loader.batch_size for one in size[:-1]) or sum(size) > len(order):
+    source: Any = loader
+    order = _order_of(source)
+    if order is None or any(one != source.batch_size for one in size[:-1]) or sum(size) > len(order):
         return Rows(loader, chosen, size)
     starts = [sum(size[:number]) for number in range(len(size))]
     indices = [order[start + row] for start, rows in zip(starts, chosen, strict=True) for row in rows]
-    options: dict[str, Any] = {name: getattr(loader, name) for name in KEPT}
-    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=indices, **options)
+    options: dict[str, Any] = {name: getattr(source, name) for name in KEPT}
+    return DataLoader(source.dataset, batch_size=source.batch_size, sampler=indices, **options)
 
 
-def _order_of(loader: Batches) -> Sequence[Any] | None:
+def _order_of(loader: Any) -> Sequence[Any] | None:
     """What a loader asks its dataset for, one sample after the other; None where that isn't known without reading it."""
     if not isinstance(loader, DataLoader) or not reads_as_torch(loader) or loader.batch_size is None:
         return None
     if isinstance(loader.sampler, list):
         return loader.sampler
     is_plain = type(loader.sampler) is SequentialSampler and not isinstance(loader.dataset, IterableDataset)
-    return range(len(loader.sampler)) if is_plain else None
+    return range(len(cast(Sized, loader.sampler))) if is_plain else None
 
 
 def shuffles_anew(loader: Batches) -> bool:
