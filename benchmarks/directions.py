@@ -46,7 +46,8 @@ from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.config import CURVES, MAX_STEP
 from slug_lightning.methods.slug.curves import Curve
 from slug_lightning.methods.slug.directions import DIRECTIONS as known_directions
-from slug_lightning.methods.slug.layer_search import LayerSearch, Way, layers_of
+from slug_lightning.methods.slug.first_steps import Way, layers_of
+from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.methods.slug.ways import Ways

@@ -28,15 +28,15 @@ from slug_lightning.reports.several import AnyReport, JointReport, report_from_d
 from slug_lightning.tensors.bits import digest_of
 from slug_lightning.tensors.dtensor import local, write_local
 from slug_lightning.tensors.layers import plain_parameters
-from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_overwritten, refuse_surroundings
-from slug_lightning.trainer.drift import drift
+from slug_lightning.trainer.checks import folder_of, outdate_checkpoints, refuse_surroundings
+from slug_lightning.trainer.fit_end import refuse_overwritten, say_drift
 from slug_lightning.trainer.limits import as_trainer_limits
 from slug_lightning.trainer.module_start import started
 from slug_lightning.trainer.near_data import near_data, near_words
 from slug_lightning.trainer.previous_run import PreviousRun, digest_of_edited
 from slug_lightning.trainer.progress import progress_of
 from slug_lightning.trainer.report_transfer import ReportTransfer
-from slug_lightning.trainer.run_folder import save_report, save_run
+from slug_lightning.trainer.run_folder import save_run
 from slug_lightning.utils.modules import unwrap_model
 from slug_lightning.utils.names import concept_of
 
@@ -148,8 +148,7 @@ class UnlearnCallback(OldKeywords):
         self.runtime = runtime
         self._method_request = method.request()
         self._report: Optional[AnyReport] = None
-        self._folder: Optional[Path] = None
-        """Of this fit's run, if it writes one."""
+        self._folder: Optional[Path] = None  # of this fit's run
         self._data: Optional[str] = None
         self._last: Optional[PreviousRun] = None
         self._earlier: Optional[PreviousRun] = None
@@ -199,18 +198,13 @@ class UnlearnCallback(OldKeywords):
                 done = self._was_done_before(trainer, pl_module, runner)
             if not done:
                 raise UnlearnError(
-                    "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, "
-                    "had finished its training; raise max_epochs, take a new Trainer, or load the weights instead of passing "
-                    "ckpt_path"
+                    "Trainer(max_epochs=…): the fit ended before the edit, as this trainer, or the checkpoint of ckpt_path, had "
+                    "finished its training; raise max_epochs, take a new Trainer, or load weights instead of passing ckpt_path"
                 )
-        assert self._report is not None
-        if not self.continue_training and self._last is not None and self._report.status != "infeasible":
+        elif self.continue_training:
+            say_drift(trainer, pl_module, self._report, self._folder)
+        elif self._last is not None:
             refuse_overwritten(trainer, pl_module, self._report, self._last.weights)
-        if self.continue_training and self._folder is not None and (said := drift(self._report, pl_module)) is not None:
-            self._report.notes.append(said)
-            progress_of(trainer).say(said)
-            if trainer.is_global_zero:
-                save_report(self._folder, self._report)
         self._remember(pl_module)
 
     def state_dict(self) -> dict[str, Any]:

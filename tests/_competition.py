@@ -11,7 +11,8 @@ from _tiny import PlainRunner
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
-from slug_lightning.methods.slug.layer_search import LayerSearch, Way
+from slug_lightning.methods.slug.first_steps import Way
+from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import interpolation
 from slug_lightning.objective.objective import Objective

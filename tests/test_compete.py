@@ -32,7 +32,8 @@ from slug_lightning.methods.base import recorded
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
-from slug_lightning.methods.slug.layer_search import LayerSearch, Way, _first_step
+from slug_lightning.methods.slug.first_steps import Way, first_step
+from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.statistics import layer_statistics
 from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.methods.trial import Trial
@@ -266,7 +267,7 @@ norms = st.floats(1e-3, 1e3)
 
 @given(gain=st.floats(-10, 10), forget=norms, weight=norms)
 def test_the_first_step_raises_the_loss_by_the_gain_at_first_order_within_limits(gain, forget, weight):
-    relative = _first_step(gain, forget * weight)
+    relative = first_step(gain, forget * weight)
     step = relative * weight / forget
     if START / 100 < relative < 1:
         assert step * forget**2 == pytest.approx(gain)

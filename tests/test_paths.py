@@ -20,7 +20,8 @@ from slug_lightning.methods.slug.choice import LeastDamage, LeastUsage
 from slug_lightning.methods.slug.concept_search import ConceptSearch
 from slug_lightning.methods.slug.curves import CurveEnd, Tangent, line, path
 from slug_lightning.methods.slug.directions import Covariance
-from slug_lightning.methods.slug.layer_search import LayerSearch, Way
+from slug_lightning.methods.slug.first_steps import Way
+from slug_lightning.methods.slug.layer_search import LayerSearch
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, interpolation
 from slug_lightning.methods.targets import Target

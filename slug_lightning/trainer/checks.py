@@ -8,13 +8,8 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from slug_lightning.errors import UnlearnError
-from slug_lightning.reports.several import AnyReport
-from slug_lightning.trainer.previous_run import digest_of_edited
 from slug_lightning.utils.modules import lightning_base
-from slug_lightning.utils.names import some_of
 
-OURS = {"slug_lightning", "lightning", "pytorch_lightning"}
-"""Packages whose callbacks don't come over an edit, as far as they are not refused."""
 AVERAGES = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
@@ -42,26 +37,6 @@ def refuse_surroundings(trainer: Any) -> None:
             "'bf16-true' to save memory",
             stacklevel=3,
         )
-
-
-def refuse_overwritten(trainer: Any, module: Any, report: AnyReport, weights: str | None) -> None:
-    """Refuse to end a fit in which nothing was trained, where the edited tensors are not what the edit made of them.
-
-    Args:
-        trainer: whose callbacks may have done it.
-        module: the edited module.
-        report: of the edit.
-        weights: digest of the edited tensors right after the edit.
-    """
-    if weights in (None, digest_of_edited(module, report)):
-        return
-    suspects = [type(c).__name__ for c in trainer.callbacks if type(c).__module__.split(".")[0] not in OURS]
-    raise UnlearnError(
-        f"the edit of {some_of(report.tensors)} was overwritten before the fit ended, though nothing was trained: nothing is "
-        f"forgotten. Leave out what restores or averages weights"
-        + (f" (callbacks: {some_of(suspects)})" if suspects else "")
-        + ", and unlearn in a fit of its own; the patch that was saved can be applied to the weights afterwards"
-    )
 
 
 def outdate_checkpoints(trainer: Any) -> None:

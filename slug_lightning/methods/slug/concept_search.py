@@ -15,7 +15,8 @@ from slug_lightning.methods.slug.candidates import Candidate, LayerScore, measur
 from slug_lightning.methods.slug.choice import Choice
 from slug_lightning.methods.slug.curves import Curve
 from slug_lightning.methods.slug.directions import Direction
-from slug_lightning.methods.slug.layer_search import FOLLOWED, LayerSearch, Way, layers_of
+from slug_lightning.methods.slug.first_steps import Way, layers_of
+from slug_lightning.methods.slug.layer_search import FOLLOWED, LayerSearch
 from slug_lightning.methods.slug.precision_check import Errors, close_calls, close_scores, score_errors
 from slug_lightning.methods.slug.statistics import LayerStatistics, layer_statistics
 from slug_lightning.methods.slug.step_search import StepSearch

@@ -5,27 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median
-from typing import NamedTuple
 
 from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import norm
 from slug_lightning.methods.slug.choice import Choice, Decision
-from slug_lightning.methods.slug.curves import CurveEnd, Point
+from slug_lightning.methods.slug.curves import CurveEnd
 from slug_lightning.methods.slug.evaluation import Evaluation
+from slug_lightning.methods.slug.first_steps import FirstSteps, Way, layers_of
 from slug_lightning.methods.slug.precision_check import rounding, usage_error
-from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.methods.slug.step_search import START, StepSearch
 from slug_lightning.methods.trial import Trial
-from slug_lightning.objective.objective import LOSS
 from slug_lightning.patches.temporary import EditStep
-from slug_lightning.tensors.layers import Layer
 
 FOLLOWED = 3
 """Layers whose path is followed where lines compete with paths, and that are looked at for a first of several edits."""
-SHORTER = 0.8
-"""Where a path is tried first, as a share of the step that was enough along the line."""
 HALVED = 5
 """How often a step is halved that costs too much."""
 HALVINGS = 3
@@ -36,29 +30,6 @@ ROUGH = 0.25
 
 class _RoughlyKnown(Exception):
     """The step of a way is known well enough to compare it with others."""
-
-
-class Way(NamedTuple):
-    """One way to edit a layer: along a direction, on a curve.
-
-    Attributes:
-        layer: which.
-        direction: by name.
-        curve: by name.
-        point: gives the edits.
-        slope: by how much the forget loss rises at first order, for a step as long as the weights; not above 0 if unknown.
-    """
-
-    layer: LayerStatistics
-    direction: str
-    curve: str
-    point: Point
-    slope: Callable[[], float] = lambda: 0.0
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What its trials are found by."""
-        return self.layer.name, self.direction, self.curve
 
 
 class LayerSearch:
@@ -108,12 +79,8 @@ class LayerSearch:
         """By way, distance and margin of a trial, where its way goes on straight."""
         self._complete: set[tuple[str, str, str]] = set()
         """Ways whose search has not rested."""
-        self._gains: dict[tuple[str, ...], list[float]] = {}
-        """What the forget loss gained at first order where it was enough: of all, by tower, and by tower and direction."""
         self._ways: dict[tuple[str, str, str], Way] = {}
-        # Of a loss, what is missing is known, and with it about where to start.
-        (first, *_) = concept.targets
-        self._gain = first.goal - first.before if first.metric.name == LOSS and isinstance(first.goal, (int, float)) else None
+        self._first = FirstSteps(concept.targets[0], is_contest)
 
     def run(self, ways: Sequence[Way], is_last: bool = True) -> tuple[Decision, dict[str, float]]:
         """Search these ways.
@@ -175,7 +142,7 @@ class LayerSearch:
             return tried[-1]
 
         if way.key not in self._starts:
-            self._starts[way.key] = tuple(dict.fromkeys((self._start(way), START)))
+            self._starts[way.key] = tuple(dict.fromkeys((self._first.start(way, self.smallest), START)))
         for start in self._starts[way.key]:
             earlier = list(tried)
             try:
@@ -191,42 +158,12 @@ class LayerSearch:
         self.trials += [trial for trial in tried if _distance(trial) not in before]
         if (found := smallest_step(tried)) is not None:
             if way.key not in self.smallest:
-                self._learn(way, found)
+                self._first.learn(way, found)
             self.smallest[way.key] = found
 
     def let_go(self) -> None:
         """Let go of what evaluations have recorded."""
         self.evaluation.let_go()
-
-    def _start(self, way: Way) -> float:
-        """Where to look first: steps that are just enough promise about the same gain at first order, whatever the layer.
-
-        Where ways compete, those of the same tower tell, and the same direction if it can, or else those of other towers; a
-        path needs a little less than its line. Lines of the gradient alone start where the layer before was enough.
-        """
-        layer = way.layer
-        if not self.is_contest:
-            return START if self._gain is None else _first_step(self._gain, layer.forget_norm * layer.weight_norm)
-        line = self.smallest.get((layer.name, way.direction, "line"))
-        if way.curve != "line" and line is not None:
-            return SHORTER * line.relative_step
-        tower = layer.layer.tower
-        kinds = (tower, way.direction), (tower,), ()
-        gains = next((self._gains[kind] for kind in kinds if kind in self._gains), [self._gain] if self._gain else [])
-        try:
-            slope = way.slope() if gains else 0.0
-        except CurveEnd:  # which the first point says again
-            slope = 0.0
-        return _first_step(median(gains), slope) if slope > 0 else START
-
-    def _learn(self, way: Way, found: Trial) -> None:
-        """Remember what was enough."""
-        layer = way.layer
-        if not self.is_contest:
-            self._gain = found.relative_step * layer.weight_norm / layer.forget_norm * layer.forget_norm**2
-        elif way.curve == "line" and (gain := found.relative_step * way.slope()) > 0:
-            for key in ((), (layer.layer.tower,), (layer.layer.tower, way.direction)):
-                self._gains.setdefault(key, []).append(gain)
 
     @property
     def ways(self) -> list[Way]:
@@ -369,11 +306,6 @@ class LayerSearch:
         return [] if self.smallest[way.key] == rough else [trial for trial in self._measure_retain(way) if trial.feasible]
 
 
-def layers_of(ways: Sequence[Way]) -> list[Layer]:
-    """Return the layers of ways, each once."""
-    return list({way.layer.name: way.layer.layer for way in ways}.values())
-
-
 def _distance(trial: Trial) -> float:
     """How far along its way a trial is."""
     return trial.relative_step if trial.distance is None else trial.distance
@@ -393,14 +325,6 @@ def _is_rough_enough(trials: Sequence[Trial]) -> bool:
     high = _distance(found)
     low = max((_distance(trial) for trial in trials if _distance(trial) < high), default=0.0)
     return high - low <= ROUGH * high
-
-
-def _first_step(gain: float, slope: float) -> float:
-    """The relative step that raises the forget loss by `gain` at first order, neither too small nor too large.
-
-    The slope is that for a step as long as the weights: along the gradient ‖g_f‖ ‖θ‖.
-    """
-    return min(max(gain / slope, START / 100), 1.0)
 
 
 def _line(way: Way, trials: Sequence[Trial]) -> str:

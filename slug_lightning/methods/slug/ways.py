@@ -16,7 +16,7 @@ from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.norms import direction_norm, product
 from slug_lightning.methods.slug.curves import Curve, CurveEnd, Point, Tangent
 from slug_lightning.methods.slug.directions import DIRECTIONS, Direction, ForgetGradient
-from slug_lightning.methods.slug.layer_search import Way
+from slug_lightning.methods.slug.first_steps import Way
 from slug_lightning.methods.slug.statistics import LayerStatistics
 from slug_lightning.patches.temporary import EditStep
 from slug_lightning.tensors.dtensor import local, shard_like, whole_like
