@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
-from _tiny import FORGET, PlainRunner, blobs, loader, trained
+from _tiny import FORGET, PlainRunner, blobs, loader, outside, trained
 from slug_lightning.distributed.batch_sharding import shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.distributed.strategy import only_differentiating
@@ -43,14 +43,13 @@ class Scripted(pl.LightningModule):
     def __init__(self, *passes) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self.passes = list(passes)
-        self.steps = 0
+        self.seen = outside(passes=list(passes), steps=0)
 
     def now(self, batch_idx):
-        if batch_idx == 0 and self.steps:
-            self.passes.pop(0)
-        self.steps += 1
-        return self.passes[0][batch_idx]
+        if batch_idx == 0 and self.seen().steps:
+            self.seen().passes.pop(0)
+        self.seen().steps += 1
+        return self.seen().passes[0][batch_idx]
 
     def validation_step(self, batch, batch_idx):
         self.log_dict(self.now(batch_idx))
@@ -163,10 +162,10 @@ class WithObject(pl.LightningModule):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         self.accuracy = BinaryAccuracy()
-        self.steps = 0
+        self.seen = outside(steps=0)
 
     def validation_step(self, batch, batch_idx):
-        self.steps += 1
+        self.seen().steps += 1
         self.accuracy.update(torch.ones(4), torch.tensor([1, 1, 1, 0]))
         if batch_idx == 1:
             self.log("accuracy", self.accuracy)
@@ -282,7 +281,7 @@ def test_a_measurement_that_is_given_up_has_no_result_and_leaves_nothing_behind(
         return len(asked) == 2
 
     assert measuring.measure("retain", "val", stop=stop) is None
-    assert asked == [{"acc": 0.0}, {"acc": 0.0}] and module.steps == 3 + 2
+    assert asked == [{"acc": 0.0}, {"acc": 0.0}] and module.seen().steps == 3 + 2
     assert measuring.forward_samples == 18 + 11
     assert measuring.complete["retain", "val"] is whole
     assert "log" not in vars(module)
@@ -344,17 +343,17 @@ def test_a_rehearsal_ends_with_the_batch_that_has_logged_the_last_name(rows, ste
     module = Scripted(rows)
     measuring = rehearsing(module, ["acc", "loss"], batches_of(*[2] * len(rows)))
     assert rehearse(measuring, "retain") is None
-    assert module.steps == steps
+    assert module.seen().steps == steps
     assert {"acc", "loss"} <= set(measuring.metrics)
     assert not measuring.complete
     rehearse(measuring, "retain")
-    assert module.steps == steps  # nothing is in doubt any more
+    assert module.seen().steps == steps  # nothing is in doubt any more
 
 
 def test_a_rehearsal_ends_with_the_batch_that_logs_a_metric_object():
     module = WithObject()
     rehearse(rehearsing(module, "accuracy", batches_of(4, 4, 4)), "retain")
-    assert module.steps == 2
+    assert module.seen().steps == 2
 
 
 @pytest.mark.parametrize(("module", "metric", "batches", "message"), [
@@ -379,7 +378,7 @@ def test_an_empty_set_is_found_before_anything_is_computed(kind, split):
     measuring.loaders[kind][split] = []
     with pytest.raises(UnlearnError, match=f"{kind}: the {split} set is empty"):
         rehearse(measuring, kind)
-    assert module.steps == 0
+    assert module.seen().steps == 0
 
 
 # ---- gradients

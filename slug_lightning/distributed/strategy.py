@@ -11,12 +11,12 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerState
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.fsdp import FSDPModule
 
 from slug_lightning.distributed.backward import DATA, Backward
 from slug_lightning.distributed.batch_sharding import IndexedBatch, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
+from slug_lightning.tensors.dtensor import reshard
 from slug_lightning.utils.names import some_of
 
 SINGLE, DDP, MODEL_PARALLEL = "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"
@@ -99,10 +99,8 @@ class Runner:
             self.reshard()
 
     def reshard(self) -> None:
-        """Free the gathered tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """Let a sharded model hold its shards alone."""
+        reshard(self.module)
 
     @contextmanager
     def differentiating(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:

@@ -65,7 +65,6 @@ class Concept:
             given, said = holdout_goals(objective, holdout), "95 % interval of the holdout samples"
         targets = settle_targets(objective, values, given, said)
         if all(target.was_met for target in targets):
-            hint = objective.hooks.nothing_to_forget and objective.hooks.nothing_to_forget()
             found = "; ".join(
                 f"{t.metric.name} is {t.before:.4g} on the validation split and meets the target of {t.words} "
                 f"({t.reason}) already"
@@ -73,7 +72,7 @@ class Concept:
             )
             raise UnlearnError(
                 f"forget_target: nothing to forget of {name!r}, {found}; "
-                + (hint or "look at the forget data, or give a stricter forget_target")
+                + (objective.hint or "look at the forget data, or give a stricter forget_target")
             )
         return cls(name, objective, targets)
 

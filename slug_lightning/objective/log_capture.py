@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torchmetrics
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
-from slug_lightning.objective.eval_mode import metrics_in, snapshot
+from slug_lightning.objective.eval_mode import metrics_in
+from slug_lightning.objective.step_state import StepState
 
 
 class Logged(NamedTuple):
@@ -154,10 +156,13 @@ def read_logs(module: nn.Module, processes: Processes | None = None, wanted: Seq
 class Attempt:
     """One batch's step, whose effects on the module and its log can be undone."""
 
-    def __init__(self, module: nn.Module, run: Callable[[], Any], reader: LogReader | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, run: Callable[[], Any], reader: LogReader | None = None, state: StepState | None = None
+    ) -> None:
         self.module = module
         self.run = run
         self.reader = reader or LogReader()
+        self.state = state or StepState(module)
 
     def __call__(self) -> None:
         self.run()
@@ -170,15 +175,16 @@ class Attempt:
     @contextmanager
     def undone(self, only_if_it_fails: bool = False) -> Iterator[None]:
         """Undo afterwards what happens inside."""
-        restore, log = snapshot(self.module), self.reader.state()
+        random_states, log = _collect_rng_states(), self.reader.state()
         try:
-            yield
+            with self.state.undone(only_if_it_fails):
+                yield
         except BaseException:
             only_if_it_fails = False
             raise
         finally:
             if not only_if_it_fails:
-                restore()
+                _set_rng_states(random_states)
                 self.reader.restore(log)
 
     def seen(self) -> list[Any]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
 from slug_lightning.distributed.batch_sharding import IndexedBatch
 from slug_lightning.distributed.strategy import Runner
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.curvature import Curvature
-from slug_lightning.objective.eval_mode import snapshot
 from slug_lightning.objective.evaluators import Evaluator, WholeForward
 from slug_lightning.objective.gradients import Gradient, mean_gradient
 from slug_lightning.objective.log_capture import Attempt, LogReader, read_logs
 from slug_lightning.objective.module_hooks import ModuleHooks
+from slug_lightning.objective.passing import passing
 from slug_lightning.objective.replay.replay import Replay
+from slug_lightning.objective.step_state import Scope, StepState
 from slug_lightning.utils.random import seed_for_batch
 
 NOT_IN_CHECKPOINT = "None of the inputs have requires_grad=True"
@@ -36,6 +38,7 @@ class LossStep(Attempt):
         parameters: what the loss will be differentiated by; none while nothing will be.
         reader: gets what the step logs.
         kind: "forget" or "retain", for messages.
+        state: undoes what the module writes; None for one of its own.
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class LossStep(Attempt):
         parameters: Mapping[str, Tensor],
         reader: LogReader,
         kind: str = "forget",
+        state: StepState | None = None,
     ) -> None:
-        super().__init__(module, self._compute, reader)
+        super().__init__(module, self._compute, reader, state)
         self.loss: Tensor | None = None
         self.parameters = parameters
         self.kind = kind
@@ -89,6 +93,8 @@ class LossPasses:
         loss: gives the loss of a batch and its number, or None where the step leaves the batch out.
         kind: "forget" or "retain".
         forward: entered for every forward pass.
+        state: undoes what steps write.
+        data: the same in every pass over the same batches; None if they are not passed over again.
     """
 
     def __init__(
@@ -98,6 +104,8 @@ class LossPasses:
         loss: Callable[[Any, int], Tensor | None],
         kind: str,
         forward: Callable[[], AbstractContextManager[None]],
+        state: StepState,
+        data: Hashable = None,
     ) -> None:
         self.module = module
         self.runner = runner
@@ -105,7 +113,9 @@ class LossPasses:
         self.loss = loss
         self.kind = kind
         self.forward = forward
+        self.state = state
         self.where = f"{kind}_step", kind, "train"
+        self._pass = None if data is None else (*self.where, data)
 
     def gradient(
         self,
@@ -127,7 +137,7 @@ class LossPasses:
             return step.loss, reader.samples
 
         differentiating = self.runner.differentiating(self.module, parameters)
-        with torch.enable_grad(), self.runner.passing(), differentiating, read_logs(self.module) as reader:
+        with torch.enable_grad(), self._passing(), differentiating, read_logs(self.module) as reader:
             try:
                 with warnings.catch_warnings():  # torch only warns, and gives zeros
                     warnings.filterwarnings("error", NOT_IN_CHECKPOINT)
@@ -140,7 +150,7 @@ class LossPasses:
 
     def observe(self, batches: Iterable[IndexedBatch], watch: Curvature) -> int:
         """Run the batches forward, and let a watch see what goes into its tensors; returns the number of samples."""
-        with torch.no_grad(), self.runner.passing(), read_logs(self.module), watch.watching(forward_only=True):
+        with torch.no_grad(), self._passing(), read_logs(self.module), watch.watching(forward_only=True):
             for number, batch, is_real in batches:
                 self._loss_of(batch, number)
                 watch.fold(1.0, self.samples_of(batch) * is_real, batch)
@@ -151,7 +161,7 @@ class LossPasses:
         """Sum what a step gives, `[B, …]`, over the samples of all ranks, in fp32; returns their number as well; collective."""
         sums: list[Tensor] = []
         samples = 0
-        with torch.no_grad(), self.runner.passing(), read_logs(self.module):
+        with torch.no_grad(), self._passing(), read_logs(self.module):
             for number, batch, is_real in batches:
                 seed_for_batch(number)
                 with self.forward():
@@ -165,14 +175,14 @@ class LossPasses:
 
     def record(self, batches: Iterable[IndexedBatch], replay: Replay) -> int:
         """Run the batches forward, and let a replay keep what its layers don't change; returns the number of samples."""
-        restore = snapshot(self.module)  # a pass more than without replay, of which nothing may stay
+        random_states = _collect_rng_states()  # a pass more than without replay, of which nothing may stay
         samples = 0
         # As a gradient pass runs what does not depend on its layer: graphs may be made, but of no weight.
         differentiating = self.runner.differentiating(self.module, {})
         try:
             with (
                 torch.enable_grad(),
-                self.runner.passing(),
+                self._passing() as scope,
                 differentiating,
                 read_logs(self.module) as reader,
                 warnings.catch_warnings(),
@@ -180,6 +190,7 @@ class LossPasses:
                 warnings.filterwarnings("ignore", NOT_IN_CHECKPOINT)
                 for number, batch, _ in batches:
                     if not replay.is_of_use:
+                        scope.is_whole = False
                         continue  # to the end all the same, as all ranks read together
                     step = self._step(batch, number, {}, reader)
                     samples += reader.samples
@@ -188,12 +199,15 @@ class LossPasses:
                     except Exception as error:  # if it isn't for want of a graph, the gradient pass fails as well, and says so
                         replay.refuse(f"a forward pass without gradients fails ({error})")
         finally:
-            restore()
+            _set_rng_states(random_states)
         return samples
 
     def _step(self, batch: Any, number: int, parameters: Mapping[str, Tensor], reader: LogReader) -> LossStep:
         reader.number, reader.samples = number, self.samples_of(batch)
-        return LossStep(self.module, partial(self._loss_of, batch, number), parameters, reader, self.kind)
+        return LossStep(self.module, partial(self._loss_of, batch, number), parameters, reader, self.kind, self.state)
+
+    def _passing(self) -> AbstractContextManager[Scope]:
+        return passing(self.runner, self.state, self._pass)
 
     def _loss_of(self, batch: Any, number: int) -> Tensor | None:
         seed_for_batch(number)  # again: a batch that is compared, or whose gradient overflows, is run a second time

@@ -248,7 +248,7 @@ def _embedded(
     """Number, batch, labels by kind and features, `[B, D]`, of each batch of this process that is wanted."""
     hooks, runner = objective.hooks, objective.runner
     batches = objective.progress(runner.batches(objective.loaders[kind][split]), f"near data, {kind}")
-    with torch.no_grad(), runner.passing(), runner.forward_context():
+    with torch.no_grad(), objective.passing(), runner.forward_context():
         for number, batch, is_real in batches:
             labels = hooks.labels(batch) if hooks.labels else {}
             if objective.processes.world_size == 1 and not is_wanted(labels):  # others may run together

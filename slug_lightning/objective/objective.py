@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +27,9 @@ from slug_lightning.objective.log_capture import Attempt, Logged, LogReader, rea
 from slug_lightning.objective.loss_passes import LossPasses
 from slug_lightning.objective.metrics import Metric, describe_metric
 from slug_lightning.objective.module_hooks import ModuleHooks
+from slug_lightning.objective.passing import passing
 from slug_lightning.objective.replay.replay import Replay
+from slug_lightning.objective.step_state import Scope, StepState
 from slug_lightning.tensors.layers import Layer
 from slug_lightning.utils.modules import LIGHTNING
 
@@ -74,6 +76,9 @@ class Objective:
         self.replay_budget = replay_budget
         self.anchor: Tensor | None = None
         """Where it is set, forget gradients are those of `ModuleHooks.anchored_step`."""
+        self.state = StepState(module)
+        self.hint = ""
+        """What the module said about the forget set, unedited (`ModuleHooks.nothing_to_forget`)."""
         self.replayed: list[Replay] = []
         """Every replay so far, of this objective and of those `about` other forget sets."""
         self.forward_samples = 0
@@ -124,6 +129,10 @@ class Objective:
             self.gradient_replays = around
             replay.forget()
 
+    def passing(self, where: Hashable = None) -> AbstractContextManager[Scope]:
+        """One pass of steps over data, as `slug_lightning.objective.passing.passing`."""
+        return passing(self.runner, self.state, where)
+
     # ---- gradients
 
     def gradient(
@@ -162,13 +171,16 @@ class Objective:
             IndexedBatch(one.batch_idx, _first_half(one.batch, self.hooks.samples(one.batch)), is_real=one.batch_idx == 0)
             for one in first
         )
-        losses = self._losses(kind, nullcontext if exact else self.runner.forward_context)
+        losses = self._losses(kind, nullcontext if exact else self.runner.forward_context, is_whole=False)
         return self._counted(losses.gradient(parameters, halves)).tensors
 
-    def _losses(self, kind: Kind, forward: Callable[[], AbstractContextManager[None]] | None = None) -> LossPasses:
+    def _losses(
+        self, kind: Kind, forward: Callable[[], AbstractContextManager[None]] | None = None, is_whole: bool = True
+    ) -> LossPasses:
         anchored = self.hooks.anchored_step if kind == "forget" and self.anchor is not None else None
         loss = partial(anchored, anchor=self.anchor) if anchored else partial(self.loss, kind)
-        return LossPasses(self.module, self.runner, loss, kind, forward or self.runner.forward_context)
+        data = (anchored is None, id(self.loaders[kind]["train"])) if is_whole else None
+        return LossPasses(self.module, self.runner, loss, kind, forward or self.runner.forward_context, self.state, data)
 
     def _counted(self, gradient: Gradient) -> Gradient:
         self.forward_samples += gradient.samples
@@ -209,11 +221,14 @@ class Objective:
         self._refuse_no_validation_step(kind)
         with (
             torch.no_grad(),
-            self.runner.passing(),
+            self.passing((self.step_name(kind), kind, split, id(self.loaders[kind][split]))) as scope,
             self.runner.validating(),
             read_logs(self.module, self.processes, self.names[kind]) as reader,
         ):
             samples, stopped = self._run_batches(kind, split, reader, record, edited, stop)
+            scope.is_whole = not stopped
+            if kind == "forget" and edited is None and self.hooks.nothing_to_forget:
+                self.hint = self.hooks.nothing_to_forget()
             reader.share()
             found = reader.values()
         samples = sum(self.processes.all_gather_object("samples", samples, each_data_rank=True))
@@ -245,7 +260,7 @@ class Objective:
         collectives = Collectives() if self.processes.world_size > 1 and not self.complete else nullcontext()
         for number, batch, counts in self._batches(kind, split):
             reader.number, reader.samples = number, self.hooks.samples(batch)
-            step = Attempt(self.module, partial(self._evaluate, kind, batch, number, reader), reader)
+            step = Attempt(self.module, partial(self._evaluate, kind, batch, number, reader), reader, self.state)
             if counts:
                 with collectives:
                     self.evaluator.run(where, number, batch, step, record, edited)

@@ -79,7 +79,7 @@ def before_and_after(objective: Objective, kind: Kind, edit: AbstractContextMana
 def _drawn(objective: Objective, batch: Any) -> tuple[Tensor, list[str]]:
     module: Any = objective.module
     runner = objective.runner
-    with torch.no_grad(), runner.passing(), runner.validating(), read_logs(module), runner.forward_context():
+    with torch.no_grad(), objective.passing(), runner.validating(), read_logs(module), runner.forward_context():
         seed_for_batch(0)
         pictures, titles = call_step(module.gallery_step, batch, 0)
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not 0 < len(pictures) == len(titles):

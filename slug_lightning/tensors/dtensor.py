@@ -45,6 +45,13 @@ def shard_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the gathered tensors that a sharded model still holds after a pass: an edit of a shard must be seen."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def copies(tensor: Tensor, world_size: int) -> int:
     """Count the ranks that hold each element."""
     if not isinstance(tensor, DTensor):

@@ -146,7 +146,7 @@ def name_basis(concept: Concept) -> Tensor:
     """An orthonormal basis, `[D, k]`, of the text embeddings of a concept's names, each minus the mean of the other names'."""
     module, prompts = concept.objective.module, _prompts(concept)
     labels = _labels(concept, prompts)
-    with torch.no_grad(), concept.objective.runner.passing():
+    with torch.no_grad(), concept.objective.passing():
         features = module.class_features(prompts).cpu().double()  # type: ignore[operator]
     if len(labels) == len(features):
         raise UnlearnError(f"forget: {concept.name!r} has every name of the prompts {prompts!r}, so that none is left to retain")

@@ -20,6 +20,7 @@ from slug_lightning.objective.replay.trace import ROOT, ModuleCalls, Output, Out
 from slug_lightning.tensors.bits import bitwise_equal
 from slug_lightning.tensors.digests import UNCHANGEABLE, fingerprint
 from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.memory import version
 
 SHARE = 0.25
 """Of the memory that is free when a run starts, the part that may hold recorded outputs."""
@@ -235,7 +236,7 @@ class Replay:
         if something has read an output that is absent, even if the module has caught that.
         """
         found: dict[OutputAt, Any] = {}
-        versions = {at: _version(kept) for at, kept in recorded.kept.items()}
+        versions = {at: version(kept) for at, kept in recorded.kept.items()}
 
         def visit(call: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             if call in plan.skipped:
@@ -262,7 +263,7 @@ class Replay:
             step()
         if Absent.touched:
             raise NotKept("an output that was not kept was read")
-        if any(_version(kept) != versions[at] for at, kept in recorded.kept.items()):
+        if any(version(kept) != versions[at] for at, kept in recorded.kept.items()):
             recorded.kept.clear()  # somebody wrote into what was lent: right this time, wrong the next
         return found
 
@@ -304,11 +305,6 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; on the host pinned, if it comes from elsewhere."""
     moved = tensor.to(device)
     return moved.pin_memory() if device == CPU and tensor.device.type == "cuda" else moved
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; a tensor made in inference mode does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_same_batch(before: list[Any], batch: Any) -> bool:

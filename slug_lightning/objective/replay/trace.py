@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from slug_lightning.tensors.digests import UNCHANGEABLE
 from slug_lightning.tensors.layers import Layer
+from slug_lightning.tensors.memory import written_tensors
 
 ROOT = 0
 """The call of the step itself: all that is not inside a module call."""
@@ -209,7 +210,7 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         here = self.calls.stack[-1]
         given = {id(m): m for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) for m in [self._of(leaf)]}
-        written = {id(m): m for leaf in _written(func, args, kwargs) for m in [self._of(leaf)]}
+        written = {id(m): m for leaf in written_tensors(func, args, kwargs) for m in [self._of(leaf)]}
         bits = 0
         for m in given.values():
             bits |= m.bits
@@ -286,14 +287,6 @@ class Trace(TorchDispatchMode):
                 return SkipPlan(reason=f"an output of {names[outputs[0][0]]} is overwritten and read again")
             kept.update(dict.fromkeys(outputs, read.memory.writes > read.writes))
         return SkipPlan(skipped, frozenset(kept), frozenset(output for output, changed in kept.items() if changed))
-
-
-def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operation writes to."""
-    for number, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 to_numpy = Tensor.numpy  # as it is while nobody listens
