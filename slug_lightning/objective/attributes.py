@@ -84,14 +84,14 @@ class _Set:
 class _Slots:
     def __init__(self, held: Any) -> None:
         self.held = held
-        self.values = {name: getattr(held, name) for name in _slots(type(held)) if hasattr(held, name)}
+        self.values = {name: getattr(held, name) for name in _slots(held) if hasattr(held, name)}
 
     def is_same(self) -> bool:
-        now = {name: getattr(self.held, name) for name in _slots(type(self.held)) if hasattr(self.held, name)}
+        now = {name: getattr(self.held, name) for name in _slots(self.held) if hasattr(self.held, name)}
         return now.keys() == self.values.keys() and all(now[name] is value for name, value in self.values.items())
 
     def put_back(self) -> None:
-        for name in _slots(type(self.held)):
+        for name in _slots(self.held):
             if name in self.values:
                 object.__setattr__(self.held, name, self.values[name])
             elif hasattr(self.held, name):
@@ -101,9 +101,9 @@ class _Slots:
 class _Numbers:
     """An array, or bytes: nothing tells who writes to it, so that all of it is copied."""
 
-    def __init__(self, held: np.ndarray | bytearray) -> None:
+    def __init__(self, held: Any) -> None:
         self.held = held
-        self.copy = held.copy()
+        self.copy: Any = held.copy()
 
     def is_same(self) -> bool:
         if isinstance(self.held, bytearray):
@@ -181,7 +181,7 @@ class Attributes:
             if not one.is_same():
                 one.put_back()
 
-    def states(self) -> list[Callable[[], None]]:
+    def states(self) -> list[Callable[[], Any]]:
         """Functions that put the generators of random numbers back as they are now."""
         return [_state(generator) for generator in self.generators]
 
@@ -204,6 +204,7 @@ class Attributes:
 
     def _open(self, value: Any, name: str) -> None:
         """Note the content of a container or an object, and visit it."""
+        kind: Any = type(value)
         if isinstance(value, nn.Module):
             self._open_dict(vars(value), name, HOOKS)
         elif isinstance(value, dict):
@@ -217,12 +218,12 @@ class Attributes:
             self.held.append(_Set(value))
         elif isinstance(value, bytearray) or (isinstance(value, np.ndarray) and _is_writable(value)):
             self.held.append(_Numbers(value))
-        elif _is_open(type(value)):
+        elif _is_open(kind):
             if isinstance(getattr(value, "__dict__", None), dict):
                 self._open_dict(vars(value), name)
-            if _slots(type(value)):
+            if _slots(value):
                 self.held.append(_Slots(value))
-                for slot in _slots(type(value)):
+                for slot in _slots(value):
                     self._visit(getattr(value, slot, None), f"{name}.{slot}", None, None)
 
     def _open_dict(self, content: dict, name: str, left_out: set[str] | frozenset[str] = frozenset()) -> None:
@@ -238,16 +239,21 @@ def _is_writable(array: np.ndarray) -> bool:
 
 
 @functools.cache
-def _is_open(kind: type) -> bool:
+def _is_open(kind: Any) -> bool:
     """Whether objects of a class are looked into: those of the user's own classes, and optimizers."""
     if issubclass(kind, (Enum, type, torch.optim.Optimizer)):
         return issubclass(kind, torch.optim.Optimizer)
     return not any(f"{base.__module__}.".startswith(CLOSED) for base in kind.__mro__)
 
 
+def _slots(held: Any) -> tuple[str, ...]:
+    """The attributes of an object that are in no `__dict__`."""
+    kind: Any = type(held)
+    return _slots_of(kind)
+
+
 @functools.cache
-def _slots(kind: type) -> tuple[str, ...]:
-    """The attributes of a class that are in no `__dict__`."""
+def _slots_of(kind: Any) -> tuple[str, ...]:
 
     def names() -> Iterator[str]:
         for base in kind.__mro__:
@@ -260,7 +266,7 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(names())
 
 
-def _state(generator: Any) -> Callable[[], None]:
+def _state(generator: Any) -> Callable[[], Any]:
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):

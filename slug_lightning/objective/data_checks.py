@@ -6,14 +6,17 @@ import itertools
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 
 from slug_lightning.distributed.batch_sharding import DIFFERENT_BATCHES, shard_batches
 from slug_lightning.distributed.processes import Processes
 from slug_lightning.errors import UnlearnError
+from slug_lightning.objective.log_capture import read_logs
 from slug_lightning.objective.module_hooks import ModuleHooks
 from slug_lightning.objective.objective import Kind, Objective, defines
 from slug_lightning.tensors.digests import digest
+from slug_lightning.utils.loaders import First
 
 
 def refuse_unusable_steps(module: LightningModule) -> None:
@@ -37,7 +40,7 @@ def rehearse(objective: Objective, kind: Kind) -> None:
     """Find out early what a long run would stumble over: open both splits, and see that the metrics are logged.
 
     Raises:
-        UnlearnError: if a split is empty or a retain metric is never logged.
+        UnlearnError: if a split is empty, a retain metric is never logged, or a step uses up an iterator of the module.
     """
     for split in ("val", "test"):
         if next(iter(objective.loaders[kind][split]), None) is None:
@@ -45,6 +48,15 @@ def rehearse(objective: Objective, kind: Kind) -> None:
     names = objective.names[kind]
     if not all(name in objective.metrics for name in names):
         objective.measure(kind, "val", stop=lambda reader: all(name in reader.logged() for name in names))
+    if any(objective.processes.all_gather_object("iterators", objective.state.holds_iterators())):
+        _try_loss(objective, kind)
+
+
+def _try_loss(objective: Objective, kind: Kind) -> None:
+    """Run the step that will be differentiated on one batch."""
+    with torch.no_grad(), objective.passing(), read_logs(objective.module), objective.runner.forward_context():
+        for number, batch, _ in objective.runner.batches(First(objective.loaders[kind]["train"], 1)):
+            objective.loss(kind, batch, number)
 
 
 def refuse_different_data(objective: Objective) -> None:

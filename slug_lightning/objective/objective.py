@@ -218,7 +218,7 @@ class Objective:
         Raises:
             UnlearnError: if the split is empty or a named metric is never logged (the message lists what is).
         """
-        self._refuse_no_validation_step(kind)
+        _refuse_no_validation_step(self, kind)
         with (
             torch.no_grad(),
             self.passing((self.step_name(kind), kind, split, id(self.loaders[kind][split]))) as scope,
@@ -236,7 +236,7 @@ class Objective:
         if samples == 0:
             raise UnlearnError(f"{kind}: the {split} set is empty; give at least one sample for it")
         if not stopped and kind != "near":  # rows of the retain set may not ask for all that the whole set does
-            self._refuse_not_logged(kind, found)
+            _refuse_not_logged(self, kind, found)
         self._describe(reader)
         if stopped:
             return None
@@ -285,23 +285,6 @@ class Objective:
             else:
                 loss = self.loss(kind, batch, number)
                 reader.log(LOSS, loss if loss is not None else 0.0, batch_size=None if loss is not None else 0)
-
-    def _refuse_no_validation_step(self, kind: Kind) -> None:
-        if self.step_name(kind) == "validation_step" and not defines(self.module, "validation_step"):
-            raise UnlearnError(
-                f"{kind}_metric: {self.names[kind]} cannot be measured, {type(self.module).__name__} has no validation_step; "
-                f"define one that logs it, or leave {kind}_metric out to use the loss"
-            )
-
-    def _refuse_not_logged(self, kind: Kind, found: Mapping[str, float]) -> None:
-        missing = [name for name in self.names[kind] if name not in found]
-        if missing and self.step_name(kind) != "validation_step":
-            raise UnlearnError(f"{kind}_metric: the step returns no loss; name one that it logs")
-        if missing:
-            raise UnlearnError(
-                f"{kind}_metric: validation_step itself logs no {missing}, only {sorted(found)} (what hooks log is not seen; a "
-                "torchmetrics object can be logged in the step); name one that it logs"
-            )
 
     def measured(self, kind: Kind, split: str, *, record: Sequence[str] = (), edited: str | None = None) -> dict[str, float]:
         """Measure to the end, as `measure` without `stop`."""
@@ -360,6 +343,25 @@ def metric_names(names: str | Sequence[str] | None) -> list[str]:
     """The names of metrics as a list; the loss where none is named."""
     names = names or LOSS
     return [names] if isinstance(names, str) else list(names)
+
+
+def _refuse_no_validation_step(objective: Objective, kind: Kind) -> None:
+    if objective.step_name(kind) == "validation_step" and not defines(objective.module, "validation_step"):
+        raise UnlearnError(
+            f"{kind}_metric: {objective.names[kind]} cannot be measured, {type(objective.module).__name__} has no "
+            f"validation_step; define one that logs it, or leave {kind}_metric out to use the loss"
+        )
+
+
+def _refuse_not_logged(objective: Objective, kind: Kind, found: Mapping[str, float]) -> None:
+    missing = [name for name in objective.names[kind] if name not in found]
+    if missing and objective.step_name(kind) != "validation_step":
+        raise UnlearnError(f"{kind}_metric: the step returns no loss; name one that it logs")
+    if missing:
+        raise UnlearnError(
+            f"{kind}_metric: validation_step itself logs no {missing}, only {sorted(found)} (what hooks log is not seen; a "
+            "torchmetrics object can be logged in the step); name one that it logs"
+        )
 
 
 def _first_half(batch: Any, count: int) -> Any:

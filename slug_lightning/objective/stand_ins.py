@@ -32,9 +32,7 @@ class Silent:
     def __init__(self, real: Any = None, scratch: Scratch | None = None) -> None:
         vars(self).update(_real=real, _scratch=scratch or Scratch())
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return Silent if self._real is None else type(self._real)
+    __class__ = property(lambda self: Silent if self._real is None else type(self._real))  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks for what an object can do, as to be copied
@@ -108,9 +106,7 @@ class Spent:
     def __init__(self, real: Any, name: str) -> None:
         vars(self).update(_real=real, _name=name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._real)
+    __class__ = property(lambda self: type(self._real))  # type: ignore[assignment]
 
     def __iter__(self) -> Spent:
         return self
@@ -131,12 +127,13 @@ def stand_in_for(value: Any, name: str) -> Any:
     """What a step finds instead of an attribute, or None if it finds the attribute itself."""
     if isinstance(value, io.IOBase):
         return Silent(value) if not value.closed and value.writable() else None
-    kind = _stand_in_of(type(value))
-    return kind and (Silent(value) if kind is Silent else Spent(value, name))
+    kind: Any = type(value)
+    found = _stand_in_of(kind)
+    return found and (Silent(value) if found is Silent else Spent(value, name))
 
 
 @functools.cache
-def _stand_in_of(kind: type) -> type | None:
+def _stand_in_of(kind: Any) -> type | None:
     bases = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     loggers = any(base.startswith(("lightning.", "pytorch_lightning.")) and base.endswith(".Logger") for base in bases)
     if loggers or any(base.endswith(".SummaryWriter") or base == "_csv.writer" for base in bases):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.attributes import Attributes
+from slug_lightning.objective.stand_ins import Spent
 from slug_lightning.tensors.dtensor import reshard
 from slug_lightning.tensors.memory import storages, written_tensors
 from slug_lightning.utils.names import some_of
@@ -100,6 +101,10 @@ class StepState:
                 "data, so that no copy was made, and the weights are not what they were; load them again, and let the step "
                 "write each time or never"
             )
+
+    def holds_iterators(self) -> bool:
+        """Whether a step could use up what nobody can set back."""
+        return any(type(outlet.stand_in) is Spent for outlet in self._look().outlets)
 
     def put_stand_ins(self) -> None:
         """Inside `undone`, let steps find stand-ins for the iterators, files and loggers among the attributes."""

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with memory that a tensor consists of: itself, or what a subclass as DTensor wraps."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
     else:
         yield tensor
