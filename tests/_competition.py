@@ -7,7 +7,7 @@ import torch
 from _search import context_of
 from torch import nn
 
-from _tiny import PlainRunner
+from _tiny import PlainRunner, outside
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.choice import LeastUsage
 from slug_lightning.methods.slug.curves import Tangent, line
@@ -37,7 +37,12 @@ class World(pl.LightningModule):
         self.ways, self.kept = ways, kept
         self.forget_metric = None if by_loss else "forget_acc"
         self.retain_metric = list(kept[None][0])
-        self.seen = []
+        self.told = outside(seen=[])
+
+    @property
+    def seen(self):
+        """Kind, layer and number of each batch."""
+        return self.told().seen
 
     def edit(self):
         """The edited layer and the size of the step, or None and 0."""

@@ -10,7 +10,7 @@ import torch
 from _search import context_of
 from torch import nn
 
-from _tiny import PlainRunner
+from _tiny import PlainRunner, outside
 from slug_lightning.methods.base import Context
 from slug_lightning.methods.concept import Concept
 from slug_lightning.methods.slug.candidates import pareto
@@ -50,7 +50,11 @@ class Table(pl.LightningModule):
         names = dict.fromkeys(name for members in self.of.values() for name in members)
         self.layers = nn.ParameterDict({name: nn.Parameter(torch.ones(1, 1, dtype=torch.float64)) for name in names})
         self.share, self.constraint_usage = share, usage
-        self.evaluations = 0
+        self.told = outside(evaluations=0)
+
+    @property
+    def evaluations(self) -> int:
+        return self.told().evaluations
 
     def steps(self) -> dict[str, float]:
         return {name: p.item() - 1 for name, p in self.layers.items()}
@@ -59,7 +63,7 @@ class Table(pl.LightningModule):
         return list(self.of)[int(batch[0, 0])]
 
     def validation_step(self, batch, batch_idx):
-        self.evaluations += 1
+        self.told().evaluations += 1
         if batch[0, 0] == KEEPING:
             self.log("kept_loss", torch.tensor(1 + TOLERANCE * self.constraint_usage(self.steps()), dtype=torch.float64))
         else:

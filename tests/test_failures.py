@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 import slug_lightning.patches.patch as patch
 import slug_lightning.trainer.run_folder as output
-from _tiny import Classifier, loader, part, snapshot, trained, trainer
+from _tiny import Classifier, loader, outside, part, snapshot, trained, trainer
 from slug_lightning import UnlearnModule, UnlearnPatch, UnlearnReport
 from slug_lightning.callbacks import UnlearnCallback
 from slug_lightning.objective.objective import Objective
@@ -247,14 +247,14 @@ class Fragile(Classifier):
 
     def __init__(self, step: str = "", at_rank: int = 0, calls: int = 1, error: type[Exception] = RuntimeError) -> None:
         super().__init__()
-        self.left = calls if rank() == at_rank else -1
+        self.told = outside(left=calls if rank() == at_rank else -1)
         self.step = step
         self.error = error
 
     def count(self, step: str) -> None:
         if step == self.step:
-            self.left -= 1
-            if self.left == 0:
+            self.told().left -= 1
+            if self.told().left == 0:
                 raise self.error("val_f1")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from _tiny import Classifier, PlainRunner, fit, loader, part, trained, trainer
 from slug_lightning import UnlearnError
 from slug_lightning.datamodules import ConceptDataModule, UnlearnDataModule
 from slug_lightning.datamodules.sources.resolve import resolve_loaders
+from slug_lightning.objective.objective import Objective
 from slug_lightning.objective.samples import Gallery, before_and_after
 from slug_lightning.utils.random import seed_for_batch
 
@@ -152,7 +152,7 @@ class Scaled(nn.Module):
 
 
 def objective_of(module, batches, processes=None):
-    return SimpleNamespace(module=module, runner=PlainRunner(processes), loaders={"forget": {"test": batches}})
+    return Objective(module, {"forget": {"test": batches}}, PlainRunner(processes))
 
 
 def doubled(module):

@@ -203,10 +203,11 @@ def test_a_forget_set_that_names_nothing_is_refused(options, message):
     def served(batches: list[Any]) -> list[Any]:
         return [SimpleNamespace(batch=batch) for batch in batches]
 
-    runner = SimpleNamespace(batches=served, passing=nullcontext)
+    runner = SimpleNamespace(batches=served)
     objective = SimpleNamespace(
         module=options.get("module", EmbeddedClip)(),
         runner=runner,
+        passing=nullcontext,
         loaders={"forget": {"train": options.get("batches", samples(thing=3))}},
         processes=SimpleNamespace(all_gather_object=lambda what, own: [own]),
     )

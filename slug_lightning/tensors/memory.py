@@ -16,7 +16,8 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with memory that a tensor consists of: itself, or what a subclass as DTensor wraps."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+            inner = getattr(tensor, name)
+            yield from plain_tensors(inner) if isinstance(inner, Tensor) else ()  # a mesh of devices is none
     else:
         yield tensor
 
