@@ -396,6 +396,8 @@ class Pair:
         [(torch.ones(8), 1)] * 5,
         [{"image": torch.ones(3, 4, 4), "label": torch.tensor(2)}] * 5,
         {"temperature": torch.tensor(0.1), "image": torch.ones(5, 3)},
+        {"anchors": [[10, 13], [16, 30]], "image": torch.ones(5, 3)},
+        [[torch.tensor(0.5), torch.tensor(1)]] * 5,
         Pair(["a"] * 5, torch.ones(5)),
         UserDict(input_ids=torch.ones(5, 7), names=np.array(["a"] * 5)),
     ],

@@ -82,8 +82,7 @@ def _counts_in(content: Any, lengths: tuple[int, ...] = (), is_whole: bool = Tru
             yield len(content), lengths
     elif (values := _values_of(content)) is not None:
         if isinstance(content, (list, tuple)) and values:
-            # A number cannot be a column of samples: what holds it is one sample, of a list that was not collated.
-            if all(any(map(_is_number, _values_of(one) or ())) for one in values):
+            if all(map(_is_sample, values)):
                 yield len(values), lengths
                 lengths += (len(values),)
             elif not is_whole and len({isinstance(one, Tensor) for one in values}) == 1:  # the batch itself is a list of columns
@@ -103,8 +102,11 @@ def _values_of(content: Any) -> list[Any] | None:
     return list(content) if isinstance(content, Iterable) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.generic)) or (isinstance(value, Tensor) and value.ndim == 0)
+def _is_sample(content: Any) -> bool:
+    """Whether a container is one sample of a list that was not collated: next to a tensor it has a number, which is no column."""
+    values = _values_of(content) or []
+    has_number = any(isinstance(one, (int, float, np.generic)) or (isinstance(one, Tensor) and one.ndim == 0) for one in values)
+    return has_number and any(isinstance(one, Tensor) for one in values)
 
 
 def joined(batches: Sequence[Any]) -> Any:
