@@ -32,7 +32,7 @@ class Silent:
     def __init__(self, real: Any = None, scratch: Scratch | None = None) -> None:
         vars(self).update(_real=real, _scratch=scratch or Scratch())
 
-    __class__ = property(lambda self: Silent if self._real is None else type(self._real))  # type: ignore[assignment]
+    __class__ = property(lambda self: Silent if self._real is None else type(self._real))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks for what an object can do, as to be copied
@@ -106,7 +106,7 @@ class Spent:
     def __init__(self, real: Any, name: str) -> None:
         vars(self).update(_real=real, _name=name)
 
-    __class__ = property(lambda self: type(self._real))  # type: ignore[assignment]
+    __class__ = property(lambda self: type(self._real))
 
     def __iter__(self) -> Spent:
         return self
