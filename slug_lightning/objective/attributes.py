@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slug_lightning.objective.stand_ins import Silent, Spent, stand_in_for
 from slug_lightning.tensors.digests import UNCHANGEABLE
+from slug_lightning.tensors.dtensor import is_sharded
 from slug_lightning.tensors.memory import plain_tensors, version
 
 MOST = 100_000
@@ -162,6 +163,7 @@ class Attributes:
         self.tensors: list[_Tensor] = []
         self.generators: list[Any] = []
         self.outlets: list[Outlet] = []
+        self._is_sharded = is_sharded(module)
         self._seen: set[int] = set()
         self._next: deque[tuple[Any, str]] = deque()
         self._visit(module, "", None, None)
@@ -206,7 +208,10 @@ class Attributes:
         """Note the content of a container or an object, and visit it."""
         kind: Any = type(value)
         if isinstance(value, nn.Module):
-            self._open_dict(vars(value), name, HOOKS)
+            self._open_dict(vars(value), name, HOOKS | {"_parameters"} if self._is_sharded else HOOKS)
+            if self._is_sharded:  # where it puts shards and what it has gathered, FSDP2 decides
+                for key, parameter in value._parameters.items():
+                    self._visit(parameter, f"{name}.{key}".lstrip("."), None, None)
         elif isinstance(value, dict):
             self._open_dict(value, name)
         elif isinstance(value, (list, deque, tuple)):

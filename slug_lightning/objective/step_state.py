@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from slug_lightning.errors import UnlearnError
 from slug_lightning.objective.attributes import Attributes
 from slug_lightning.objective.stand_ins import Spent
-from slug_lightning.tensors.dtensor import reshard
+from slug_lightning.tensors.dtensor import is_sharded, reshard
 from slug_lightning.tensors.memory import storages, written_tensors
 from slug_lightning.utils.names import some_of
 
@@ -21,10 +21,11 @@ from slug_lightning.utils.names import some_of
 class Scope:
     """What must be put back where a block ends."""
 
-    def __init__(self, before: Attributes, watches: bool) -> None:
+    def __init__(self, before: Attributes, watches: bool, watched: bool = True) -> None:
         self.before = before
         self.watches = watches
-        self.storages = {s._cdata for one in before.tensors for s in storages(one.held)} if watches else set()
+        tensors = before.tensors if watches and watched else ()
+        self.storages = {memory._cdata for one in tensors for memory in storages(one.held)}
         self.versions = [] if watches else [one.version for one in before.tensors]
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         """Memory that was written to, and what was there before."""
@@ -75,10 +76,12 @@ class StepState:
             only_if_it_fails: leave everything as it is if no exception is raised.
             where: names the pass that runs inside, if it will run again; then it need not be watched again.
         """
-        reshard(self.module)  # as a shard, a tensor is always the same object
         outer = self._scopes[-1] if self._scopes else None
+        if outer is None:  # as a shard, a tensor is always the same object
+            reshard(self.module)
         watches = outer.watches if outer else self._writes or where not in self._known
-        scope = Scope(self._look(), watches)
+        # Within a pass a sharded model also holds gathered tensors, to which FSDP2 writes.
+        scope = Scope(self._look(), watches, watched=outer is None or not is_sharded(self.module))
         self._scopes.append(scope)
         try:
             with _Writes(self) if watches and outer is None else nullcontext():
@@ -126,7 +129,8 @@ class StepState:
         return self._now
 
     def _put_back(self, scope: Scope) -> None:
-        reshard(self.module)
+        if not self._scopes:  # else only this rank might do so, and gather again when the others don't
+            reshard(self.module)
         scope.put_back()
         self._now = scope.before
 

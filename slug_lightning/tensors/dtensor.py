@@ -52,6 +52,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards a model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def copies(tensor: Tensor, world_size: int) -> int:
     """Count the ranks that hold each element."""
     if not isinstance(tensor, DTensor):
