@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
 
-from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, part, trained, trainer
+from _tiny import CLASSES, FORGET, Classifier, PlainRunner, blobs, fit, loader, outside, part, trained, trainer
 from slug_lightning import UnlearnError, UnlearnReport
 from slug_lightning.datamodules import EmojiDataModule, UnlearnDataModule
 from slug_lightning.methods import SLUG
@@ -42,7 +42,11 @@ class Counting(Seeing):
 
     def __init__(self):
         super().__init__()
-        self.sizes = []
+        self.told = outside(sizes=[])
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.told().sizes
 
     def retain_step(self, batch, batch_idx):
         self.sizes.append(len(batch[1]))
