@@ -33,7 +33,7 @@ class ModuleHooks:
         num_classes: gives `chance` where that isn't defined.
         towers: by name, patterns of the tensors whose layers are compared with each other, such as those of an image tower.
         max_step: longest step that is tried along a layer, relative to its weights, where a search has a limit.
-        nothing_to_forget: `() -> str`, asked at the end of a pass over the unedited forget set: a hint for the error message where
+        nothing_to_forget: `() -> str`, asked at the end of a pass over the unedited forget set: a hint for the error message if
             the forget metric meets its target already.
         gallery_step: `(batch, batch_idx) -> (pictures [n, 3, H, W] in [0, 1], n titles)`, shown before and after the edit.
         save_pretrained: `(folder)`, writes the weights as the model's own library loads them.
