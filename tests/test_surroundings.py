@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,11 @@ class AtTheFirstBatch(pl.Callback):
         self.weights = snapshot(pl_module)
 
 
+def as_written(report):
+    """A report as its checkpoint has it, which was written before the fit ended."""
+    return replace(report, notes=[note for note in report.notes if not note.startswith("continue_training")])
+
+
 @pytest.mark.parametrize(
     ("then", "name"),
     sample(
@@ -234,7 +240,7 @@ def test_the_same_request_again_does_nothing(then, name, tmp_path, capsys):
     assert (spy.weights is not None) == goes_on
     restored = weights_in(path)
     assert all(torch.equal(tensor, restored[name]) for name, tensor in (spy.weights or snapshot(model)).items())
-    assert again.report == first.report and again.report.status == "unlearned"
+    assert as_written(again.report) == as_written(first.report) and again.report.status == "unlearned"
     assert "unlearned already" in capsys.readouterr().out
     assert files_in(tmp_path) == written
 
@@ -292,7 +298,7 @@ def test_training_that_goes_on_is_not_edited_again_though_the_metric_has_moved(t
     trainer(again, max_epochs=2).fit(trained(Relearning), loader(False), loader(False), ckpt_path=tmp_path / "last.ckpt")
     search = resolve_loaders({"two": forgetting.forget}, forgetting.retain, None).forget["two"]["val"]
     assert mean_loss(search, model) < forgetting.report.bounds["forget_target"], "the test's training relearns nothing"
-    assert again.report == forgetting.report
+    assert as_written(again.report) == as_written(forgetting.report)
 
 
 # Fitting again
