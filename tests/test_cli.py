@@ -91,14 +91,14 @@ def test_directions_that_compete_stay_a_list_in_the_config(capsys, tmp_path):
 
 
 def small(config: Path, folder: Path, **options) -> list[str]:
-    """Arguments that run a shipped config as it is, but cheaply: one layer, few evaluations, one strength."""
+    """Arguments that run a shipped config as it is, but cheaply: one line of one layer, few evaluations, one strength."""
     made = yaml.safe_load(config.read_text())
     (callback,) = (c for c in made["trainer"]["callbacks"] if c["class_path"].endswith("UnlearnCallback"))
     given = callback["init_args"]
     if "retain_cache" in given.get("runtime", {}):
         given["runtime"]["retain_cache"] = str(folder / "retain")
     method = {"class_path": "slug_lightning.methods.SLUG", "init_args": {}} | given.get("method", {})
-    method["init_args"] |= {"layers": "model.text_projection", "max_evaluations": 2}
+    method["init_args"] |= {"layers": "model.text_projection", "curve": "line", "max_evaluations": 2}
     given |= {"method": method, "scales": [0.5], **options}
     made["trainer"]["enable_progress_bar"] = False
     path = folder / config.name
