@@ -65,6 +65,8 @@ def as_published(configs: Path, knows_presets: bool) -> None:
             if not callback["class_path"].endswith(".UnlearnCallback"):
                 continue
             options = callback["init_args"]
+            if isinstance(asked := options.get("forget_metric"), list):  # other wordings came later
+                options["forget_metric"] = asked[0]
             own = options.get("method", {}).get("init_args", {})
             rules: dict[str, Any] = {"step_margin": 0.0}
             if knows_presets:
