@@ -56,7 +56,7 @@ def test_roughly_is_to_a_quarter(threshold, power):
 def test_the_winner_is_narrowed_and_nothing_else(table):
     kept = {None: rows(0.9)} | {name: rows(accuracy) for name, (_, accuracy) in table.items()}
     search, ways = contest({name: forgets_at(threshold) for name, (threshold, _) in table.items()}, kept)
-    decision, _ = search.run(ways, is_last=False)
+    decision, _ = search.run(ways)
     rough = len(search.trials)
     chosen = search.refine(decision.trial)
     assert chosen is not None and chosen.layer == decision.trial.layer and chosen.feasible
@@ -83,7 +83,7 @@ def test_what_is_within_bounds_only_at_the_narrow_step_is_not_called_infeasible(
         world = Costly({"a": lambda step: 2.0 * (step >= 0.62)}, {None: rows(0.9)})
         world.most = most
         search, (way,) = competition(world, is_contest=True, max_step=2.0)
-        return search, search.run([way], is_last=False)[0].trial
+        return search, search.run([way])[0].trial
 
     search, rough = searched(math.inf)
     narrow = search.refine(rough)
@@ -97,13 +97,13 @@ def test_what_is_within_bounds_only_at_the_narrow_step_is_not_called_infeasible(
 def test_the_margin_is_tried_only_where_the_smallest_step_holds():
     kept = {None: rows(0.9), "good": rows(0.9), "bad": rows(0.1)}
     search, ways = contest({"good": forgets_at(0.3), "bad": forgets_at(0.3)}, kept, step_margin=0.5)
-    search.run(ways, is_last=False)
+    search.run(ways)
     assert {trial.layer for trial in search.trials if trial.margin} == {"good"}
 
 
 def test_what_is_not_reached_costs_no_measurement_of_what_is_kept():
     search, ways = contest({"a": never, "b": forgets_at(0.2)}, {None: rows(0.9), "b": rows(0.9)})
-    search.run(ways, is_last=False)
+    search.run(ways)
     assert [name for kind, name in passes_of(search.objective.module) if kind == KEEPING] == [None, "b"]
 
 
@@ -245,7 +245,7 @@ def test_the_edit_of_a_rough_trial_is_the_one_that_was_measured_whatever_was_fou
     search, (way,) = competition(world, is_contest=True, max_step=2.0, step_margin=0.5)
     bends = []
     way = way._replace(point=lambda at, straight_after=math.inf, own=way.point: bends.append(straight_after) or own(at))
-    decision, _ = search.run([way], is_last=False)
+    decision, _ = search.run([way])
     rough = search.smallest[way.key].relative_step
     assert decision.trial.margin == 0.5
     search.refine(decision.trial)
@@ -270,7 +270,7 @@ def test_however_many_ways_come_near_each_is_searched_to_its_end_before_none_is_
         world = Four(dict.fromkeys(names, lambda step: 2.0 * (step >= 0.62)), {None: rows(0.9)})
         world.most = most
         search, ways = competition(world, is_contest=True, max_step=2.0)
-        return search, search.run(ways, is_last=False)[0].trial
+        return search, search.run(ways)[0].trial
 
     search, rough = searched(math.inf)
     narrow = search.refine(rough)

@@ -69,7 +69,7 @@ def frozen(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
 def _counted(objective: Objective, kind: Kind, name: str) -> int:
     """Samples that a metric was the mean of in the search; 0 if it is none, or was not measured whole."""
     reader = objective.complete.get((kind, "val"))
-    return sum(reader.of(name)[1]) if reader is not None else 0
+    return reader.samples_of(name) if reader is not None else 0
 
 
 def _is_share(metric: Metric, value: float = 0.0) -> bool:

@@ -55,7 +55,7 @@ class Near:
     def count(self, split: str) -> None:
         """Remember how many samples the pass over a split had that was just made."""
         reader = self.objective.complete["near", split]
-        self.counts[split] = {name: sum(reader.of(name)[1]) for name in self.metrics}
+        self.counts[split] = {name: reader.samples_of(name) for name in self.metrics}
 
     @property
     def samples(self) -> dict[str, int]:
@@ -145,7 +145,7 @@ def combined_usage(
     """
     metrics = {name: metric for name, metric in objective.metrics_of("retain").items() if name in retain[1]}
     reader = objective.complete.get(("retain", split))
-    counts = {name: sum(reader.of(name)[1]) if reader else 0 for name in metrics}
+    counts = {name: reader.samples_of(name) if reader else 0 for name in metrics}
     apart = {id(one.data): (one, (earlier, now)) for one, earlier, now in near.values() if not one.data.is_part}  # each set once
     before, after = (
         pooled(

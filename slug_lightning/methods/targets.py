@@ -144,7 +144,7 @@ def holdout_goals(objective: Objective, holdout: Batches) -> dict[str, Goal]:
     Raises:
         UnlearnError: if there are fewer, which cannot tell, or if a metric is no mean over samples.
     """
-    forgotten = sum(objective.complete["forget", "val"].of(objective.names["forget"][0])[1])
+    forgotten = objective.complete["forget", "val"].samples_of(objective.names["forget"][0])
     objective.about({"val": Singles(holdout, objective.hooks.samples)}).measured("forget", "val")
     reader = objective.complete["forget", "val"]
     goals: dict[str, Goal] = {}

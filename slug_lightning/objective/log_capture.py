@@ -95,6 +95,10 @@ class LogReader:
         found = [entry for entry in self.entries if entry.name == name]
         return [float(entry.value) for entry in found], [entry.weight for entry in found]
 
+    def samples_of(self, name: str) -> int:
+        """How many samples a value is the mean of; 0 of a metric object."""
+        return sum(self.of(name)[1])
+
     def values(self) -> dict[str, float]:
         """Means of what was logged so far, by name; over all ranks, after `share`."""
         means = {}

@@ -156,7 +156,7 @@ class ConceptSearch:
         """
         before = self.context.retain_before()
         search = self._layer_search(before)
-        _, without = search.run(self._kept, is_last=not search.is_contest)
+        _, without = search.run(self._kept)
         if (cheapest := _cheapest(search.trials)) is not None:
             search.refine(cheapest)
         search.let_go()
@@ -224,8 +224,7 @@ class ConceptSearch:
             for name, curve in self.rules.curves.items():
                 ways = self._ways.along(pairs, name, curve)
                 with self._recorded(name, ways):
-                    # What a search that rests needs stays recorded.
-                    decision, _ = search.run(ways, is_last=not search.is_contest)
+                    decision, _ = search.run(ways)
                 found = decision.trial
                 if found is not None and not decision.search_more and found.margin >= search.step_margin and _is_free(found):
                     break  # nothing is lost, which no other curve can better

@@ -52,10 +52,6 @@ class Evaluation:
             self.record("near", layers)
         return self.record("retain", layers)
 
-    def has_recorded(self, kind: Kind) -> bool:
-        """Whether evaluations of this kind were recorded."""
-        return kind in self._recorded
-
     def let_go(self) -> None:
         """Let go of what evaluations have recorded."""
         self.objective.evaluator.forget()

@@ -82,12 +82,11 @@ class LayerSearch:
         self._ways: dict[tuple[str, str, str], Way] = {}
         self._first = FirstSteps(concept.targets[0], is_contest)
 
-    def run(self, ways: Sequence[Way], is_last: bool = True) -> tuple[Decision, dict[str, float]]:
-        """Search these ways.
+    def run(self, ways: Sequence[Way]) -> tuple[Decision, dict[str, float]]:
+        """Search these ways; where ways compete, what evaluations have recorded is kept for further calls, until `let_go`.
 
         Args:
             ways: each of another layer, direction or curve than those before.
-            is_last: whether to let go of what evaluations have recorded; else it serves the next call as well.
 
         Returns:
             The decision over all trials so far, and the retain metrics on the validation split without a step of these layers.
@@ -97,7 +96,7 @@ class LayerSearch:
             self.evaluation.record("forget", layers_of(ways))
             for way in ways:
                 self.search_steps(way, advance, roughly=self.is_contest)
-        if is_last and not self.step_margin and not self.evaluation.has_recorded("retain"):
+        if not self.is_contest and not self.step_margin:
             self.let_go()  # nothing asks for the forget set again
         able = [way for way in ways if way.key in self.smallest]
         # First order: a step λ raises the retain loss by λ·<g_f, g_r>.
@@ -110,7 +109,7 @@ class LayerSearch:
         self.error = usage_error(self.objective.metrics_of("retain"), before, self.context.retain_tolerance, unit)
         for way in self.context.progress.track(able, "search, retain metrics"):
             self._measure_retain(way)
-        if is_last:
+        if not self.is_contest:
             self.let_go()
         for way in ways:
             self.context.progress.say(_line(way, [t for t in self.trials[begun:] if t.way == way.key]))

@@ -57,11 +57,8 @@ class Ways:
         self._first = {}  # those of other ways are not worth their memory
         for one, name in pairs:
             layer = informed.get(one.name, one)
-            tangent = partial(self._tangent, layer, name)
-            first = known.get((one.name, name))
-            if first is not None and first.reversed:
-                self._say_reversed(layer, name)
-            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, tangent, first)))
+            asked = partial(self._said, layer, name, known.get((one.name, name)))
+            ways.append(Way(layer, name, curve_name, *_once_asked(curve, layer, asked)))
         return ways
 
     def output_changes(self, pairs: Sequence[tuple[LayerStatistics, str]]) -> list[float]:
@@ -79,7 +76,7 @@ class Ways:
         if inputs is None or not all(key in inputs for key in layer.layer.parameters):
             return math.inf
         try:
-            tangent = self._first[layer.name, name] = self._tangent(layer, name, quietly=True)
+            tangent = self._first[layer.name, name] = self._tangent(layer, name)
         except CurveEnd:  # which its way will say
             return math.inf
         changed = kept = 0.0
@@ -113,7 +110,7 @@ class Ways:
         }
         return {name: replace(one, factors=factors[name]) for name, one in layers.items()}
 
-    def _tangent(self, layer: LayerStatistics, name: str, at: EditStep | None = None, quietly: bool = False) -> Tangent:
+    def _tangent(self, layer: LayerStatistics, name: str, at: EditStep | None = None) -> Tangent:
         """The direction of a layer at W, or at an edit of it."""
         if at is None:
             gradient, loss = {key: self._gradient[key] for key in layer.layer.parameters}, self._loss
@@ -131,14 +128,15 @@ class Ways:
             slope = product(layer.layer, direction, gradient, processes) / length
             if slope < 0 and not self.is_fixed(name):
                 direction, slope, is_reversed = {key: -d for key, d in direction.items()}, -slope, True
-                if not quietly:
-                    self._say_reversed(layer, name)
         return Tangent(direction, length, loss, slope, is_reversed)
 
-    def _say_reversed(self, layer: LayerStatistics, name: str) -> None:
+    def _said(self, layer: LayerStatistics, name: str, known: Tangent | None, at: EditStep | None = None) -> Tangent:
+        """The direction of a way that is searched, at W perhaps `known`; says once in the notes if it was reversed."""
+        tangent = known if known is not None and at is None else self._tangent(layer, name, at)
         note = f"direction: {name} of {layer.name} led downhill on the forget loss, and was reversed"
-        if note not in self.notes:
+        if tangent.reversed and note not in self.notes:
             self.notes.append(note)
+        return tangent
 
     def _direction(self, name: str, layer: LayerStatistics, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let a rule make a direction of whole tensors, the same on every rank, which then keeps its part."""
@@ -169,14 +167,9 @@ class Ways:
         self._informed.clear()
 
 
-def _once_asked(
-    curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent], known: Tangent | None
-) -> tuple[Point, Callable[[], float]]:
+def _once_asked(curve: Curve, layer: LayerStatistics, tangent: Callable[..., Tangent]) -> tuple[Point, Callable[[], float]]:
     """Make a curve, and its first tangent, when they are asked for: a direction takes as much memory as its layer."""
-    first, made = (
-        cache(lambda: known or tangent()),
-        cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at))),
-    )
+    first, made = cache(tangent), cache(lambda: curve(layer, lambda at=None: first() if at is None else tangent(at)))
 
     def point(distance: float, straight_after: float = math.inf) -> EditStep:
         return made()(distance, straight_after=straight_after)
